@@ -1,0 +1,81 @@
+"""Every option, its default, its unit and where the number comes from. The other files change a few lines of it.
+
+Any field can be overridden on the command line: ``--config.optim.lr=1e-4``. A field that does not exist is an error.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, sampling, shuffling and augmentation
+    config.batch_size = 16  # images a step, over all devices (paper, Sec. 3.2)
+    config.epochs = 12
+    config.max_steps = 0  # stop after this many steps; 0 means after `epochs`
+    config.log_every = 20  # steps between lines of metrics.jsonl
+    config.eval_every = 1  # epochs between evaluations; the last step is evaluated too; 0 means never
+    config.eval_batch_size = 8  # images a step of evaluation
+    config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations
+    config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP
+
+    # Keyword arguments of maskrcnn_jax.models.mask_rcnn.MaskRCNN, under the names that torchvision gives them.
+    config.model = ConfigDict()
+    model = config.model
+    model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101
+    model.width = 64  # channels of the stem; the stages have 1, 2, 4, 8 times as many (4 x that in bottlenecks)
+    model.norm = "batch"  # batch: trained, over the whole batch; frozen: fixed statistics, for pretrained weights
+    model.stride_in_1x1 = False  # bottleneck stride in the 1x1 (detectron2's MSRA weights) or in the 3x3 convolution
+    model.fpn_channels = 256
+    model.anchor_sizes = (32, 64, 128, 256, 512)  # pixels, one per level P2..P6
+    model.aspect_ratios = (0.5, 1.0, 2.0)  # height / width
+    model.rpn_fg_iou_thresh = 0.7
+    model.rpn_bg_iou_thresh = 0.3
+    model.rpn_batch_size_per_image = 256  # anchors in the RPN loss
+    model.rpn_positive_fraction = 0.5
+    model.rpn_pre_nms_top_n_train = 2000  # per level
+    model.rpn_pre_nms_top_n_test = 1000
+    model.rpn_post_nms_top_n_train = 2000  # per image
+    model.rpn_post_nms_top_n_test = 1000
+    model.rpn_nms_thresh = 0.7
+    model.roi_sampling_ratio = 2  # samples per bin and axis
+    model.roi_aligned = False  # shift by half a pixel (detectron2) or not (torchvision)
+    model.box_hidden = 1024  # units in each of the two fully connected layers
+    model.box_iou_thresh = 0.5  # foreground at or above
+    model.box_batch_size_per_image = 512  # RoIs in the box loss
+    model.box_positive_fraction = 0.25
+    model.box_score_thresh = 0.05
+    model.box_nms_thresh = 0.5
+    model.box_detections_per_img = 100
+    model.mask_channels = 256
+    model.dtype = "float32"  # of the convolutions and matrix products: float32, bfloat16, float64
+
+    config.optim = ConfigDict()
+    optim = config.optim
+    optim.lr = 5e-4  # peak, at batch_size (paper, Sec. 3.2)
+    optim.warmup_steps = 500  # linear from lr / 1000, as torchvision's recipe
+    optim.final_lr_fraction = 0.0  # of the cosine
+    optim.weight_decay = 1e-4  # decoupled (AdamW)
+    optim.decay_norm_and_bias = False
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.clip_norm = 1.0  # global norm of the gradient; 0 does not clip
+
+    config.data = ConfigDict()
+    data = config.data
+    data.coco_dir = ""  # folder with <split>/ and annotations/instances_<split>.json
+    data.train_split = "train2017"
+    data.eval_split = "val2017"
+    data.train_limit = 0  # use only so many training images, the first of a seeded shuffle; 0 means all
+    data.eval_limit = 0  # evaluate only the first so many images; 0 means all
+    data.short_side = 800  # pixels, after resizing
+    data.long_side = 1333  # pixels, at most
+    data.buckets = "auto"  # padded sizes: auto (four), or exact: each image's own multiple of 32
+    data.resize_dtype = "uint8"  # uint8 is fast; float32 is what torchvision computes
+    data.hflip = 0.5  # probability
+    data.color_jitter = 0.0  # strength of brightness, contrast and saturation changes
+    data.mask_side = 640  # pixels, canvas of the ground-truth masks; COCO's images fit as they are
+    data.threads = 4  # reading and decoding in this process
+    data.workers = 0  # extra processes that read and decode
+    data.prefetch = 4  # batches ready ahead of the training step
+    data.skip_broken = False  # go on without images that cannot be read
+    return config

@@ -1,0 +1,41 @@
+"""The embedded default: a small backbone on small synthetic images, for a laptop without a GPU.
+
+    make train
+
+writes the dataset (python -m maskrcnn_jax.data.shapes data/shapes), trains on it into runs/shapes and evaluates it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.epochs = 3
+    config.eval_every = 1
+    config.eval_batch_size = 20
+
+    config.data.coco_dir = "data/shapes"
+    config.data.short_side = config.data.long_side = 128
+    config.data.mask_side = 128
+    config.data.threads = 2
+
+    model = config.model
+    model.backbone = "resnet18"
+    model.width = 32
+    model.fpn_channels = 64
+    model.anchor_sizes = (12, 24, 48, 96, 192)
+    model.rpn_batch_size_per_image = 128
+    model.rpn_pre_nms_top_n_train = 200
+    model.rpn_post_nms_top_n_train = 200
+    model.rpn_pre_nms_top_n_test = 100
+    model.rpn_post_nms_top_n_test = 100
+    model.box_hidden = 256
+    model.box_batch_size_per_image = 64
+    model.box_detections_per_img = 30
+    model.mask_channels = 64
+
+    config.optim.lr = 1e-3
+    config.optim.warmup_steps = 100
+    return config

@@ -1,0 +1,41 @@
+"""Compute COCO's box and mask AP of a trained model: python eval.py --workdir=runs/r50 [--split=val2017] [--limit=N]
+
+Writes metrics.json, detections.json and predictions.jpg into --output, the workdir if not given.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.evaluation.coco_eval import format_table
+from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.training.checkpoint import restore_model
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Use instead of the config that the run was trained with.")
+flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
+flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
+flags.DEFINE_string("coco_dir", None, "Evaluate on this dataset instead of the one trained on.")
+flags.DEFINE_string("split", None, "Evaluate this split instead of config.data.eval_split.")
+flags.DEFINE_integer("limit", None, "Evaluate only the first images.", lower_bound=1)
+flags.DEFINE_string("output", None, "Folder for the results; the workdir if not given.")
+
+
+def main() -> None:
+    model, config, categories = restore_model(FLAGS.workdir, which=FLAGS.checkpoint, config=FLAGS.config)
+    data = config.data.unlock()
+    data.coco_dir = FLAGS.coco_dir or data.coco_dir
+    data.eval_split = FLAGS.split or data.eval_split
+    data.eval_limit = FLAGS.limit or data.eval_limit
+    evaluator = Evaluator(data, categories, batch_size=config.eval_batch_size)
+    evaluation = evaluator(model)
+    output = Path(FLAGS.output or FLAGS.workdir)
+    output.mkdir(parents=True, exist_ok=True)
+    evaluator.write(output, evaluation)
+    print(format_table(evaluation.metrics))
+
+
+if __name__ == "__main__":
+    run_app(main)

@@ -1,0 +1,322 @@
+"""A COCO-format dataset as flat numpy arrays: what loading processes share, and how one image is read.
+
+pycocotools keeps every annotation as a Python dictionary, several gigabytes for COCO, which every forked or spawned
+loading process then copies. Here a dataset is a few flat arrays, and what is wrong with it is found when it is opened,
+not an hour into the training.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from maskrcnn_jax.data.annotation_file import AnnotationFile, read_annotation_file
+from maskrcnn_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+# Category ids of COCO's detection task: 80 of 1..90.
+_COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+
+
+class BrokenImageError(UserError):
+    """An image file that is missing, truncated, not an image, or of another size than the annotations say."""
+
+
+class Categories(NamedTuple):
+    """The classes of a dataset: parallel tuples in order of category id.
+
+    With COCO's own 80 ids the label is the id and ``num_classes`` is 91, as torchvision's weights have it; any other
+    dataset gets the labels 1..K.
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    num_classes: int  # background included
+
+    @classmethod
+    def create(cls, ids: list[int], names: list[str]) -> "Categories":
+        """Numbers the categories of a dataset, given in any order."""
+        ids, names = zip(*sorted(zip(ids, names)))
+        labels = ids if ids == _COCO_IDS else tuple(range(1, len(ids) + 1))
+        return cls(ids, names, labels, max(labels) + 1)
+
+    def name(self, label: int) -> str:
+        """Returns the name of a label."""
+        return self.names[self.labels.index(label)]
+
+    def category_id(self, label: int) -> int:
+        """Returns the id that the annotation file gives to a label."""
+        return self.ids[self.labels.index(label)]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the categories as JSON."""
+        rows = [{"id": i, "name": n, "label": label} for i, n, label in zip(self.ids, self.names, self.labels)]
+        content = {"num_classes": self.num_classes, "categories": rows}
+        Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Categories":
+        """Reads what ``save`` wrote.
+
+        Raises:
+            UserError: the file is missing or is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            columns = [tuple(row[key] for row in content["categories"]) for key in ("id", "name", "label")]
+            return cls(*columns, content["num_classes"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f"cannot read the categories of the model from {path} ({e!r}); it is written when training starts, "
+                "so point at the folder of a training run"
+            ) from None
+
+
+class ImageAnnotations(NamedTuple):
+    """The n annotated objects of one image, in the order of their file."""
+
+    ids: np.ndarray  # [n] int64
+    labels: np.ndarray  # [n] int32, 1..C
+    boxes: np.ndarray  # [n, 4] float32 x1, y1, x2, y2 in pixels of the image file
+    crowd: np.ndarray  # [n] bool
+
+
+@dataclass(frozen=True, eq=False)
+class CocoIndex:
+    """N images and their K annotations, sorted by image; image i owns ``offsets[i]:offsets[i + 1]``."""
+
+    image_dir: Path
+    categories: Categories
+    image_ids: np.ndarray  # [N] int64
+    sizes: np.ndarray  # [N, 2] int32 (height, width)
+    file_names: np.ndarray  # [N] unicode, relative to image_dir
+    offsets: np.ndarray  # [N + 1] int64
+    annotation_ids: np.ndarray  # [K] int64
+    labels: np.ndarray  # [K] int32
+    boxes: np.ndarray  # [K, 4] float32, clipped to the image
+    crowd: np.ndarray  # [K] bool
+    first_part: np.ndarray  # [K] int64, first polygon of the annotation, or its row in the run-length masks
+    num_parts: np.ndarray  # [K] int32, polygons of the annotation; 0 means a run-length mask
+    coordinates: np.ndarray  # float64 x, y, x, y ... of all polygons; float32 would move some rasters by a pixel
+    part_offsets: np.ndarray  # [P + 1] int64 into coordinates
+    rle_counts: np.ndarray  # uint8, compressed run lengths as pycocotools has them, end to end
+    rle_offsets: np.ndarray  # [R + 1] int64 into rle_counts
+    problems: dict[str, int]  # what was wrong with the dataset and repaired or dropped -> how often
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_objects(self) -> np.ndarray:
+        """Number of annotated objects in each image, [N] int64, crowds not counted."""
+        before = np.concatenate([[0], np.cumsum(~self.crowd)])
+        return before[self.offsets[1:]] - before[self.offsets[:-1]]
+
+    def image_path(self, i: int) -> Path:
+        """Returns the path of an image file."""
+        return self.image_dir / str(self.file_names[i])
+
+    def annotations(self, i: int, with_crowd: bool = False) -> ImageAnnotations:
+        """Returns the objects of image ``i``; training never wants crowds."""
+        rows = self._rows(i, with_crowd)
+        return ImageAnnotations(self.annotation_ids[rows], self.labels[rows], self.boxes[rows], self.crowd[rows])
+
+    def masks(self, i: int, with_crowd: bool = False) -> np.ndarray:
+        """Rasterises the masks of image ``i``, row for row those of ``annotations``.
+
+        Returns:
+            [n, h, w] uint8, 0 or 1, at the resolution of the image file.
+
+        Raises:
+            UserError: a run-length mask does not describe an image of this size.
+        """
+        height, width = map(int, self.sizes[i])
+        rows = self._rows(i, with_crowd)
+        masks = np.zeros((len(rows), height, width), np.uint8)
+        for mask, row in zip(masks, rows):
+            try:
+                columns = coco_mask.decode(self._rle(row, height, width)).T  # pycocotools stores column after column
+                corner = mask[: columns.shape[1], : columns.shape[0]]
+                cv2.transpose(columns, dst=corner)  # several times as fast as a transposing copy in numpy
+            except ValueError as e:
+                raise UserError(
+                    f"the run-length mask of annotation {self.annotation_ids[row]} does not fit its image "
+                    f"{self.file_names[i]} of {height}x{width} pixels ({e}); correct or remove the annotation"
+                ) from None
+        return masks
+
+    def read_image(self, i: int) -> np.ndarray:
+        """Reads image ``i`` as [h, w, 3] uint8 RGB.
+
+        The orientation in EXIF is ignored, because COCO's annotations refer to the pixels as they are stored.
+
+        Raises:
+            BrokenImageError: the file is missing, truncated, not an image, or of another size than annotated.
+        """
+        path = self.image_path(i)
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise _broken(path, f"cannot be read ({e.strerror})") from None
+        if _is_truncated(data):
+            raise _broken(path, "is truncated")
+        try:
+            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+        except cv2.error:
+            image = None
+        if image is None:
+            raise _broken(path, "is not an image that can be decoded" if data else "is empty")
+        height, width = map(int, self.sizes[i])
+        if image.shape[:2] != (height, width):
+            found = f"{image.shape[0]}x{image.shape[1]}"
+            raise _broken(path, f"has {found} pixels (height x width) where the annotations say {height}x{width}")
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+    def _rows(self, i: int, with_crowd: bool) -> np.ndarray:
+        rows = np.arange(self.offsets[i], self.offsets[i + 1])
+        return rows if with_crowd else rows[~self.crowd[rows]]
+
+    def _rle(self, row: int, height: int, width: int) -> dict:
+        """Returns a run-length mask of the top-left part of the image that holds the object: it is all that counts."""
+        first, num = self.first_part[row], self.num_parts[row]
+        if num == 0:
+            counts = self.rle_counts[self.rle_offsets[first] : self.rle_offsets[first + 1]].tobytes()
+            return {"size": [height, width], "counts": counts}
+        bounds = self.part_offsets[first : first + num + 1]
+        x_max, y_max = self.coordinates[bounds[0] : bounds[-1]].reshape(-1, 2).max(axis=0)
+        height, width = min(height, max(0, int(y_max)) + 2), min(width, max(0, int(x_max)) + 2)
+        polygons = [self.coordinates[start:stop] for start, stop in zip(bounds[:-1], bounds[1:])]
+        parts = coco_mask.frPyObjects(polygons, height, width)
+        return coco_mask.merge(parts) if num > 1 else parts[0]
+
+
+def _broken(path: Path, what: str) -> BrokenImageError:
+    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
+
+
+def _is_truncated(data: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end; OpenCV decodes such files without an error, filling with grey or black."""
+    if data.startswith(b"\xff\xd8"):
+        # The marker of the end cannot occur inside compressed data, which stuffs a zero after each 0xff. A thumbnail
+        # in the header has an end of its own, so the end must come after the last start of compressed data.
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    return data.startswith(b"\x89PNG") and b"IEND" not in data
+
+
+def load_index(coco_dir: str | os.PathLike, split: str, skip_broken: bool = False) -> CocoIndex:
+    """Opens one split of a dataset in COCO's layout and checks it.
+
+    Boxes are clipped to their image. Annotations that cannot be used (an empty box, a box outside the image, no usable
+    mask) are dropped; ``problems`` of the result counts them, and one warning reports them.
+
+    Args:
+        coco_dir: folder with ``<split>/`` and ``annotations/instances_<split>.json``.
+        split: for example "train2017".
+        skip_broken: keep images whose file is missing instead of raising; reading them raises BrokenImageError.
+
+    Returns:
+        The index, images in the order of the file.
+
+    Raises:
+        UserError: the folder has another layout, the JSON is broken or contradicts itself, or image files are missing.
+    """
+    json_path, image_dir = _locate(coco_dir, split)
+    file = read_annotation_file(json_path)
+    problems = dict(file.problems)
+    num_missing = _check_image_files(image_dir, file.file_names, skip_broken)
+    if num_missing:
+        problems["image files missing"] = num_missing
+    index = _arrange(file, image_dir, problems)
+    if problems:
+        listed = ", ".join(f"{count} {what}" for what, count in problems.items())
+        _log.warning("%s: %s", json_path, listed)
+    return index
+
+
+def _locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
+    root = Path(coco_dir)
+    layout = f"a folder that holds {split}/ (the images) and annotations/instances_{split}.json"
+    if not os.fspath(coco_dir):
+        raise UserError(f"no dataset was given; set --config.data.coco_dir to {layout}")
+    if not root.is_dir():
+        raise UserError(f"coco_dir {root} is not a folder; set --config.data.coco_dir to {layout}")
+    json_path, image_dir = root / "annotations" / f"instances_{split}.json", root / split
+    absent = [str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found]
+    if absent:
+        raise UserError(f"coco_dir {root} lacks {' and '.join(absent)}; --config.data.coco_dir must be {layout}")
+    return json_path, image_dir
+
+
+def _check_image_files(image_dir: Path, file_names: list[str], skip_broken: bool) -> int:
+    """Returns how many image files are missing; one listing of the folder is cheaper than a look at every file."""
+    with os.scandir(image_dir) as entries:
+        present = {entry.name for entry in entries}
+    missing = [
+        name
+        for name in file_names
+        if name not in present and not (os.path.dirname(name) and os.path.exists(image_dir / name))
+    ]
+    if missing and not skip_broken:
+        raise UserError(
+            f"{len(missing)} of {len(file_names)} image files are missing from {image_dir}, such as "
+            f"{', '.join(missing[:3])}; add them, or go on without them by --config.data.skip_broken=true"
+        )
+    return len(missing)
+
+
+def _arrange(file: AnnotationFile, image_dir: Path, problems: dict[str, int]) -> CocoIndex:
+    """Clips and drops boxes, then sorts the annotations by image; adds to ``problems``."""
+    sizes = file.sizes
+    limits = sizes[file.image_rows][:, [1, 0, 1, 0]].astype(np.float32)  # [K, 4]
+    boxes = file.boxes.copy()
+    boxes[:, 2:] += boxes[:, :2]
+    clipped = np.clip(boxes, 0, limits)
+    positive = (file.boxes[:, 2] > 0) & (file.boxes[:, 3] > 0)
+    inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
+    keep = positive & inside
+    # Coordinates are rounded in the file, so that many boxes pass the border by a hundredth of a pixel.
+    moved = keep & (np.abs(clipped - boxes) > 1).any(axis=1)
+    for what, rows in (
+        ("boxes without area dropped", ~positive),
+        ("boxes outside their image dropped", positive & ~inside),
+        ("boxes clipped to their image by more than a pixel", moved),
+    ):
+        if rows.any():
+            problems[what] = int(rows.sum())
+    if file.num_annotations and not keep.any():
+        raise UserError(
+            f"none of the {file.num_annotations} annotations in {file.path} can be used ({problems}); "
+            "instance masks and boxes are needed, as polygons or run lengths"
+        )
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(file.image_rows[order], kind="stable")]
+    categories = Categories.create(file.category_ids, file.category_names)
+    label_of_column = np.array([categories.labels[categories.ids.index(i)] for i in file.category_ids], np.int32)
+    return CocoIndex(
+        image_dir=image_dir,
+        categories=categories,
+        image_ids=file.image_ids,
+        sizes=sizes,
+        file_names=np.array(file.file_names, dtype=np.str_),
+        offsets=np.searchsorted(file.image_rows[order], np.arange(len(sizes) + 1)),
+        annotation_ids=file.annotation_ids[order],
+        labels=label_of_column[file.category_rows[order]],
+        boxes=clipped[order],
+        crowd=file.crowd[order],
+        first_part=file.first_part[order],
+        num_parts=file.num_parts[order],
+        coordinates=file.coordinates,
+        part_offsets=file.part_offsets,
+        rle_counts=file.rle_counts,
+        rle_offsets=file.rle_offsets,
+        problems=problems,
+    )

@@ -1,0 +1,362 @@
+"""Batches of padded images, in an order that depends on the seed alone.
+
+Every batch has one of a few padded sizes (buckets), so that the compiled steps see a handful of shapes; torchvision
+pads each batch to its own largest image instead. Which images a step sees is a pure function of (seed, epoch), and what
+augmentation does to each of them of (seed, epoch, position in the epoch): neither the number of threads or processes
+nor where a run was resumed changes a byte. Resuming therefore needs the step number and no saved state.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from maskrcnn_jax.data import transforms
+from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.structures import Batch, GroundTruth
+
+_log = logging.getLogger(__name__)
+
+_STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
+
+
+def buckets_for(short_side: int, long_side: int, mode: str) -> list[tuple[int, int]]:
+    """Lists the padded sizes that batches may have, smallest area first.
+
+    "auto" has sides for images up to 4:3 and for the longest ones, in both orientations: 800/1333 gives 800x1088,
+    800x1344 and their transposes, which leave 7 % of COCO's pixels to padding. "exact" has none in advance: each image
+    is padded to its own multiple of 32.
+
+    Returns:
+        (height, width) pairs in pixels; empty for "exact".
+
+    Raises:
+        UserError: an unknown mode, or sides that contradict each other.
+    """
+    if not 1 <= short_side <= long_side:
+        raise UserError(f"data.short_side {short_side} must lie between 1 and data.long_side {long_side}")
+    if mode == "exact":
+        return []
+    if mode != "auto":
+        raise UserError(f"data.buckets {mode!r} is unknown; use auto or exact")
+    short = _round_up(short_side)
+    longer = {_round_up(min(short_side * 4 / 3, long_side)), _round_up(long_side)}
+    sizes = {size for side in longer for size in ((short, side), (side, short))}
+    return sorted(sizes, key=lambda size: (size[0] * size[1], size))
+
+
+def _round_up(length: float | np.ndarray) -> int | np.ndarray:
+    rounded = -(-length // _STRIDE) * _STRIDE
+    return rounded.astype(np.int32) if isinstance(rounded, np.ndarray) else int(rounded)
+
+
+def training_subset(index: CocoIndex, limit: int, seed: int) -> np.ndarray:
+    """Picks the first ``limit`` images of a seeded shuffle, so that a smaller subset is part of every larger one.
+
+    Returns:
+        Rows of the index, [min(limit, N)] int64 in ascending order; all of them if ``limit`` is 0.
+    """
+    rows = np.arange(len(index))
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:limit]) if limit else rows
+
+
+class Plan:
+    """Says which images every step of every epoch loads, and at what padded size."""
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        image_indices: np.ndarray,
+        *,
+        batch_size: int,
+        buckets: list[tuple[int, int]],
+        shuffle: bool,
+        seed: int,
+    ):
+        """Assigns every image to the smallest bucket that holds it.
+
+        Args:
+            sizes: [N, 2] int, sizes of all images of the dataset after resizing.
+            image_indices: [n] int, the images that take part, in the order in which they are wanted unshuffled.
+            batch_size: images a step.
+            buckets: (height, width), smallest first; empty rounds each image's own size up.
+            shuffle: a new order every epoch, and partial batches filled by other images of the same bucket;
+                otherwise the given order within each bucket, and partial batches filled by -1.
+            seed: of the shuffle.
+        """
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self._images = np.asarray(image_indices, np.int64)
+        sizes = sizes[self._images]
+        if buckets:
+            fits = (sizes[:, None] <= np.array(buckets)).all(axis=2)  # [n, number of buckets]
+            self._bucket_of, self._buckets = fits.argmax(axis=1), np.array(buckets, np.int32)
+        else:
+            self._buckets, self._bucket_of = np.unique(_round_up(sizes), axis=0, return_inverse=True)
+        counts = np.bincount(self._bucket_of, minlength=len(self._buckets))
+        self.steps_per_epoch = int((-(-counts // batch_size)).sum())
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+
+    def step(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the images of a step, [batch_size] rows of the index or -1, and their padded (height, width)."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        images, buckets = self._epoch(epoch)
+        height, width = self._buckets[buckets[step]]
+        return images[step], (int(height), int(width))
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the images [steps, batch_size] and the buckets [steps] of an epoch."""
+        # The trailing zero keeps this stream apart from those of the samples, whose last number is never zero.
+        rng = np.random.default_rng([self.seed, epoch, 0])
+        order = rng.permutation(len(self._images)) if self.shuffle else np.arange(len(self._images))
+        images, buckets = [], []
+        for bucket in range(len(self._buckets)):
+            members = self._images[order[self._bucket_of[order] == bucket]]
+            num_steps = -(-len(members) // self.batch_size)
+            if self.shuffle:
+                rows = np.resize(members, num_steps * self.batch_size)  # wraps round to the first ones
+            else:
+                rows = np.full(num_steps * self.batch_size, -1)
+                rows[: len(members)] = members
+            images.append(rows.reshape(num_steps, self.batch_size))
+            buckets.append(np.full(num_steps, bucket))
+        images, buckets = np.concatenate(images), np.concatenate(buckets)
+        if self.shuffle:
+            batches = rng.permutation(len(images))
+            images, buckets = images[batches], buckets[batches]
+        return images, buckets
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchReader:
+    """Reads the batch of a step; threads share it and processes get a copy, so it keeps no state."""
+
+    index: CocoIndex
+    plan: Plan
+    short_side: int
+    long_side: int
+    resize_dtype: str
+    annotations: bool
+    max_objects: int
+    hflip: float
+    color_jitter: float
+    mask_side: int
+    skip_broken: bool
+    process_rows: slice  # of every batch, those of this process
+
+    def __call__(self, step: int) -> Batch | Exception:
+        """Reads a batch; a problem of the user's is returned, since processes would drop part of a raised one."""
+        images, padded_size = self.plan.step(step)
+        batch = self._empty(len(images[self.process_rows]), padded_size)
+        epoch, step = divmod(step, self.plan.steps_per_epoch)
+        for row, position in enumerate(range(len(images))[self.process_rows]):
+            if images[position] >= 0:
+                sample = (self.plan.seed, epoch, step * len(images) + position + 1)
+                try:
+                    self._fill(batch, row, int(images[position]), sample)
+                except BrokenImageError as e:
+                    if not self.skip_broken:
+                        return e
+                    _warn_once(str(e))
+                except UserError as e:
+                    return e
+        return batch
+
+    def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
+        objects, side = self.max_objects, self.mask_side
+        gt = GroundTruth(
+            boxes=np.zeros((rows, objects, 4), np.float32),
+            labels=np.zeros((rows, objects), np.int32),
+            masks=np.zeros((rows, objects, side, side // 8), np.uint8),
+            mask_sizes=np.ones((rows, 2), np.int32),
+            valid=np.zeros((rows, objects), bool),
+        )
+        return Batch(
+            images=np.zeros((rows, *padded_size, 3), self.resize_dtype),
+            sizes=np.ones((rows, 2), np.int32),  # 1, so that a division by the size of an invalid row stays finite
+            original_sizes=np.ones((rows, 2), np.int32),
+            image_index=np.full(rows, -1, np.int32),
+            valid=np.zeros(rows, bool),
+            gt=gt if self.annotations else None,
+        )
+
+    def _fill(self, batch: Batch, row: int, i: int, sample: tuple[int, int, int]) -> None:
+        rng = np.random.default_rng(sample)
+        flip = rng.random() < self.hflip
+        image = self.index.read_image(i)
+        original_size = image.shape[:2]
+        size = transforms.resized_size(*original_size, self.short_side, self.long_side)
+        if self.color_jitter:
+            image = transforms.color_jitter(image, self.color_jitter, rng)
+        if flip:
+            image = transforms.hflip_image(image)
+        if batch.gt is not None:
+            self._fill_objects(batch.gt, row, i, size, flip)
+        batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, self.resize_dtype)
+        batch.sizes[row] = size
+        batch.original_sizes[row] = original_size
+        batch.image_index[row] = i
+        batch.valid[row] = True
+
+    def _fill_objects(self, gt: GroundTruth, row: int, i: int, size: tuple[int, int], flip: bool) -> None:
+        objects, masks = self.index.annotations(i), self.index.masks(i)
+        height, width = map(int, self.index.sizes[i])
+        boxes = objects.boxes
+        if flip:
+            boxes, masks = transforms.hflip_boxes(boxes, width), transforms.hflip_masks(masks)
+        num = len(boxes)
+        gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
+        gt.labels[row, :num] = objects.labels
+        gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.mask_side)
+        gt.valid[row, :num] = True
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    _log.warning("%s", message)
+
+
+class Loader:
+    """Iterates over the batches of a run from one step on; each ``iter()`` starts there again."""
+
+    def __init__(self, read: _BatchReader, *, start_step: int, num_steps: int, threads: int, workers: int, prefetch: int):
+        self.steps_per_epoch = read.plan.steps_per_epoch
+        self.start_step, self.num_steps = start_step, num_steps
+        self._read = read
+        self._threads, self._workers, self._prefetch = threads, workers, prefetch
+
+    def __len__(self) -> int:
+        return max(self.num_steps - self.start_step, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not len(self):
+            return
+        steps = grain.MapDataset.range(self.start_step, self.num_steps)
+        batches = steps.map(self._read).to_iter_dataset(
+            grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, self._threads))
+        )
+        if self._workers:
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
+            )
+        iterator = iter(batches)
+        try:
+            for batch in iterator:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        finally:
+            iterator.close()
+
+
+def make_loader(
+    index: CocoIndex,
+    *,
+    batch_size: int,
+    short_side: int,
+    long_side: int,
+    shuffle: bool,
+    annotations: bool,
+    buckets: str = "auto",
+    resize_dtype: str = "uint8",
+    hflip: float = 0.0,
+    color_jitter: float = 0.0,
+    mask_side: int = 640,
+    seed: int = 0,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    image_indices: np.ndarray | None = None,
+    threads: int = 4,
+    workers: int = 0,
+    prefetch: int = 4,
+    skip_broken: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Builds an iterable of ``Batch`` of numpy arrays.
+
+    Args:
+        index: the dataset.
+        batch_size: images a step, over all processes.
+        short_side: pixels, after resizing.
+        long_side: pixels, at most.
+        shuffle: True for training: a new order every epoch, partial batches filled by other images of their bucket.
+            False for evaluation: every image exactly once, partial batches filled by rows with valid False.
+        annotations: whether batches carry ``gt``.
+        buckets: "auto" or "exact", see ``buckets_for``.
+        resize_dtype: "uint8" or "float32", also the dtype of the images.
+        hflip: probability of mirroring an image.
+        color_jitter: strength of brightness, contrast and saturation changes, 0..1.
+        mask_side: canvas of the masks in pixels, a multiple of 8.
+        seed: of the order and the augmentation.
+        start_step: the first step to load, counted from the start of the run.
+        num_steps: steps of the whole run, counted from its start; None means one epoch.
+        image_indices: rows of the index that take part, None for all.
+        threads: threads that load, in this process or in each worker.
+        workers: extra processes that load; 0 loads in this one.
+        prefetch: batches loaded ahead.
+        skip_broken: a broken image becomes a row with valid False and is logged once, instead of an error.
+        process_index: of this process among those that train together.
+        process_count: each process loads an equal share of the rows of every batch, all at the same bucket.
+
+    Returns:
+        A ``Loader`` with ``steps_per_epoch``. Iterating raises BrokenImageError at the batch with a broken image.
+
+    Raises:
+        UserError: a value that does not fit the others; the message says which.
+    """
+    image_indices = np.arange(len(index)) if image_indices is None else np.asarray(image_indices)
+    _check(
+        (len(image_indices) > 0, "no images to load; the dataset or the chosen part of it is empty"),
+        (batch_size >= 1, f"batch_size {batch_size} must be at least 1"),
+        (batch_size % process_count == 0, f"batch_size {batch_size} must be a multiple of {process_count} processes"),
+        (mask_side >= 8 and mask_side % 8 == 0, f"data.mask_side {mask_side} must be a multiple of 8"),
+        (resize_dtype in ("uint8", "float32"), f"data.resize_dtype {resize_dtype!r} must be uint8 or float32"),
+        (0 <= hflip <= 1, f"data.hflip {hflip} must be a probability, 0..1"),
+        (0 <= color_jitter <= 1, f"data.color_jitter {color_jitter} must lie in 0..1"),
+        (threads >= 1 and workers >= 0 and prefetch >= 1, "data.threads and data.prefetch must be at least 1"),
+        (seed >= 0, f"seed {seed} must not be negative"),
+    )
+    plan = Plan(
+        transforms.resized_sizes(index.sizes, short_side, long_side),
+        image_indices,
+        batch_size=batch_size,
+        buckets=buckets_for(short_side, long_side, buckets),
+        shuffle=shuffle,
+        seed=seed,
+    )
+    share = batch_size // process_count
+    read = _BatchReader(
+        index=index,
+        plan=plan,
+        short_side=short_side,
+        long_side=long_side,
+        resize_dtype=resize_dtype,
+        annotations=annotations,
+        max_objects=max(8, -(-int(index.num_objects.max()) // 8) * 8),
+        hflip=hflip,
+        color_jitter=color_jitter,
+        mask_side=mask_side,
+        skip_broken=skip_broken,
+        process_rows=slice(process_index * share, (process_index + 1) * share),
+    )
+    num_steps = plan.steps_per_epoch if num_steps is None else num_steps
+    return Loader(
+        read, start_step=start_step, num_steps=num_steps, threads=threads, workers=workers, prefetch=prefetch
+    )
+
+
+def _check(*checks: tuple[bool, str]) -> None:
+    failed = [message for passed, message in checks if not passed]
+    if failed:
+        raise UserError("; ".join(failed))

@@ -1,0 +1,126 @@
+"""What happens to one image and its annotations on the host: resize, flip, colour, packing of masks.
+
+Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by (new size / old size) per axis.
+"""
+
+import cv2
+import numpy as np
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in torchvision and Pillow
+
+
+def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int) -> np.ndarray:
+    """Computes the sizes of images after resizing, as torchvision does.
+
+    The shorter side becomes ``short_side`` unless the longer one would exceed ``long_side``. Products are floored in
+    double precision, so that a side may end one pixel short: 427x640 at 800/1333 gives 800x1199.
+
+    Args:
+        sizes: [N, 2] int (height, width).
+        short_side: wanted length of the shorter side, pixels.
+        long_side: upper limit of the longer side, pixels.
+
+    Returns:
+        [N, 2] int32.
+    """
+    sizes = np.asarray(sizes, np.float64)
+    scale = np.minimum(short_side / sizes.min(axis=1), long_side / sizes.max(axis=1))
+    return np.maximum(np.floor(sizes * scale[:, None]), 1).astype(np.int32)
+
+
+def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """Computes the size of one image after resizing; see ``resized_sizes``."""
+    new_height, new_width = resized_sizes([(height, width)], short_side, long_side)[0]
+    return int(new_height), int(new_width)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], dtype: str) -> np.ndarray:
+    """Resizes an image bilinearly, without antialiasing.
+
+    Args:
+        image: [h, w, 3] uint8.
+        size: (height, width) wanted.
+        dtype: "uint8", rounded to whole grey levels, or "float32", as torchvision has it.
+
+    Returns:
+        [height, width, 3] of ``dtype``, 0..255.
+    """
+    height, width = size
+    return cv2.resize(image.astype(dtype, copy=False), (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def scale_boxes(boxes: np.ndarray, old_size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
+    """Scales boxes [n, 4] float32 by the ratio of (height, width) sizes; in float32, as torchvision does."""
+    y, x = np.asarray(new_size, np.float32) / np.asarray(old_size, np.float32)
+    return boxes * np.array([x, y, x, y], np.float32)
+
+
+def hflip_image(image: np.ndarray) -> np.ndarray:
+    """Mirrors an image [h, w, 3] left to right."""
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def hflip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
+    """Mirrors boxes [n, 4] in an image ``width`` pixels wide."""
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+def hflip_masks(masks: np.ndarray) -> np.ndarray:
+    """Mirrors masks [n, h, w]."""
+    return masks[:, :, ::-1]
+
+
+def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Changes brightness, contrast and saturation, in random order.
+
+    Each factor is drawn from [1 - strength, 1 + strength]. Values are rounded and limited to 0..255 after every
+    change, as torchvision's ColorJitter does with an image of bytes.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        strength: 0..1.
+        rng: consumed: one permutation, three factors.
+
+    Returns:
+        [h, w, 3] uint8.
+    """
+    order = rng.permutation(3)
+    factors = rng.uniform(1 - strength, 1 + strength, 3)
+    for change in order:
+        factor = np.float32(factors[change])
+        pixels = image.astype(np.float32)
+        if change == 0:  # brightness: towards black
+            other = np.float32(0)
+        elif change == 1:  # contrast: towards the mean of the grey image
+            other = np.floor(pixels @ _LUMA).mean()
+        else:  # saturation: towards the grey image
+            other = np.floor(pixels @ _LUMA)[:, :, None]
+        image = np.clip(factor * pixels + (1 - factor) * other, 0, 255).astype(np.uint8)
+    return image
+
+
+def pack_masks(masks: np.ndarray, mask_side: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Puts masks into the top-left corner of a square canvas, eight pixels a byte.
+
+    Rasters that are larger than the canvas are reduced: pixel i of the reduced axis is pixel floor(i * old / new) of
+    the old one, the rule of nearest interpolation in torchvision.
+
+    Args:
+        masks: [n, h, w] uint8 or bool, nonzero inside the object.
+        mask_side: side of the canvas in pixels, a multiple of 8.
+
+    Returns:
+        The canvases [n, mask_side, mask_side / 8] uint8, lowest bit first, and the (height, width) of the raster on
+        them.
+    """
+    num, height, width = masks.shape
+    longest = max(height, width, mask_side)  # integers, so that nothing is lost to rounding
+    new_height, new_width = max(1, height * mask_side // longest), max(1, width * mask_side // longest)
+    if longest > mask_side:
+        rows = np.arange(new_height) * height // new_height
+        columns = np.arange(new_width) * width // new_width
+        masks = masks[:, rows[:, None], columns]
+    packed = np.zeros((num, mask_side, mask_side // 8), np.uint8)
+    bits = np.packbits(masks, axis=2, bitorder="little")
+    packed[:, :new_height, : bits.shape[2]] = bits
+    return packed, (new_height, new_width)

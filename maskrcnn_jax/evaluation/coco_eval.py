@@ -1,0 +1,160 @@
+"""COCO's box and mask AP by pycocotools, as a dictionary, a table and files.
+
+The numbers are what pycocotools gives for the written ``detections.json``, also in one point where detectron2 and
+torchvision's training scripts differ: a result that holds both a box and a mask is counted as small, medium or large
+by the area of its box. They remove the box before they evaluate masks; this moves segm_APs, segm_APm and segm_APl
+a little and leaves segm_AP as it is.
+"""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from maskrcnn_jax.errors import UserError
+
+# The order of COCOeval.stats.
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def load_annotations(path: str | os.PathLike) -> COCO:
+    """Read a COCO annotation file quietly and fill in what COCOeval needs and small datasets often leave out.
+
+    Args:
+        path: a COCO ``instances_*.json``.
+
+    Returns:
+        The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` get that of their mask.
+
+    Raises:
+        UserError: if the file is missing, is no JSON or holds no COCO annotations.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(os.fspath(path))
+            for annotation in coco.anns.values():
+                annotation.setdefault("iscrowd", 0)
+                if "area" not in annotation:
+                    annotation["area"] = float(coco_mask.area(coco.annToRLE(annotation)))
+    except FileNotFoundError:
+        raise UserError(
+            f"the annotation file {path} does not exist; check the path and the name of the split"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError, TypeError) as error:
+        raise UserError(f"{path} is no COCO annotation file ({type(error).__name__}: {error})") from error
+    if not coco.dataset.get("images") or not coco.dataset.get("categories"):
+        raise UserError(f"{path} holds no images or no categories; give a COCO instances_*.json")
+    return coco
+
+
+def evaluate(
+    annotations: str | os.PathLike | COCO, results: list[dict], *, image_ids: Sequence[int] | None = None
+) -> dict:
+    """Compute COCO's twelve numbers for boxes and for masks, and the AP of each category.
+
+    Args:
+        annotations: a COCO annotation file, or one that is loaded already.
+        results: COCO results with bbox and segmentation; left as they are.
+        image_ids: evaluate these images only; None means all of the annotation file.
+
+    Returns:
+        ``bbox_AP`` ... ``bbox_ARl`` and ``segm_AP`` ... ``segm_ARl``, floats in 0..1, or -1 where no object falls
+        under the number; ``bbox_per_category`` and ``segm_per_category``, category name -> AP.
+
+    Raises:
+        UserError: if the annotations cannot be read, or results belong to images that are not annotated there.
+    """
+    coco = annotations if isinstance(annotations, COCO) else load_annotations(annotations)
+    unknown = {result["image_id"] for result in results} - set(coco.imgs)
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} images with results are not in the annotation file, image {min(unknown)} for one; "
+            "evaluate with the annotations of the split that was detected on"
+        )
+    metrics = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        detected = _load_results(coco, results)
+        for kind in ("bbox", "segm"):
+            evaluation = COCOeval(coco, detected, kind)
+            if image_ids is not None:
+                evaluation.params.imgIds = sorted({int(image_id) for image_id in image_ids})
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            stats = (float(value) for value in evaluation.stats)
+            metrics |= {f"{kind}_{name}": value for name, value in zip(STATISTICS, stats, strict=True)}
+            metrics[f"{kind}_per_category"] = _per_category(coco, evaluation)
+    return metrics
+
+
+def format_table(metrics: dict) -> str:
+    """Lay out the metrics for a terminal; the last line is ``box AP 0.xxx  mask AP 0.xxx``.
+
+    Args:
+        metrics: as ``evaluate`` returns them.
+    """
+    lines = [f"{'':8}{'box':>8}{'mask':>8}"]
+    lines += [f"{name:8}{metrics[f'bbox_{name}']:8.3f}{metrics[f'segm_{name}']:8.3f}" for name in STATISTICS]
+    per_category = metrics["bbox_per_category"]
+    width = max([len("category"), *map(len, per_category)])
+    lines += ["", f"{'category':{width}}{'box AP':>8}{'mask AP':>9}"]
+    for name, box_ap in per_category.items():
+        lines.append(f"{name:{width}}{box_ap:8.3f}{metrics['segm_per_category'][name]:9.3f}")
+    lines += ["", f"box AP {metrics['bbox_AP']:.3f}  mask AP {metrics['segm_AP']:.3f}"]
+    return "\n".join(lines)
+
+
+def write_files(directory: str | os.PathLike, metrics: dict, results: list[dict]) -> None:
+    """Write ``metrics.json`` and ``detections.json``; each replaces an older one in a single step.
+
+    Args:
+        directory: made if it does not exist.
+        metrics: as ``evaluate`` returns them.
+        results: COCO results.
+    """
+    write_json(Path(directory) / "detections.json", results)
+    write_json(Path(directory) / "metrics.json", metrics, indent=2)
+
+
+def write_json(path: Path, content, *, indent: int | None = None) -> None:
+    """Write a file beside its final name and rename it, so that a reader never meets half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process number keeps two runs that write to one directory from sharing the unfinished file.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content, indent=indent) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _load_results(coco: COCO, results: list[dict]) -> COCO:
+    """As ``COCO.loadRes``, which fails on an empty list and writes into the dicts it is given."""
+    if results:
+        return coco.loadRes([dict(result) for result in results])
+    empty = COCO()
+    empty.dataset = {"images": coco.dataset["images"], "categories": coco.dataset["categories"], "annotations": []}
+    empty.createIndex()
+    return empty
+
+
+def _per_category(coco: COCO, evaluation: COCOeval) -> dict[str, float]:
+    """Average the precision of each category over thresholds and recalls, as ``summarize`` does over all of them."""
+    categories = coco.loadCats(evaluation.params.catIds)
+    names = [category["name"] for category in categories]
+    # precision is [T, R, K, A, M]: the first area range is "all", the last limit is 100 detections.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    table = {}
+    for index, (name, category) in enumerate(zip(names, categories, strict=True)):
+        known = precision[:, :, index]
+        known = known[known > -1]
+        key = name if names.count(name) == 1 else f"{name} ({category['id']})"
+        table[key] = float(np.mean(known)) if known.size else -1.0
+    return table

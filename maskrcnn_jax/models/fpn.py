@@ -1,0 +1,38 @@
+"""Feature Pyramid Network: the backbone's four maps, merged from coarse to fine, plus P6."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskrcnn_jax.models.layers import conv
+
+
+class FPN(nnx.Module):
+    """Lateral 1x1 convolutions, nearest-neighbour top-down additions, 3x3 output convolutions.
+
+    P6 is every second cell of P5 (torchvision's LastLevelMaxPool). Source: Sec. 3, Feature Pyramid Networks.
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], out_channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.inner = nnx.List([conv(k, out_channels, 1, dtype=dtype, rngs=rngs) for k in in_channels])
+        self.layer = nnx.List([conv(out_channels, out_channels, 3, dtype=dtype, rngs=rngs) for _ in in_channels])
+
+    def __call__(self, features: list[jax.Array]) -> list[jax.Array]:
+        """Return P2..P6 [B, H / 2^l, W / 2^l, K] for the outputs of the backbone's stages."""
+        merged = self.inner[-1](features[-1])
+        outputs = [self.layer[-1](merged)]
+        for i in reversed(range(len(features) - 1)):
+            lateral = self.inner[i](features[i])
+            merged = lateral + upsample_nearest(merged, lateral.shape[1:3])
+            outputs.insert(0, self.layer[i](merged))
+        outputs.append(outputs[-1][:, ::2, ::2])
+        return outputs
+
+
+def upsample_nearest(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Double x [B, h, w, K] and crop to ``shape``, which is 2h or 2h - 1 and likewise in width.
+
+    For these sizes this is the nearest-neighbour rule floor(i * h / H).
+    """
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return x[:, : shape[0], : shape[1]]

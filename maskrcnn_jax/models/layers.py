@@ -1,0 +1,126 @@
+"""Convolutions and normalisations that every part of the network is built from.
+
+Padding is explicit and symmetric, as in PyTorch: XLA's SAME pads a strided convolution differently.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+kaiming_uniform = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype that parameters are kept in: float32, or float64 when the network computes in it."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    use_bias: bool = True,
+    kernel_init: Callable = kaiming_uniform,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Build a square convolution that keeps the size up to its stride."""
+    padding = (kernel_size - 1) // 2
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        kernel_size=(kernel_size, kernel_size),
+        strides=stride,
+        padding=((padding, padding), (padding, padding)),
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        param_dtype=parameter_dtype(dtype),
+        rngs=rngs,
+    )
+
+
+class BatchStatistics(nnx.Variable):
+    """Running mean and variance: neither differentiated nor decayed."""
+
+
+class FrozenStatistics(nnx.Variable):
+    """All four arrays of a frozen batch normalisation: constants of the network."""
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over batch, height and width.
+
+    Differs from ``nnx.BatchNorm`` in that the running variance is the unbiased one, as PyTorch keeps it. Under a
+    sharded batch the statistics are those of the whole batch, since the mean is a global operation.
+    """
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0):
+        kept = parameter_dtype(dtype)
+        self.scale = nnx.Param(jnp.full(channels, gain, kept))
+        self.bias = nnx.Param(jnp.zeros(channels, kept))
+        self.mean = BatchStatistics(jnp.zeros(channels, kept))
+        self.var = BatchStatistics(jnp.ones(channels, kept))
+        self.eps, self.momentum, self.dtype = eps, momentum, dtype
+        self.use_running_average = False  # set by Module.train() and Module.eval()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            wide = x.astype(self.scale[...].dtype)
+            mean = jnp.mean(wide, axis=(0, 1, 2))
+            # One pass over x: the two-pass form reads the activations twice, which costs more than the rounding.
+            var = jnp.maximum(jnp.mean(jnp.square(wide), axis=(0, 1, 2)) - jnp.square(mean), 0)
+            count = x.size // x.shape[-1]
+            unbiased = var * (count / max(count - 1, 1))
+            self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
+            self.var[...] += self.momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
+        return _normalize(x, mean, var, self.scale[...], self.bias[...], self.eps, self.dtype)
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch normalisation with fixed statistics and affine parameters, for fine-tuning pretrained backbones."""
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, gain: float = 1.0):
+        kept = parameter_dtype(dtype)
+        self.scale = FrozenStatistics(jnp.full(channels, gain, kept))
+        self.bias = FrozenStatistics(jnp.zeros(channels, kept))
+        self.mean = FrozenStatistics(jnp.zeros(channels, kept))
+        self.var = FrozenStatistics(jnp.ones(channels, kept))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _normalize(x, self.mean[...], self.var[...], self.scale[...], self.bias[...], self.eps, self.dtype)
+
+
+def _normalize(x, mean, var, scale, bias, eps, dtype):
+    """Apply one multiplication and one addition per element, their factors computed in full precision."""
+    factor = scale * jax.lax.rsqrt(var + eps)
+    offset = bias - mean * factor
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    return (x * factor.reshape(shape) + offset.reshape(shape)).astype(dtype)
+
+
+def make_norm(kind: str, channels: int, *, dtype: jnp.dtype, gain: float = 1.0) -> nnx.Module:
+    """Build a normalisation layer.
+
+    Args:
+      kind: "batch" or "frozen".
+      channels: of its input.
+      dtype: of its output.
+      gain: initial scale.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if kind == "batch":
+        return BatchNorm(channels, dtype=dtype, gain=gain)
+    if kind == "frozen":
+        return FrozenBatchNorm(channels, dtype=dtype, gain=gain)
+    raise ValueError(f"norm is {kind!r}; use 'batch' or 'frozen'")

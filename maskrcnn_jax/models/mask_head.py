@@ -1,0 +1,51 @@
+"""Mask head: a 28x28 mask of every RoI from its pooled 14x14 features."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskrcnn_jax.models.layers import conv, kaiming_normal, parameter_dtype
+
+
+class MaskHead(nnx.Module):
+    """Four 3x3 convolutions, a 2x2 deconvolution, and one 1x1 filter per class.
+
+    Only the mask of one class per RoI is ever looked at (the true class in training, the predicted one in testing),
+    so only that one is computed. Source: Fig. 4 (right), Mask R-CNN.
+    """
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        kept = parameter_dtype(dtype)
+        inputs = (in_channels, channels, channels, channels)
+        self.convs = nnx.List([conv(k, channels, 3, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs) for k in inputs])
+        # A 2x2 kernel with stride 2 does not overlap: each input cell gives its own 2x2 block, a matrix product.
+        self.deconv = nnx.LinearGeneral(
+            channels,
+            (2, 2, channels),
+            kernel_init=nnx.initializers.normal((2.0 / channels) ** 0.5),
+            dtype=dtype,
+            param_dtype=kept,
+            use_bias=False,
+            rngs=rngs,
+        )
+        self.deconv_bias = nnx.Param(jnp.zeros(channels, kept))
+        self.logits_kernel = nnx.Param(nnx.initializers.normal(0.001)(rngs.params(), (num_classes, channels), kept))
+        self.logits_bias = nnx.Param(jnp.zeros(num_classes, kept))
+        self.dtype = dtype
+
+    def __call__(self, pooled: jax.Array, labels: jax.Array) -> jax.Array:
+        """Return the mask logits [..., 28, 28] of the given classes, float32 or wider.
+
+        Args:
+          pooled: [..., 14, 14, K].
+          labels: [...] int32.
+        """
+        leading, (height, width, channels) = pooled.shape[:-3], pooled.shape[-3:]
+        x = pooled.reshape(-1, height, width, channels)
+        for convolution in self.convs:
+            x = nnx.relu(convolution(x))
+        x = nnx.relu(self.deconv(x) + self.deconv_bias[...].astype(self.dtype))  # [R, h, w, 2, 2, K]
+        kernel = self.logits_kernel[...][labels.reshape(-1)].astype(self.dtype)
+        logits = jnp.einsum("nhwijk,nk->nhiwj", x, kernel, preferred_element_type=parameter_dtype(self.dtype))
+        logits = logits + self.logits_bias[...][labels.reshape(-1)][:, None, None, None, None]
+        return logits.reshape(*leading, 2 * height, 2 * width)

@@ -1,0 +1,276 @@
+"""Mask R-CNN on one screen: features, proposals, boxes, masks; then the losses of training and the detections.
+
+Each stage is a method, so that a comparison can feed the intermediate result of a reference into any of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import FrozenDict
+
+from maskrcnn_jax import losses
+from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
+from maskrcnn_jax.models.fpn import FPN
+from maskrcnn_jax.models.mask_head import MaskHead
+from maskrcnn_jax.models.postprocess import select_detections
+from maskrcnn_jax.models.proposals import RPN_BOX_WEIGHTS, sample_rois, select_proposals
+from maskrcnn_jax.models.resnet import ResNet
+from maskrcnn_jax.models.rpn import RPNHead
+from maskrcnn_jax.ops.anchors import grid_anchors
+from maskrcnn_jax.ops.boxes import encode_boxes
+from maskrcnn_jax.ops.masks import mask_targets
+from maskrcnn_jax.ops.matching import BACKGROUND, Sample, match, sample_balanced
+from maskrcnn_jax.ops.roi_align import multiscale_roi_align
+from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, RoISamples
+
+# Of ImageNet's images scaled to 0..1, the statistics that pretrained backbones expect.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+BOX_POOL_SIZE = 7
+MASK_POOL_SIZE = 14
+MASK_SIZE = 2 * MASK_POOL_SIZE
+
+
+class MaskRCNN(nnx.Module):
+    """Mask R-CNN with a ResNet-FPN backbone; options carry torchvision's names and default to its values."""
+
+    def __init__(
+        self,
+        num_classes: int = 91,
+        *,
+        backbone: str = "resnet50",
+        width: int = 64,
+        norm: str = "batch",
+        stride_in_1x1: bool = False,
+        fpn_channels: int = 256,
+        anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512),
+        aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        rpn_fg_iou_thresh: float = 0.7,
+        rpn_bg_iou_thresh: float = 0.3,
+        rpn_batch_size_per_image: int = 256,
+        rpn_positive_fraction: float = 0.5,
+        rpn_pre_nms_top_n_train: int = 2000,
+        rpn_pre_nms_top_n_test: int = 1000,
+        rpn_post_nms_top_n_train: int = 2000,
+        rpn_post_nms_top_n_test: int = 1000,
+        rpn_nms_thresh: float = 0.7,
+        roi_sampling_ratio: int = 2,
+        roi_aligned: bool = False,
+        box_hidden: int = 1024,
+        box_iou_thresh: float = 0.5,
+        box_batch_size_per_image: int = 512,
+        box_positive_fraction: float = 0.25,
+        box_score_thresh: float = 0.05,
+        box_nms_thresh: float = 0.5,
+        box_detections_per_img: int = 100,
+        mask_channels: int = 256,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        """Build the network; configs/base.py says what each option means.
+
+        Args:
+          num_classes: C + 1, background included.
+          rngs: for the initial values.
+        """
+        self.dtype = jnp.dtype(dtype)
+        self.anchor_sizes, self.aspect_ratios = tuple(anchor_sizes), tuple(aspect_ratios)
+        self.rpn_thresholds = (rpn_fg_iou_thresh, rpn_bg_iou_thresh)
+        # FrozenDict, because the structure of a model must be hashable for jax.jit to recognise it.
+        self.rpn_sampling = FrozenDict(size=rpn_batch_size_per_image, positive_fraction=rpn_positive_fraction)
+        self.rpn_selection_train = FrozenDict(
+            pre_nms_top_n=rpn_pre_nms_top_n_train,
+            post_nms_top_n=rpn_post_nms_top_n_train,
+            nms_thresh=rpn_nms_thresh,
+        )
+        self.rpn_selection_test = FrozenDict(
+            pre_nms_top_n=rpn_pre_nms_top_n_test,
+            post_nms_top_n=rpn_post_nms_top_n_test,
+            nms_thresh=rpn_nms_thresh,
+        )
+        self.roi_pooling = {"sampling_ratio": roi_sampling_ratio, "aligned": roi_aligned}
+        self.roi_sampling = FrozenDict(
+            size=box_batch_size_per_image,
+            positive_fraction=box_positive_fraction,
+            iou_thresh=box_iou_thresh,
+        )
+        self.selection = FrozenDict(
+            score_thresh=box_score_thresh,
+            nms_thresh=box_nms_thresh,
+            detections_per_img=box_detections_per_img,
+        )
+        self.backbone = ResNet(
+            backbone, width=width, norm=norm, stride_in_1x1=stride_in_1x1, dtype=self.dtype, rngs=rngs
+        )
+        self.fpn = FPN(self.backbone.out_channels, fpn_channels, dtype=self.dtype, rngs=rngs)
+        self.rpn = RPNHead(fpn_channels, len(aspect_ratios), dtype=self.dtype, rngs=rngs)
+        self.box_head = BoxHead(fpn_channels, BOX_POOL_SIZE, box_hidden, num_classes, dtype=self.dtype, rngs=rngs)
+        self.mask_head = MaskHead(fpn_channels, mask_channels, num_classes, dtype=self.dtype, rngs=rngs)
+
+    # Stages
+
+    def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Return images [B, H, W, 3] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        mean, std = (jnp.array(values, wide).reshape(1, 1, 1, 3) for values in (IMAGE_MEAN, IMAGE_STD))
+        normalized = (images.astype(wide) / 255 - mean) / std
+        inside_y = jnp.arange(images.shape[1])[None, :] < sizes[:, :1]
+        inside_x = jnp.arange(images.shape[2])[None, :] < sizes[:, 1:]
+        inside = inside_y[:, :, None, None] & inside_x[:, None, :, None]
+        return jnp.where(inside, normalized, 0).astype(self.dtype)
+
+    def features(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+        """Return the pyramid P2..P6 of images [B, H, W, 3] in 0..255."""
+        return self.fpn(self.backbone(self.normalize(images, sizes)))
+
+    def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
+        """Return the anchors [A_l, 4] of each level."""
+        shapes = [feature.shape[1:3] for feature in features]
+        return [jnp.asarray(a) for a in grid_anchors(image_shape, shapes, self.anchor_sizes, self.aspect_ratios)]
+
+    def propose(self, objectness, deltas, anchors, sizes: jax.Array, selection: dict) -> Proposals:
+        """Select the proposals of every image from the RPN's outputs; no gradient flows through them."""
+        # Proposals are inputs of the second stage: Sec. 3.2, Faster R-CNN (approximate joint training).
+        objectness, deltas = jax.lax.stop_gradient((objectness, deltas))
+        return jax.vmap(lambda o, d, s: select_proposals(o, d, anchors, s, **selection))(objectness, deltas, sizes)
+
+    def pool(self, features: list[jax.Array], boxes: jax.Array, image_shape, output_size: int) -> jax.Array:
+        """Pool boxes [B, R, 4] from P2..P5 to [B, R, output_size, output_size, K]."""
+        return jax.vmap(
+            lambda f, b: multiscale_roi_align(
+                f, b, image_shape=image_shape, output_size=output_size, **self.roi_pooling
+            )
+        )(features[:4], boxes)
+
+    def match_anchors(self, anchors: list[jax.Array], gt: GroundTruth) -> jax.Array:
+        """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
+        high, low = self.rpn_thresholds
+        flat = jnp.concatenate(anchors)
+        return jax.vmap(
+            lambda boxes, valid: match(
+                flat, boxes, valid, high_threshold=high, low_threshold=low, allow_low_quality=True
+            )
+        )(gt.boxes, gt.valid)
+
+    def sample_anchors(self, key: jax.Array, matches: jax.Array) -> Sample:
+        """Draw the anchors of the RPN losses from matches [B, A]."""
+        keys = jax.random.split(key, matches.shape[0])
+        return jax.vmap(lambda k, m: sample_balanced(k, m >= 0, m == BACKGROUND, **self.rpn_sampling))(keys, matches)
+
+    def sample_rois(self, key: jax.Array, proposals: Proposals, gt: GroundTruth) -> RoISamples:
+        """Draw the RoIs that the heads are trained on."""
+        keys = jax.random.split(key, proposals.boxes.shape[0])
+        return jax.vmap(lambda k, p, g: sample_rois(k, p, g, **self.roi_sampling))(keys, proposals, gt)
+
+    # Training
+
+    def losses(self, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Compute the five losses of a batch.
+
+        Args:
+          batch: with ground truth; rows with ``valid`` False count for nothing.
+          key: random key of the sampling.
+
+        Returns:
+          The loss terms, scalars whose sum is to be minimised, and metrics, scalars for the log.
+        """
+        rpn_key, roi_key = jax.random.split(key)
+        image_shape = batch.images.shape[1:3]
+        gt = batch.gt._replace(valid=batch.gt.valid & batch.valid[:, None])
+
+        features = self.features(batch.images, batch.sizes)
+        anchors = self.anchors(features, image_shape)
+        objectness, deltas = self.rpn(features)
+        matches = self.match_anchors(anchors, gt)
+        sample = self.sample_anchors(rpn_key, matches)
+        sample = sample._replace(valid=sample.valid & batch.valid[:, None])
+        terms = self.rpn_losses(objectness, deltas, anchors, matches, sample, gt)
+
+        proposals = self.propose(objectness, deltas, anchors, batch.sizes, self.rpn_selection_train)
+        rois = self.sample_rois(roi_key, proposals, gt)
+        rois = rois._replace(valid=rois.valid & batch.valid[:, None])
+        head_terms, metrics = self.head_losses(features, rois, batch._replace(gt=gt))
+        return terms | head_terms, metrics
+
+    def rpn_losses(self, objectness, deltas, anchors, matches, sample: Sample, gt: GroundTruth) -> dict:
+        """Return the RPN's two losses over the sampled anchors."""
+
+        def gather(objectness, deltas, matches, index, gt_boxes):
+            targets = encode_boxes(
+                gt_boxes[jnp.maximum(matches[index], 0)], jnp.concatenate(anchors)[index], RPN_BOX_WEIGHTS
+            )
+            return objectness[index], deltas[index], targets
+
+        logits, predicted, targets = jax.vmap(gather)(
+            jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1), matches, sample.index, gt.boxes
+        )
+        return {
+            "loss_objectness": losses.objectness_loss(logits, sample.foreground, sample.valid),
+            "loss_rpn_box_reg": losses.box_loss(predicted, targets, sample.foreground, sample.valid),
+        }
+
+    def head_losses(self, features, rois: RoISamples, batch: Batch) -> tuple[dict, dict]:
+        """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
+        image_shape = batch.images.shape[1:3]
+        foreground = rois.valid & (rois.labels > 0)
+        logits, deltas = self.box_head(self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE))
+        matched = jnp.take_along_axis(batch.gt.boxes, rois.gt_index[..., None], axis=1)
+        targets = encode_boxes(matched, rois.boxes, BOX_WEIGHTS)
+        deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
+
+        # Foreground comes first, so these slots hold all of it.
+        num_mask = int(self.roi_sampling["size"] * self.roi_sampling["positive_fraction"])
+        mask_rois = jax.tree.map(lambda x: x[:, :num_mask], rois)
+        pooled = self.pool(features, mask_rois.boxes, image_shape, MASK_POOL_SIZE)
+        mask_logits = self.mask_head(pooled, mask_rois.labels)
+        mask_target = self.mask_targets(mask_rois, batch)
+        terms = {
+            "loss_classifier": losses.classification_loss(logits, rois.labels, rois.valid),
+            "loss_box_reg": losses.box_loss(deltas, targets, foreground, rois.valid),
+            "loss_mask": losses.mask_loss(mask_logits, mask_target, foreground[:, :num_mask]),
+        }
+        correct = jnp.argmax(logits, axis=-1) == rois.labels
+        metrics = {
+            "num_foreground": jnp.sum(foreground) / jnp.maximum(jnp.sum(batch.valid), 1),
+            "accuracy": losses.masked_mean(correct.astype(logits.dtype), rois.valid),
+            "accuracy_foreground": losses.masked_mean(correct.astype(logits.dtype), foreground),
+        }
+        return terms, metrics
+
+    def mask_targets(self, rois: RoISamples, batch: Batch) -> jax.Array:
+        """Return the mask targets [B, F, 28, 28] of foreground RoIs."""
+        return jax.vmap(
+            lambda packed, boxes, index, mask_size, size: mask_targets(
+                packed,
+                boxes,
+                index,
+                mask_size=mask_size,
+                image_size=size,
+                max_size=batch.images.shape[1:3],
+                output_size=MASK_SIZE,
+            )
+        )(batch.gt.masks, rois.boxes, rois.gt_index, batch.gt.mask_sizes, batch.sizes)
+
+    # Testing
+
+    def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
+        """Find the objects in a batch of images.
+
+        Args:
+          images: [B, H, W, 3] in 0..255, padded.
+          sizes: [B, 2] int32 (height, width) inside the padding.
+
+        Returns:
+          Detections in pixels of the padded input.
+        """
+        image_shape = images.shape[1:3]
+        features = self.features(images, sizes)
+        anchors = self.anchors(features, image_shape)
+        objectness, deltas = self.rpn(features)
+        proposals = self.propose(objectness, deltas, anchors, sizes, self.rpn_selection_test)
+        logits, deltas = self.box_head(self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE))
+        boxes, scores, labels, valid = jax.vmap(
+            lambda c, d, p, s: select_detections(c, d, p, s, **self.selection)
+        )(logits, deltas, proposals, sizes)
+        mask_logits = self.mask_head(self.pool(features, boxes, image_shape, MASK_POOL_SIZE), labels)
+        return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)

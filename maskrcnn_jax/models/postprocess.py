@@ -1,0 +1,44 @@
+"""From the box head's outputs to the final boxes of one image."""
+
+import jax
+import jax.numpy as jnp
+
+from maskrcnn_jax.models.box_head import BOX_WEIGHTS
+from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
+from maskrcnn_jax.ops.nms import class_nms
+from maskrcnn_jax.structures import Proposals
+
+MIN_SIDE = 1e-2  # pixels; smaller detections are dropped, as in torchvision
+
+
+def select_detections(
+    class_logits: jax.Array,
+    deltas: jax.Array,
+    proposals: Proposals,
+    size: jax.Array,
+    *,
+    score_thresh: float,
+    nms_thresh: float,
+    detections_per_img: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Decode a box for every class, suppress duplicates within each class, keep the best.
+
+    Args:
+      class_logits: [N, C + 1].
+      deltas: [N, C + 1, 4].
+      proposals: without batch axis.
+      size: [2] (height, width) of the image inside the padding.
+      score_thresh: probability at or below which nothing is detected.
+      nms_thresh: overlap above which the worse box goes.
+      detections_per_img: D.
+
+    Returns:
+      boxes [D, 4], scores [D], labels [D] and valid [D], best first.
+    """
+    scores = jax.nn.softmax(class_logits, axis=-1)[:, 1:]
+    boxes = clip_boxes(decode_boxes(deltas[:, 1:], proposals.boxes[:, None], BOX_WEIGHTS), size)  # [N, C, 4]
+    scores = jnp.where(proposals.valid[:, None] & is_large(boxes, MIN_SIDE), scores, 0)
+    picks = class_nms(
+        boxes, scores, iou_threshold=nms_thresh, score_threshold=score_thresh, max_picks=detections_per_img
+    )
+    return boxes[picks.box_index, picks.class_index], picks.scores, picks.class_index + 1, picks.valid

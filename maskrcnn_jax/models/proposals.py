@@ -1,0 +1,90 @@
+"""From RPN outputs to proposals, and from proposals to the RoIs that the heads are trained on; for one image."""
+
+import jax
+import jax.numpy as jnp
+
+from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
+from maskrcnn_jax.ops.matching import match, sample_balanced
+from maskrcnn_jax.ops.nms import nms
+from maskrcnn_jax.structures import GroundTruth, Proposals, RoISamples
+
+RPN_BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped, as in torchvision
+
+
+def select_proposals(
+    objectness: list[jax.Array],
+    deltas: list[jax.Array],
+    anchors: list[jax.Array],
+    size: jax.Array,
+    *,
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    nms_thresh: float,
+) -> Proposals:
+    """Pick the best boxes of each level, suppress duplicates within the level, and keep the best of all levels.
+
+    Args:
+      objectness: [A_l] logits per level.
+      deltas: [A_l, 4] per level.
+      anchors: [A_l, 4] per level.
+      size: [2] (height, width) of the image inside the padding; boxes are clipped to it.
+      pre_nms_top_n: candidates per level before suppression.
+      post_nms_top_n: N, proposals of the image.
+      nms_thresh: overlap above which the worse box goes.
+
+    Returns:
+      Proposals without batch axis: boxes [N, 4], scores [N], valid [N]. N is smaller where all levels together have
+      fewer candidates.
+    """
+    width = min(pre_nms_top_n, max(level.shape[0] for level in objectness))
+    boxes, scores = [], []
+    for level_scores, level_deltas, level_anchors in zip(objectness, deltas, anchors, strict=True):
+        count = min(width, level_scores.shape[0])
+        top, index = jax.lax.top_k(level_scores, count)
+        level_boxes = decode_boxes(level_deltas[index], jnp.asarray(level_anchors)[index], RPN_BOX_WEIGHTS)
+        # Padded to one length, so that all levels are suppressed in one loop.
+        boxes.append(jnp.pad(level_boxes, ((0, width - count), (0, 0))))
+        scores.append(jnp.pad(top, (0, width - count), constant_values=-jnp.inf))
+    boxes = clip_boxes(jnp.stack(boxes), size)  # [L, width, 4]
+    scores = jnp.stack(scores)
+    keep = jax.vmap(lambda b, v: nms(b, v, iou_threshold=nms_thresh))(
+        boxes, jnp.isfinite(scores) & is_large(boxes, MIN_SIDE)
+    )
+    flat_scores = jnp.where(keep, scores, -jnp.inf).reshape(-1)
+    scores, index = jax.lax.top_k(flat_scores, min(post_nms_top_n, flat_scores.shape[0]))
+    valid = jnp.isfinite(scores)
+    return Proposals(boxes.reshape(-1, 4)[index], jnp.where(valid, scores, 0), valid)
+
+
+def sample_rois(
+    key: jax.Array,
+    proposals: Proposals,
+    gt: GroundTruth,
+    *,
+    size: int,
+    positive_fraction: float,
+    iou_thresh: float,
+) -> RoISamples:
+    """Draw the RoIs of one training image from its proposals and its annotated boxes.
+
+    Args:
+      key: random key.
+      proposals: of one image, without batch axis.
+      gt: of one image, without batch axis.
+      size: R.
+      positive_fraction: share of foreground at most.
+      iou_thresh: overlap with an object at or above which a RoI is foreground.
+
+    Returns:
+      RoISamples without batch axis. Source: Sec. 2.3, Fast R-CNN; the annotated boxes are among the candidates so
+      that there is foreground even while the RPN knows nothing.
+    """
+    boxes = jnp.concatenate([proposals.boxes, gt.boxes.astype(proposals.boxes.dtype)])
+    valid = jnp.concatenate([proposals.valid, gt.valid])
+    matches = match(boxes, gt.boxes, gt.valid, high_threshold=iou_thresh, low_threshold=iou_thresh)
+    foreground = (matches >= 0) & valid
+    sample = sample_balanced(key, foreground, ~foreground & valid, size=size, positive_fraction=positive_fraction)
+    gt_index = jnp.where(sample.foreground, matches[sample.index], 0)
+    labels = jnp.where(sample.foreground, gt.labels[gt_index], 0)
+    return RoISamples(boxes[sample.index], labels, gt_index, sample.valid)

@@ -1,0 +1,151 @@
+"""ResNet-18/34/50/101 as a feature extractor: the outputs of its four stages (strides 4, 8, 16, 32)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskrcnn_jax.models.layers import conv, kaiming_normal, make_norm
+
+# Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
+ARCHITECTURES = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+}
+
+
+class Shortcut(nnx.Module):
+    """1x1 projection of the identity where a block changes the resolution or the number of channels."""
+
+    def __init__(self, in_channels, out_channels, *, stride, norm, dtype, rngs):
+        self.conv = conv(
+            in_channels,
+            out_channels,
+            1,
+            stride=stride,
+            use_bias=False,
+            kernel_init=kaiming_normal,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.bn = make_norm(norm, out_channels, dtype=dtype)
+
+    def __call__(self, x):
+        return self.bn(self.conv(x))
+
+
+class Block(nnx.Module):
+    """Residual block: convolutions with norms, a shortcut around them, ReLU after the sum."""
+
+    def __init__(self, in_channels, layers, *, stride, norm, dtype, rngs):
+        """Build the block.
+
+        Args:
+          in_channels: of the input.
+          layers: (kernel size, channels, stride) of each convolution.
+          stride: of the whole block.
+          norm: kind of normalisation.
+          dtype: compute dtype.
+          rngs: for the initial values.
+        """
+        convs, norms, channels = [], [], in_channels
+        for i, (kernel_size, out_channels, conv_stride) in enumerate(layers):
+            convs.append(
+                conv(
+                    channels,
+                    out_channels,
+                    kernel_size,
+                    stride=conv_stride,
+                    use_bias=False,
+                    kernel_init=kaiming_normal,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            )
+            # A trained norm that starts the residual branch at zero makes deep nets from scratch easier to train.
+            last_trained = i == len(layers) - 1 and norm == "batch"
+            norms.append(make_norm(norm, out_channels, dtype=dtype, gain=0.0 if last_trained else 1.0))
+            channels = out_channels
+        self.convs, self.norms = nnx.List(convs), nnx.List(norms)
+        projected = stride != 1 or channels != in_channels
+        self.shortcut = (
+            Shortcut(in_channels, channels, stride=stride, norm=norm, dtype=dtype, rngs=rngs) if projected else None
+        )
+        self.out_channels = channels
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        for i, (convolution, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(convolution(x if i == 0 else nnx.relu(x)))
+        return nnx.relu(x + identity)
+
+
+def _block_layers(bottleneck: bool, channels: int, stride: int, stride_in_1x1: bool):
+    if not bottleneck:
+        return ((3, channels, stride), (3, channels, 1))
+    first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+    return ((1, channels, first), (3, channels, second), (1, 4 * channels, 1))
+
+
+class ResNet(nnx.Module):
+    """Residual network without its classifier.
+
+    Attributes:
+      out_channels: channels of the four outputs.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50",
+        *,
+        width: int = 64,
+        norm: str = "batch",
+        stride_in_1x1: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Build the network.
+
+        Args:
+          name: one of ARCHITECTURES.
+          width: channels of the stem.
+          norm: "batch" or "frozen".
+          stride_in_1x1: put the stride of a bottleneck in its first convolution (MSRA's original weights).
+          dtype: compute dtype.
+          rngs: for the initial values.
+
+        Raises:
+          ValueError: for an unknown name.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"backbone is {name!r}; use one of {', '.join(ARCHITECTURES)}")
+        depths, bottleneck = ARCHITECTURES[name]
+        self.conv1 = conv(
+            3, width, 7, stride=2, use_bias=False, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs
+        )
+        self.bn1 = make_norm(norm, width, dtype=dtype)
+        stages, channels = [], width
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                layers = _block_layers(bottleneck, width * 2**stage, stride, stride_in_1x1)
+                block = Block(channels, layers, stride=stride, norm=norm, dtype=dtype, rngs=rngs)
+                blocks.append(block)
+                channels = block.out_channels
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        self.out_channels = tuple(stage[-1].out_channels for stage in stages)
+
+    def __call__(self, images: jax.Array) -> list[jax.Array]:
+        """Return the outputs [B, H / s, W / s, K] of the stages for normalised images [B, H, W, 3]; s = 4, 8, 16, 32."""
+        x = nnx.relu(self.bn1(self.conv1(images)))
+        # Padding with -inf, so that it never wins.
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        outputs = []
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+            outputs.append(x)
+        return outputs

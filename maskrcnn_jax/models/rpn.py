@@ -1,0 +1,37 @@
+"""Region proposal network: for every anchor, how likely it holds an object and how to move it onto the object."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskrcnn_jax.models.layers import conv
+
+_small_normal = nnx.initializers.normal(0.01)
+
+
+class RPNHead(nnx.Module):
+    """One 3x3 convolution shared by all levels, then two 1x1 convolutions. Source: Sec. 3.1, Faster R-CNN."""
+
+    def __init__(self, channels: int, num_anchors: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
+        self.cls_logits = conv(channels, num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
+        self.bbox_pred = conv(channels, 4 * num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
+
+    def __call__(self, features: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Predict for every anchor of every level.
+
+        Args:
+          features: [B, H_l, W_l, K] per level.
+
+        Returns:
+          objectness logits [B, A_l] and offsets [B, A_l, 4] per level, float32 or wider, in the order of
+          ops.anchors.grid_anchors.
+        """
+        objectness, deltas = [], []
+        for feature in features:
+            hidden = nnx.relu(self.conv(feature))
+            batch = feature.shape[0]
+            wide = jnp.promote_types(hidden.dtype, jnp.float32)
+            objectness.append(self.cls_logits(hidden).reshape(batch, -1).astype(wide))
+            deltas.append(self.bbox_pred(hidden).reshape(batch, -1, 4).astype(wide))
+        return objectness, deltas

@@ -1,0 +1,95 @@
+"""Box arithmetic: area, overlap, the offsets that the network regresses, clipping.
+
+Boxes are ``x1, y1, x2, y2`` with width = x2 - x1, without the +1 of the original Caffe code; as torchvision 0.28.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# A regressed side may grow at most 62.5-fold; beyond, exp() would overflow. 1000 / 16 is Detectron's choice.
+MAX_LOG_RATIO = math.log(1000.0 / 16)
+
+
+def box_area(boxes: jax.Array) -> jax.Array:
+    """Return the areas [...] of boxes [..., 4] in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the intersection over union [N, M] of every box of ``a`` [N, 4] with every box of ``b`` [M, 4].
+
+    Two boxes without area have overlap 0, where torchvision has NaN.
+    """
+    top_left = jnp.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
+    bottom_right = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
+    sides = jnp.maximum(bottom_right - top_left, 0)
+    intersection = sides[..., 0] * sides[..., 1]
+    union = box_area(a)[:, None] + box_area(b)[None, :] - intersection
+    return jnp.where(union > 0, intersection / jnp.where(union > 0, union, 1), 0)
+
+
+def encode_boxes(boxes: jax.Array, references: jax.Array, weights: tuple[float, ...]) -> jax.Array:
+    """Express boxes as offsets from reference boxes.
+
+    Args:
+      boxes: [..., 4] targets.
+      references: [..., 4] anchors or proposals.
+      weights: (wx, wy, ww, wh), factors that bring the offsets to about unit variance.
+
+    Returns:
+      [..., 4] dx, dy in reference sides and log ratios dw, dh, times the weights. Where either box has no area the
+      offset is 0, so that padding stays finite.
+
+    Source: Eqn. 2, Faster R-CNN. Example: a box twice as wide as its reference and with the same centre has
+    dx = 0, dw = log 2.
+    """
+    size = boxes[..., 2:] - boxes[..., :2]
+    reference_size = references[..., 2:] - references[..., :2]
+    proper = jnp.all((size > 0) & (reference_size > 0), axis=-1, keepdims=True)
+    size = jnp.where(proper, size, 1)
+    reference_size = jnp.where(proper, reference_size, 1)
+    # Corner plus half a side, the order of torchvision's additions: the mean of the corners rounds differently.
+    centre = boxes[..., :2] + 0.5 * size
+    reference_centre = references[..., :2] + 0.5 * reference_size
+    deltas = jnp.concatenate([(centre - reference_centre) / reference_size, jnp.log(size / reference_size)], axis=-1)
+    return jnp.where(proper, deltas * jnp.asarray(weights, deltas.dtype), 0)
+
+
+def decode_boxes(deltas: jax.Array, references: jax.Array, weights: tuple[float, ...]) -> jax.Array:
+    """Invert :func:`encode_boxes`.
+
+    Args:
+      deltas: [..., 4] weighted offsets.
+      references: [..., 4], broadcast against deltas by the caller.
+      weights: as in encoding.
+
+    Returns:
+      [..., 4] boxes, not clipped to the image.
+    """
+    size = references[..., 2:] - references[..., :2]
+    centre = references[..., :2] + 0.5 * size
+    deltas = deltas / jnp.asarray(weights, deltas.dtype)
+    new_centre = deltas[..., :2] * size + centre
+    half = 0.5 * jnp.exp(jnp.minimum(deltas[..., 2:], MAX_LOG_RATIO)) * size
+    return jnp.concatenate([new_centre - half, new_centre + half], axis=-1)
+
+
+def clip_boxes(boxes: jax.Array, size: jax.Array) -> jax.Array:
+    """Clip boxes [..., 4] to an image of ``size`` (height, width)."""
+    height, width = size[0], size[1]
+    limits = jnp.stack([width, height, width, height]).astype(boxes.dtype)
+    limits = limits.reshape((1,) * (boxes.ndim - 1) + (4,))
+    return jnp.clip(boxes, 0, limits)
+
+
+def scale_boxes(boxes: jax.Array, factor_yx: jax.Array) -> jax.Array:
+    """Multiply boxes [..., 4] by factors [2] for the vertical and horizontal axis."""
+    factors = factor_yx[jnp.array([1, 0, 1, 0])].astype(boxes.dtype)
+    return boxes * factors.reshape((1,) * (boxes.ndim - 1) + (4,))
+
+
+def is_large(boxes: jax.Array, min_side: float) -> jax.Array:
+    """Return [...] whether both sides of boxes [..., 4] are at least ``min_side`` pixels."""
+    return jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_side, axis=-1)

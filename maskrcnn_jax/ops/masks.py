@@ -1,0 +1,87 @@
+"""Mask targets: the part of a ground-truth mask inside an RoI, resampled to the resolution of the mask head.
+
+torchvision resizes every mask to the network input (nearest) and then applies RoIAlign with as many samples a bin as
+it has pixels. Both steps are separable, so here each RoI gets two small matrices, target = rows @ mask @ columns^T,
+and the mask stays bit-packed at the resolution of its image file.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from maskrcnn_jax.ops.roi_align import interpolation_corners
+
+
+def unpack_mask(packed: jax.Array) -> jax.Array:
+    """Unpack [..., H, W / 8] uint8, lowest bit first, to [..., H, W] uint8 of 0 and 1."""
+    bits = (packed[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8)
+
+
+def mask_targets(
+    packed: jax.Array,
+    boxes: jax.Array,
+    gt_index: jax.Array,
+    *,
+    mask_size: jax.Array,
+    image_size: jax.Array,
+    max_size: tuple[int, int],
+    output_size: int = 28,
+) -> jax.Array:
+    """Crop and resample the matched masks of one image.
+
+    Args:
+      packed: [G, M, M / 8] uint8 bit-packed masks; the raster fills the top-left ``mask_size`` of the canvas.
+      boxes: [F, 4] RoIs, network-input pixels.
+      gt_index: [F] int32, the mask of each RoI.
+      mask_size: [2] int32 (height, width) of the raster, which covers the whole image.
+      image_size: [2] int32 (height, width) of the image inside the padded network input.
+      max_size: (H, W) of the padded network input, which bounds the number of samples.
+      output_size: side of the target.
+
+    Returns:
+      [F, output_size, output_size] float in 0..1, the soft targets that torchvision trains on.
+
+    Source: torchvision's project_masks_on_boxes and resize of targets; sampling_ratio -1, aligned False.
+    """
+    canvas = packed.shape[1]
+
+    def target(box, index):
+        rows = _resampling_matrix(box[1], box[3], mask_size[0], image_size[0], canvas, max_size[0], output_size)
+        columns = _resampling_matrix(box[0], box[2], mask_size[1], image_size[1], canvas, max_size[1], output_size)
+        mask = unpack_mask(packed[index]).astype(box.dtype)
+        # The default precision of matrix products on accelerators would round the weights to bf16.
+        half = jnp.matmul(rows, mask, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(half, columns.T, precision=jax.lax.Precision.HIGHEST)
+
+    # One RoI after the other in small groups: unpacked masks of all RoIs at once would take gigabytes.
+    return jax.lax.map(lambda args: target(*args), (boxes, gt_index), batch_size=8)
+
+
+def _resampling_matrix(start, end, mask_size, image_size, canvas, max_size, output_size):
+    """Return [output_size, canvas]: the weights of raster lines in each output line along one axis.
+
+    A bin of width w is sampled at ceil(w) points, of the image resized to ``image_size`` by the nearest-neighbour
+    rule, source = floor(destination * mask_size / image_size).
+    """
+    dtype = start.dtype
+    length = jnp.maximum(end - start, 1)
+    bin_size = length / output_size
+    count = jnp.ceil(bin_size)
+    max_count = -(-max_size // output_size)
+    sample = jnp.arange(max_count, dtype=dtype)
+    points = (
+        start
+        + jnp.arange(output_size, dtype=dtype)[:, None] * bin_size
+        + (sample[None, :] + 0.5) * bin_size / jnp.maximum(count, 1)
+    )  # [output_size, max_count]
+    low, high, low_weight, high_weight = interpolation_corners(points, image_size)
+    share = jnp.where(sample < count, 1 / jnp.maximum(count, 1), 0)[None, :]
+    # In float32 whatever the dtype, as torch computes it: an exact quotient would pick another line now and then.
+    ratio = mask_size.astype(jnp.float32) / image_size.astype(jnp.float32)
+    low_line, high_line = (
+        jnp.minimum(jnp.floor(cell.astype(jnp.float32) * ratio).astype(jnp.int32), mask_size - 1) for cell in (low, high)
+    )
+    bins = jnp.broadcast_to(jnp.arange(output_size)[:, None], low.shape)
+    matrix = jnp.zeros((output_size, canvas), dtype)
+    matrix = matrix.at[bins, low_line].add(low_weight * share)
+    return matrix.at[bins, high_line].add(high_weight * share)

@@ -1,0 +1,84 @@
+"""Assign ground truth to anchors or proposals, and draw a balanced sample of them; for one image."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maskrcnn_jax.ops.boxes import box_iou
+
+BACKGROUND = -1
+IGNORED = -2
+
+
+def match(
+    boxes: jax.Array,
+    gt_boxes: jax.Array,
+    gt_valid: jax.Array,
+    *,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality: bool = False,
+) -> jax.Array:
+    """Match each box to the ground-truth object that it overlaps most.
+
+    Args:
+      boxes: [N, 4] anchors or proposals.
+      gt_boxes: [G, 4].
+      gt_valid: [G] bool.
+      high_threshold: overlap at or above which a box is foreground.
+      low_threshold: overlap below which it is background; between the two it is ignored.
+      allow_low_quality: also match the boxes that overlap an object best of all boxes (ties included), however
+        little, with the object that they themselves overlap most.
+
+    Returns:
+      [N] int32: index of the object, BACKGROUND or IGNORED. Without valid objects all are BACKGROUND.
+
+    Source: Sec. 3.1.2, Faster R-CNN. Exactly as torchvision's Matcher, including that an object which overlaps no
+    box at all makes every box that overlaps nothing foreground.
+    """
+    iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [G, N]
+    best_gt = jnp.argmax(iou, axis=0)
+    best_iou = jnp.max(iou, axis=0)
+    matches = jnp.where(best_iou >= high_threshold, best_gt, jnp.where(best_iou < low_threshold, BACKGROUND, IGNORED))
+    if allow_low_quality:
+        best_of_gt = jnp.max(iou, axis=1, keepdims=True)
+        matches = jnp.where(jnp.any((iou == best_of_gt) & gt_valid[:, None], axis=0), best_gt, matches)
+    return matches.astype(jnp.int32)
+
+
+class Sample(NamedTuple):
+    """Indices drawn by :func:`sample_balanced`, foreground first."""
+
+    index: jax.Array  # [S] int32 into the candidates
+    foreground: jax.Array  # [S] bool
+    valid: jax.Array  # [S] bool, False where there were too few candidates
+
+
+def sample_balanced(
+    key: jax.Array, foreground: jax.Array, background: jax.Array, *, size: int, positive_fraction: float
+) -> Sample:
+    """Draw ``size`` candidates uniformly, at most ``positive_fraction`` of them foreground, the rest background.
+
+    Args:
+      key: random key.
+      foreground: [N] bool, disjoint from background.
+      background: [N] bool.
+      size: S; fewer are valid when there are not enough candidates.
+      positive_fraction: share of the foreground at most; background fills what foreground leaves.
+
+    Returns:
+      The drawn indices: foreground ones, then background ones, then invalid ones.
+    """
+    size = min(size, foreground.shape[0])
+    priority = jax.random.uniform(key, foreground.shape)
+    max_foreground = min(int(size * positive_fraction), size)
+    _, foreground_index = jax.lax.top_k(jnp.where(foreground, priority, -1), max_foreground)
+    _, background_index = jax.lax.top_k(jnp.where(background, priority, -1), size)
+    num_foreground = jnp.minimum(jnp.sum(foreground), max_foreground)
+    num_background = jnp.minimum(jnp.sum(background), size - num_foreground)
+    slot = jnp.arange(size)
+    in_foreground = slot < num_foreground
+    padded_foreground = jnp.pad(foreground_index, (0, size - max_foreground))
+    index = jnp.where(in_foreground, padded_foreground, background_index[jnp.maximum(slot - num_foreground, 0)])
+    return Sample(index.astype(jnp.int32), in_foreground, slot < num_foreground + num_background)

@@ -1,0 +1,95 @@
+"""Non-maximum suppression with static shapes: both forms return exactly what the greedy algorithm keeps."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maskrcnn_jax.ops.boxes import box_area
+
+
+def _overlaps(box: jax.Array, boxes: jax.Array, iou_threshold: float) -> jax.Array:
+    """Return [N] whether boxes [N, 4] overlap one box [4] by more than the threshold."""
+    top_left = jnp.maximum(box[None, :2], boxes[:, :2])
+    bottom_right = jnp.minimum(box[None, 2:], boxes[:, 2:])
+    sides = jnp.maximum(bottom_right - top_left, 0)
+    intersection = sides[:, 0] * sides[:, 1]
+    # Divided, as torchvision does: a product with the threshold would round differently at the border.
+    union = box_area(box) + box_area(boxes) - intersection
+    return intersection / jnp.where(union > 0, union, 1) > iou_threshold
+
+
+def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
+    """Suppress boxes that overlap a better one that is itself kept.
+
+    Args:
+      boxes: [N, 4], best first.
+      valid: [N] bool; invalid boxes are never kept and suppress nothing.
+      iou_threshold: overlap above which (strictly) the worse box goes.
+
+    Returns:
+      [N] bool, the boxes kept.
+    """
+    position = jnp.arange(boxes.shape[0])
+
+    def visit(i, keep):
+        suppressed = _overlaps(boxes[i], boxes, iou_threshold) & (position > i)
+        return keep & ~(suppressed & keep[i])
+
+    return jax.lax.fori_loop(0, boxes.shape[0], visit, valid)
+
+
+class Picks(NamedTuple):
+    """Result of :func:`class_nms`, best first."""
+
+    box_index: jax.Array  # [D] int32
+    class_index: jax.Array  # [D] int32
+    scores: jax.Array  # [D]
+    valid: jax.Array  # [D] bool
+
+
+def class_nms(
+    boxes: jax.Array, scores: jax.Array, *, iou_threshold: float, score_threshold: float, max_picks: int
+) -> Picks:
+    """Suppress within each class and return the best of all classes together.
+
+    Instead of sorting every (box, class) pair, the best pair left is picked ``max_picks`` times and only its class is
+    updated. This needs no cap on candidates, so the result is that of the full per-class algorithm.
+
+    Args:
+      boxes: [N, C, 4], a box for each class.
+      scores: [N, C]; set to 0 or below what must not be picked.
+      iou_threshold: overlap above which (strictly) the worse box of a class goes.
+      score_threshold: scores at or below it are never picked; at least 0.
+      max_picks: D.
+
+    Returns:
+      The picks, in descending order of score; of equal scores the lower class and box index come first.
+    """
+    boxes = boxes.transpose(1, 0, 2)  # [C, N, 4]
+    alive = jnp.where(scores > score_threshold, scores, -1).T  # [C, N]
+
+    def more(state):
+        count, _, best, _ = state
+        return (count < max_picks) & (jnp.max(best) > 0)
+
+    def pick(state):
+        count, alive, best, picks = state
+        c = jnp.argmax(best)
+        n = jnp.argmax(alive[c])
+        picks = Picks(
+            picks.box_index.at[count].set(n.astype(jnp.int32)),
+            picks.class_index.at[count].set(c.astype(jnp.int32)),
+            picks.scores.at[count].set(best[c]),
+            picks.valid.at[count].set(True),
+        )
+        survivors = jnp.where(_overlaps(boxes[c, n], boxes[c], iou_threshold), -1, alive[c]).at[n].set(-1)
+        return count + 1, alive.at[c].set(survivors), best.at[c].set(jnp.max(survivors)), picks
+
+    nothing = Picks(
+        jnp.zeros(max_picks, jnp.int32),
+        jnp.zeros(max_picks, jnp.int32),
+        jnp.zeros(max_picks, scores.dtype),
+        jnp.zeros(max_picks, bool),
+    )
+    return jax.lax.while_loop(more, pick, (0, alive, jnp.max(alive, axis=1), nothing))[3]

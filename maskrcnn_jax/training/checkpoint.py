@@ -1,0 +1,198 @@
+"""Checkpoints of a run: written whole or not at all, the newest ones and the best kept, and read back strictly.
+
+A run's folder (``workdir``) also holds what a checkpoint needs to be understood: ``config.json`` and
+``categories.json``.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from maskrcnn_jax.data.coco import Categories
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.training.step import TrainState
+
+BEST_METRIC = "segm_AP"
+
+
+def _metric(metrics: dict) -> float:
+    return metrics[BEST_METRIC]
+
+
+class Checkpoints:
+    """The checkpoints in ``<workdir>/checkpoints``, named by step."""
+
+    def __init__(self, workdir: str | Path, *, keep: int = 2):
+        """Open the folder, creating it if need be.
+
+        Args:
+          workdir: of the run.
+          keep: how many of the newest are kept, beside the best by mask AP.
+        """
+        policy = AnyPreservationPolicy(
+            [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
+        )
+        self._manager = ocp.CheckpointManager(
+            epath.Path(Path(workdir).absolute() / "checkpoints"),
+            item_names=("model", "training"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_metric, cleanup_tmp_directories=True
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint by mask AP, the newest when none was evaluated."""
+        return self._manager.best_step() or self.latest_step
+
+    def save(self, state: TrainState, metrics: dict | None = None) -> None:
+        """Write a checkpoint in the background; the state may be given up as soon as this returns.
+
+        Args:
+          state: of training.
+          metrics: of the evaluation of this state, if there was one.
+        """
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+            ),
+            metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics else None,
+            force=True,
+        )
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Read a whole checkpoint.
+
+        Args:
+          step: which.
+          like: state whose structure, shapes and placement on devices the result has.
+
+        Raises:
+          UserError: when the checkpoint is of another architecture; names what differs.
+        """
+        items = self._restore(step, _items(like))
+        return TrainState(**items["model"], **items["training"])
+
+    def restore_model(self, step: int, model: nnx.Module) -> None:
+        """Read the arrays of a model, without the optimizer's, into it; errors as in :meth:`restore`."""
+        _, params, variables = nnx.split(model, nnx.Param, ...)
+        arrays = self._restore(step, {"model": {"params": params, "variables": variables}})["model"]
+        nnx.update(model, arrays["params"], arrays["variables"])
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._manager.close()
+
+    def _restore(self, step: int, like: dict) -> dict:
+        metadata = self._manager.item_metadata(step)
+        for name, tree in like.items():
+            _check_same_arrays(metadata[name], tree, self._manager.directory / str(step))
+        abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in like.items()}
+        return self._manager.restore(
+            step,
+            args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}),
+        )
+
+
+def _items(state: TrainState) -> dict:
+    """Split the state into what prediction needs and what only training needs."""
+    return {
+        "model": {"params": state.params, "variables": state.variables},
+        "training": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array by its path."""
+
+    def name(path):
+        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_same_arrays(metadata, like, path) -> None:
+    """Raise a UserError unless both trees hold the same names and shapes."""
+    saved, wanted = _shapes(metadata), _shapes(like)
+    differences = [f"{name} is missing" for name in wanted if name not in saved]
+    differences += [f"{name} is not in this model" for name in saved if name not in wanted]
+    differences += [
+        f"{name} has shape {saved[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in saved and saved[name] != shape
+    ]
+    if differences:
+        shown = "; ".join(differences[:3])
+        raise UserError(
+            f"checkpoint {path} is of another architecture ({len(differences)} arrays differ: {shown}); use the "
+            "config that it was trained with, or another --workdir"
+        )
+
+
+def restore_model(
+    workdir: str | Path, *, which: str = "latest", config: ConfigDict | None = None
+) -> tuple[MaskRCNN, ConfigDict, Categories]:
+    """Load a trained model.
+
+    Args:
+      workdir: folder of the run.
+      which: "latest", "best" (by mask AP) or a step.
+      config: to use instead of the run's own.
+
+    Returns:
+      The model in evaluation mode, the config, and the categories it was trained on.
+
+    Raises:
+      UserError: when the folder holds no such run.
+    """
+    workdir = Path(workdir)
+    config_file = workdir / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{workdir} holds no trained model ({config_file} is missing); give the --workdir of train.py")
+    config = config or load_config(config_file)
+    categories = Categories.load(workdir / "categories.json")
+    checkpoints = Checkpoints(workdir)
+    try:
+        if which in ("latest", "best"):
+            step = checkpoints.latest_step if which == "latest" else checkpoints.best_step
+        else:
+            step = int(which) if int(which) in checkpoints.steps else None
+        if step is None:
+            raise UserError(
+                f"{workdir} has no checkpoint {which!r}; there are: {checkpoints.steps or 'none'}. Train longer or "
+                "choose one of these with --checkpoint"
+            )
+        model = MaskRCNN(categories.num_classes, **config.model, rngs=nnx.Rngs(0))
+        checkpoints.restore_model(step, model)
+    finally:
+        checkpoints.close()
+    model.eval()
+    return model, config, categories
+
+
+def load_config(path: str | Path) -> ConfigDict:
+    """Read a config that :func:`save_config` wrote."""
+    return ConfigDict(json.loads(Path(path).read_text()))
+
+
+def save_config(config: ConfigDict, path: str | Path) -> None:
+    """Write the resolved config as JSON."""
+    Path(path).write_text(config.to_json_best_effort(indent=2) + "\n")

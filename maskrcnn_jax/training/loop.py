@@ -1,0 +1,228 @@
+"""The training loop, top to bottom: data, model, optimizer, restore, step, then {step, log, save, evaluate}."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from maskrcnn_jax.data.coco import Categories, CocoIndex, load_index
+from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
+from maskrcnn_jax.training.metrics import MetricWriter
+from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
+from maskrcnn_jax.training.step import TrainState, create_train_state, make_mesh, make_train_step, shard_batch
+
+_log = logging.getLogger(__name__)
+
+
+class Evaluation(Protocol):
+    """What the loop uses of an evaluation."""
+
+    metrics: dict
+    picture: np.ndarray
+
+
+def train(
+    config: ConfigDict, workdir: str | Path, *, make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation]]
+) -> None:
+    """Train a model, going on from the newest checkpoint in ``workdir`` if there is one.
+
+    Args:
+      config: as configs/base.py describes it.
+      workdir: folder for everything that the run leaves; created if missing.
+      make_evaluate: called once with the categories; what it returns is called with the model after epochs.
+
+    Raises:
+      UserError: when the config, the data or the folder do not fit; FloatingPointError: when a loss is not finite.
+    """
+    # 1. Data
+    mesh = make_mesh()
+    _check_batch_size(config.batch_size)
+    index = load_index(config.data.coco_dir, config.data.train_split, skip_broken=config.data.skip_broken)
+    evaluate = make_evaluate(index.categories)
+    steps_per_epoch = _make_loader(config, index, 0, None).steps_per_epoch
+    num_steps = min(config.epochs * steps_per_epoch, config.max_steps or np.inf)
+
+    # 2. Model and optimizer
+    model = MaskRCNN(index.categories.num_classes, **config.model, rngs=nnx.Rngs(config.seed))
+    optim = config.optim.copy_and_resolve_references().to_dict()
+    schedule = make_schedule(
+        lr=optim.pop("lr"),
+        warmup_steps=optim.pop("warmup_steps"),
+        final_lr_fraction=optim.pop("final_lr_fraction"),
+        num_steps=num_steps,
+    )
+    optimizer = make_optimizer(schedule, **optim)
+    graphdef, state = create_train_state(model, optimizer, mesh)
+
+    # 3. Restore: the newest checkpoint of this folder, else the fresh state
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(checkpoints.latest_step, state)
+    save_config(config, workdir / "config.json")
+    index.categories.save(workdir / "categories.json")
+    start = int(state.step)
+    parameters = sum(array.size for array in jax.tree.leaves(state.params))
+    print(
+        f"{'resuming at' if start else 'starting at'} step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
+        f"batch {config.batch_size} on {jax.device_count()} {jax.default_backend()} devices, "
+        f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
+    )
+
+    # 4. Step
+    train_step = make_train_step(graphdef, optimizer, mesh)
+    key = jax.random.key(config.seed)
+
+    # 5. Steps
+    writer = MetricWriter(workdir, first_step=start)
+    log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch)
+    batches = iter(_make_loader(config, index, start, num_steps))
+    with _StopSignals() as stop, tqdm(total=num_steps, initial=start, unit="step", desc="train") as progress:
+        for step in range(start + 1, num_steps + 1):
+            waited = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waited
+            state, metrics = train_step(state, shard_batch(batch, mesh), key)
+            log.add(step, metrics, batch.image_index, waited)
+            progress.update()
+            last = step == num_steps
+            if last or step % config.log_every == 0 or stop.requested:
+                progress.set_postfix_str(log.write())
+
+            evaluated = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
+            if config.eval_every and evaluated and not stop.requested:
+                log.write()  # a state that is not finite must not be saved
+                evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
+                writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
+                writer.picture(step, "predictions", evaluation.picture)
+                checkpoints.save(state, evaluation.metrics)
+                log.restart_clock()
+            elif last or stop.requested or step % config.checkpoint_every == 0:
+                log.write()
+                checkpoints.save(state)
+            if stop.requested:
+                break
+    writer.close()
+    checkpoints.close()
+    if stop.requested:
+        print(f"stopped at step {int(state.step)}; the same command goes on from here")
+        raise SystemExit(128 + stop.requested)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    devices = jax.device_count()
+    if batch_size % devices:
+        lower = batch_size // devices * devices
+        choices = f"{lower} or {lower + devices}" if lower else f"{devices}"
+        raise UserError(f"batch_size {batch_size} is not divisible by {devices} devices; use {choices}")
+
+
+def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_steps: int | None) -> Loader:
+    data = config.data
+    return make_loader(
+        index,
+        batch_size=config.batch_size,
+        short_side=data.short_side,
+        long_side=data.long_side,
+        buckets=data.buckets,
+        resize_dtype=data.resize_dtype,
+        shuffle=True,
+        annotations=True,
+        hflip=data.hflip,
+        color_jitter=data.color_jitter,
+        mask_side=data.mask_side,
+        seed=config.seed,
+        start_step=start_step,
+        num_steps=num_steps,
+        image_indices=training_subset(index, data.train_limit, config.seed),
+        threads=data.threads,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        skip_broken=data.skip_broken,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+class _Log:
+    """Collect the metrics of steps on the device, and fetch, check and write them together."""
+
+    def __init__(self, writer: MetricWriter, index: CocoIndex, schedule, batch_size: int, steps_per_epoch: int):
+        self._writer, self._index, self._schedule = writer, index, schedule
+        self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
+        self._pending = []
+        self._line = ""
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Forget the time spent on something other than training."""
+        self._started, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
+
+    def add(self, step: int, metrics: dict, image_index: np.ndarray, waited: float) -> None:
+        """Take over the metrics of a step, still on the device, the rows of its images and the wait for its data."""
+        self._pending.append((step, metrics, image_index))
+        self._waited += waited
+        self._timed_steps += 1
+
+    def write(self) -> str:
+        """Fetch and write what has been added since the last time; return a line for the progress bar.
+
+        Raises:
+          FloatingPointError: when a loss is not finite, with its terms, step and images.
+        """
+        if not self._pending:
+            return self._line
+        # One transfer for all steps, so that between log steps nothing waits for the device.
+        rows = jax.device_get([metrics for _, metrics, _ in self._pending])
+        for (step, _, image_index), row in zip(self._pending, rows, strict=True):
+            if not np.isfinite(row["loss"]):
+                terms = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if "loss" in name)
+                images = self._index.image_ids[image_index[image_index >= 0]].tolist()
+                raise FloatingPointError(f"the loss at step {step} is not finite: {terms}; image ids {images}")
+        seconds = time.perf_counter() - self._started
+        step = self._pending[-1][0]
+        values = {
+            "epoch": step / self._steps_per_epoch,
+            "lr": float(self._schedule(step - 1)),
+            **{name: float(np.mean([row[name] for row in rows])) for name in rows[0]},
+            "images_per_second": self._timed_steps * self._batch_size / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self._writer.scalars(step, values)
+        self._line = (
+            f"loss {values['loss']:.3f} (cls {values['loss_classifier']:.3f} box {values['loss_box_reg']:.3f} "
+            f"mask {values['loss_mask']:.3f} rpn {values['loss_objectness']:.3f} {values['loss_rpn_box_reg']:.3f}) "
+            f"{values['images_per_second']:.1f} im/s, data {values['data_wait']:.0%}"
+        )
+        self._pending.clear()
+        self.restart_clock()
+        return self._line
+
+
+class _StopSignals:
+    """Turn Ctrl-C and SIGTERM into a request to save and stop after the current step; a second one stops at once."""
+
+    def __enter__(self) -> "_StopSignals":
+        self.requested = 0
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, number, _) -> None:
+        self.requested = int(number)
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,44 @@
+"""AdamW with linear warm-up, cosine decay and clipping by global norm: the recipe of the paper, Sec. 3.2."""
+
+import jax
+import optax
+from flax import nnx
+
+
+def make_schedule(*, lr: float, warmup_steps: int, final_lr_fraction: float, num_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step.
+
+    Args:
+      lr: peak.
+      warmup_steps: linear rise from lr / 1000; cut to a tenth of the run where the run is short.
+      final_lr_fraction: of the peak, reached at the last step.
+      num_steps: of the whole run.
+    """
+    warmup_steps = min(warmup_steps, num_steps // 10)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=lr / 1000 if warmup_steps else lr,
+        peak_value=lr,
+        warmup_steps=warmup_steps,
+        decay_steps=num_steps,
+        end_value=lr * final_lr_fraction,
+    )
+
+
+def is_decayed(params: nnx.State) -> nnx.State:
+    """Return a tree of bool: True for the kernels, False for biases and the scales of norms (arrays of one axis)."""
+    return jax.tree.map(lambda array: array.ndim > 1, params)
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    decay_norm_and_bias: bool,
+    b1: float,
+    b2: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """Build AdamW; ``configs/base.py`` says what the arguments mean."""
+    mask = None if decay_norm_and_bias else is_decayed
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

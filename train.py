@@ -1,0 +1,40 @@
+"""Train a Mask R-CNN: python train.py --config=configs/r50_fpn.py --workdir=runs/r50 [--config.FIELD=VALUE ...]
+
+Run again with the same --workdir, it goes on from the newest checkpoint there. configs/base.py explains every field.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.evaluation.coco_eval import format_table
+from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.training.loop import train
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config file, such as configs/r50_fpn.py.", lock_config=True)
+flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; resumed if it has some.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    config = FLAGS.config
+
+    def make_evaluate(categories):
+        if not config.eval_every:
+            return None
+        evaluator = Evaluator(config.data, categories, batch_size=config.eval_batch_size)
+
+        def evaluate(model):
+            evaluation = evaluator(model)
+            evaluator.write(FLAGS.workdir, evaluation)
+            print("\n" + format_table(evaluation.metrics))
+            return evaluation
+
+        return evaluate
+
+    train(config, FLAGS.workdir, make_evaluate=make_evaluate)
+
+
+if __name__ == "__main__":
+    run_app(main)
