@@ -193,9 +193,7 @@ def _refuse_twice(path: Path, ids: np.ndarray, kind: str) -> None:
         )
 
 
-def _positions(
-    path: Path, known: np.ndarray, annotations: _Annotations, wanted: array.array, kind: str
-) -> np.ndarray:
+def _positions(path: Path, known: np.ndarray, annotations: _Annotations, wanted: array.array, kind: str) -> np.ndarray:
     """Returns the position in ``known`` of each id that the annotations refer to."""
     wanted = _numpy(wanted, np.int64)
     order = np.argsort(known)

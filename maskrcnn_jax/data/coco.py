@@ -250,7 +250,9 @@ def _locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
     if not root.is_dir():
         raise UserError(f"coco_dir {root} is not a folder; set --config.data.coco_dir to {layout}")
     json_path, image_dir = root / "annotations" / f"instances_{split}.json", root / split
-    absent = [str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found]
+    absent = [
+        str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found
+    ]
     if absent:
         raise UserError(f"coco_dir {root} lacks {' and '.join(absent)}; --config.data.coco_dir must be {layout}")
     return json_path, image_dir

@@ -42,7 +42,7 @@ def stream_json(path: Path, handlers: dict[str, Callable[[Any], None]]) -> dict[
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
         if not data.isascii():
             # One character beyond Latin-1 would make Python store the whole text in two or four bytes a character.
             # JSON has such characters only inside strings, where an escape means the same.

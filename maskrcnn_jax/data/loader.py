@@ -1,13 +1,14 @@
 """Batches of padded images, in an order that depends on the seed alone.
 
 Every batch has one of a few padded sizes (buckets), so that the compiled steps see a handful of shapes; torchvision
-pads each batch to its own largest image instead. Which images a step sees is a pure function of (seed, epoch), and what
-augmentation does to each of them of (seed, epoch, position in the epoch): neither the number of threads or processes
-nor where a run was resumed changes a byte. Resuming therefore needs the step number and no saved state.
+pads each batch to its own largest image instead. Which images a step sees is a pure function of (seed, epoch), and
+what augmentation does to each of them of (seed, epoch, position in the epoch): neither the number of threads or
+processes nor where a run was resumed changes a byte. Resuming therefore needs the step number and no saved state.
 """
 
 import dataclasses
 import functools
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -119,9 +120,10 @@ class Plan:
         # The trailing zero keeps this stream apart from those of the samples, whose last number is never zero.
         rng = np.random.default_rng([self.seed, epoch, 0])
         order = rng.permutation(len(self._images)) if self.shuffle else np.arange(len(self._images))
+        by_bucket = order[np.argsort(self._bucket_of[order], kind="stable")]
+        ends = np.cumsum(np.bincount(self._bucket_of, minlength=len(self._buckets)))
         images, buckets = [], []
-        for bucket in range(len(self._buckets)):
-            members = self._images[order[self._bucket_of[order] == bucket]]
+        for bucket, members in enumerate(np.split(self._images[by_bucket], ends[:-1])):
             num_steps = -(-len(members) // self.batch_size)
             if self.shuffle:
                 rows = np.resize(members, num_steps * self.batch_size)  # wraps round to the first ones
@@ -221,7 +223,7 @@ class _BatchReader:
         gt.valid[row, :num] = True
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(message: str) -> None:
     _log.warning("%s", message)
 
@@ -229,7 +231,9 @@ def _warn_once(message: str) -> None:
 class Loader:
     """Iterates over the batches of a run from one step on; each ``iter()`` starts there again."""
 
-    def __init__(self, read: _BatchReader, *, start_step: int, num_steps: int, threads: int, workers: int, prefetch: int):
+    def __init__(
+        self, read: _BatchReader, *, start_step: int, num_steps: int, threads: int, workers: int, prefetch: int
+    ):
         self.steps_per_epoch = read.plan.steps_per_epoch
         self.start_step, self.num_steps = start_step, num_steps
         self._read = read
@@ -254,9 +258,21 @@ class Loader:
             for batch in iterator:
                 if isinstance(batch, Exception):
                     raise batch
-                yield batch
+                yield _copy(batch) if self._workers else batch
         finally:
             iterator.close()
+            if self._workers:
+                # The last batches hang in a reference cycle of grain's; uncollected, their shared memory would stay
+                # until the process ends, and Python would complain of a leak then.
+                del iterator, batches
+                batch = None
+                gc.collect()
+
+
+def _copy(batch: Batch) -> Batch:
+    """Copies a batch out of memory shared with a worker, which is freed badly if somebody holds it to the end."""
+    gt = batch.gt and GroundTruth(*map(np.array, batch.gt))
+    return Batch(*map(np.array, batch[:-1]), gt=gt)
 
 
 def make_loader(

@@ -1,8 +1,8 @@
 """Writes a small synthetic dataset in COCO's format, so that everything can be tried without downloading COCO.
 
 Eight classes of shapes, textured and rotated, lie on textured backgrounds and occlude one another. Each shape is a
-signed distance (negative inside, pixels): the mask holds the pixels whose centre is inside, and the same distance gives
-the smooth edge of the drawing. There are images without objects and crowds with a run-length mask, as COCO has them.
+signed distance (negative inside, pixels): the mask holds the pixels whose centre is inside, and the same distance
+gives the smooth edge of the drawing. There are images without objects and crowds with a run-length mask, as COCO has them.
 
     python -m maskrcnn_jax.data.shapes OUTPUT_DIR --train=4000 --val=500 --size=128 --seed=0
 """
@@ -351,9 +351,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        write_dataset(
-            args.output_dir, num_train=args.train, num_val=args.val, image_size=args.size, seed=args.seed
-        )
+        write_dataset(args.output_dir, num_train=args.train, num_val=args.val, image_size=args.size, seed=args.seed)
     except UserError as e:
         print(e, file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by 
 import cv2
 import numpy as np
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in torchvision and Pillow
+_LUMA = np.array([0.2989, 0.587, 0.114], np.float32)  # of red, green, blue; torchvision's digits
 
 
 def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int) -> np.ndarray:
@@ -73,8 +73,8 @@ def hflip_masks(masks: np.ndarray) -> np.ndarray:
 def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Changes brightness, contrast and saturation, in random order.
 
-    Each factor is drawn from [1 - strength, 1 + strength]. Values are rounded and limited to 0..255 after every
-    change, as torchvision's ColorJitter does with an image of bytes.
+    Each factor is drawn from [1 - strength, 1 + strength]. Values are limited to 0..255 and lose their fraction
+    after every change, as with torchvision's ColorJitter on an image of bytes.
 
     Args:
         image: [h, w, 3] uint8 RGB.

@@ -28,6 +28,7 @@ def conv(
     kernel_init: Callable = kaiming_uniform,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
+    conv_general_dilated: Callable = jax.lax.conv_general_dilated,
 ) -> nnx.Conv:
     """Build a square convolution that keeps the size up to its stride."""
     padding = (kernel_size - 1) // 2
@@ -42,7 +43,44 @@ def conv(
         dtype=dtype,
         param_dtype=parameter_dtype(dtype),
         rngs=rngs,
+        conv_general_dilated=conv_general_dilated,
     )
+
+
+# Maps whose weight gradient is computed at once on a CPU: XLA treats the batch as the window of that convolution, and
+# is 6 times slower on a batch of 256 maps of 14 x 14 than on 16 batches of 16.
+GRADIENT_CHUNK = 16
+
+
+def conv_of_small_maps(x: jax.Array, kernel: jax.Array, *args, **options) -> jax.Array:
+    """Convolve a large batch of small maps: lax.conv_general_dilated with a weight gradient that is fast on CPUs."""
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, *args, **options)
+
+
+    def direct_gradient(x, gradient):
+        # The convolution is linear in the kernel: its values do not matter here, only its shape.
+        zeros = jnp.zeros(kernel.shape, kernel.dtype)
+        return jax.vjp(lambda k: convolve(x, k), zeros)[1](gradient)[0]
+
+    def chunked_gradient(x, gradient):
+        starts = range(0, x.shape[0], GRADIENT_CHUNK)
+        # Unrolled: inside a loop XLA's CPU convolutions run on one thread.
+        return sum(direct_gradient(x[i : i + GRADIENT_CHUNK], gradient[i : i + GRADIENT_CHUNK]) for i in starts)
+
+    @jax.custom_vjp
+    def apply(x, kernel):
+        return convolve(x, kernel)
+
+    def backward(x_and_kernel, gradient):
+        x, kernel = x_and_kernel
+        x_gradient = jax.vjp(lambda x: convolve(x, kernel), x)[1](gradient)[0]
+        kernel_gradient = jax.lax.platform_dependent(x, gradient, cpu=chunked_gradient, default=direct_gradient)
+        return x_gradient, kernel_gradient
+
+    apply.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
+    return apply(x, kernel)
 
 
 class BatchStatistics(nnx.Variable):

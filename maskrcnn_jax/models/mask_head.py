@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import conv, kaiming_normal, parameter_dtype
+from maskrcnn_jax.models.layers import conv, conv_of_small_maps, kaiming_normal, parameter_dtype
 
 
 class MaskHead(nnx.Module):
@@ -17,7 +17,18 @@ class MaskHead(nnx.Module):
     def __init__(self, in_channels: int, channels: int, num_classes: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         kept = parameter_dtype(dtype)
         inputs = (in_channels, channels, channels, channels)
-        self.convs = nnx.List([conv(k, channels, 3, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs) for k in inputs])
+        self.convs = nnx.List(
+            conv(
+                k,
+                channels,
+                3,
+                kernel_init=kaiming_normal,
+                conv_general_dilated=conv_of_small_maps,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for k in inputs
+        )
         # A 2x2 kernel with stride 2 does not overlap: each input cell gives its own 2x2 block, a matrix product.
         self.deconv = nnx.LinearGeneral(
             channels,

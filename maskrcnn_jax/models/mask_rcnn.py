@@ -88,7 +88,7 @@ class MaskRCNN(nnx.Module):
             post_nms_top_n=rpn_post_nms_top_n_test,
             nms_thresh=rpn_nms_thresh,
         )
-        self.roi_pooling = {"sampling_ratio": roi_sampling_ratio, "aligned": roi_aligned}
+        self.roi_pooling = FrozenDict(sampling_ratio=roi_sampling_ratio, aligned=roi_aligned)
         self.roi_sampling = FrozenDict(
             size=box_batch_size_per_image,
             positive_fraction=box_positive_fraction,

@@ -54,7 +54,7 @@ def encode_boxes(boxes: jax.Array, references: jax.Array, weights: tuple[float, 
     centre = boxes[..., :2] + 0.5 * size
     reference_centre = references[..., :2] + 0.5 * reference_size
     deltas = jnp.concatenate([(centre - reference_centre) / reference_size, jnp.log(size / reference_size)], axis=-1)
-    return jnp.where(proper, deltas * jnp.asarray(weights, deltas.dtype), 0)
+    return jnp.where(proper, deltas * _like(weights, deltas), 0)
 
 
 def decode_boxes(deltas: jax.Array, references: jax.Array, weights: tuple[float, ...]) -> jax.Array:
@@ -70,10 +70,15 @@ def decode_boxes(deltas: jax.Array, references: jax.Array, weights: tuple[float,
     """
     size = references[..., 2:] - references[..., :2]
     centre = references[..., :2] + 0.5 * size
-    deltas = deltas / jnp.asarray(weights, deltas.dtype)
+    deltas = deltas / _like(weights, deltas)
     new_centre = deltas[..., :2] * size + centre
     half = 0.5 * jnp.exp(jnp.minimum(deltas[..., 2:], MAX_LOG_RATIO)) * size
     return jnp.concatenate([new_centre - half, new_centre + half], axis=-1)
+
+
+def _like(weights: tuple[float, ...], deltas: jax.Array) -> jax.Array:
+    """Return the weights with the rank and dtype of deltas [..., 4]."""
+    return jnp.asarray(weights, deltas.dtype).reshape((1,) * (deltas.ndim - 1) + (4,))
 
 
 def clip_boxes(boxes: jax.Array, size: jax.Array) -> jax.Array:

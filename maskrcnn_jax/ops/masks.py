@@ -13,7 +13,8 @@ from maskrcnn_jax.ops.roi_align import interpolation_corners
 
 def unpack_mask(packed: jax.Array) -> jax.Array:
     """Unpack [..., H, W / 8] uint8, lowest bit first, to [..., H, W] uint8 of 0 and 1."""
-    bits = (packed[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * packed.ndim + (8,))
+    bits = (packed[..., None] >> shifts) & 1
     return bits.reshape(*packed.shape[:-1], packed.shape[-1] * 8)
 
 

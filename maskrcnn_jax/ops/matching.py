@@ -35,8 +35,10 @@ def match(
       [N] int32: index of the object, BACKGROUND or IGNORED. Without valid objects all are BACKGROUND.
 
     Source: Sec. 3.1.2, Faster R-CNN. Exactly as torchvision's Matcher, including that an object which overlaps no
-    box at all makes every box that overlaps nothing foreground.
+    box at all is overlapped equally well, by 0, by every box, and so makes every box foreground.
     """
+    if gt_boxes.shape[0] == 0 or boxes.shape[0] == 0:
+        return jnp.full(boxes.shape[0], BACKGROUND, jnp.int32)
     iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [G, N]
     best_gt = jnp.argmax(iou, axis=0)
     best_iou = jnp.max(iou, axis=0)
@@ -70,9 +72,11 @@ def sample_balanced(
     Returns:
       The drawn indices: foreground ones, then background ones, then invalid ones.
     """
+    # The limit is a share of the size that was asked for, also where there are fewer candidates, as in torchvision.
+    max_foreground = int(size * positive_fraction)
     size = min(size, foreground.shape[0])
+    max_foreground = min(max_foreground, size)
     priority = jax.random.uniform(key, foreground.shape)
-    max_foreground = min(int(size * positive_fraction), size)
     _, foreground_index = jax.lax.top_k(jnp.where(foreground, priority, -1), max_foreground)
     _, background_index = jax.lax.top_k(jnp.where(background, priority, -1), size)
     num_foreground = jnp.minimum(jnp.sum(foreground), max_foreground)

@@ -30,6 +30,8 @@ def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Arra
     Returns:
       [N] bool, the boxes kept.
     """
+    if boxes.shape[0] == 0:
+        return valid
     position = jnp.arange(boxes.shape[0])
 
     def visit(i, keep):

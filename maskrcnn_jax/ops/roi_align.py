@@ -98,7 +98,7 @@ def sample_points(start: jax.Array, bin_size: jax.Array, output_size: int, sampl
       sampling_ratio: points per bin, at the centres of its equal parts.
     """
     offset = (jnp.arange(sampling_ratio, dtype=start.dtype) + 0.5) / sampling_ratio
-    position = jnp.arange(output_size, dtype=start.dtype)[:, None] + offset
+    position = jnp.arange(output_size, dtype=start.dtype)[:, None] + offset[None]
     return start[:, None, None] + position[None] * bin_size[:, None, None]
 
 

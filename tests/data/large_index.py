@@ -1,7 +1,7 @@
-"""Writes an annotation file of COCO's size, and measures what opening it takes; run by test_coco.py in a process of its own.
+"""Writes an annotation file of COCO's size, and measures what opening it takes; test_coco.py runs it apart.
 
-    python tests/data/large_index.py write DIR
-    python tests/data/large_index.py measure DIR      # prints one JSON object
+python tests/data/large_index.py write DIR
+python tests/data/large_index.py measure DIR      # prints one JSON object
 """
 
 import json
@@ -31,7 +31,11 @@ def write(root: Path) -> None:
     starts = rng.integers(len(pool) - int(lengths.max()), size=NUM_ANNOTATIONS)
     with open(root / "annotations" / "instances_train2017.json", "w") as file:
         image = {"license": 3, "coco_url": "http://images.example.org/train2017/000000391895.jpg", "height": 480}
-        image |= {"width": 640, "date_captured": "2013-11-14 11:18:45", "flickr_url": "http://farm9.example.org/8186.jpg"}
+        image |= {
+            "width": 640,
+            "date_captured": "2013-11-14 11:18:45",
+            "flickr_url": "http://farm9.example.org/8186.jpg",
+        }
         images = [image | {"file_name": f"{i:012d}.jpg", "id": i} for i in range(NUM_IMAGES)]
         file.write(f'{{"info": {{}}, "licenses": [], "images": {json.dumps(images)}, "annotations": [')
         for k in range(NUM_ANNOTATIONS):

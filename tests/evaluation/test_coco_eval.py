@@ -122,6 +122,8 @@ def test_the_metrics_are_what_pycocotools_gives_for_the_written_file(dataset, tm
         box = (x, y, int(rng.integers(1, WIDTH - x)), int(rng.integers(1, HEIGHT - y)))
         score = float(np.float32(rng.random()))
         results.append(result(big + int(rng.integers(3)), int(rng.choice([7, 20, 21])), box, score))
+    # An early false alarm and a late find, so that the limits of 1, 10 and 100 detections give different numbers.
+    results.append(result(big, 7, (60, 40, 9, 9), 1.0))
     results.append(result(big, 7, (11, 10, 20, 20), float(np.float32(0.3))))
     metrics = evaluate(path, results)
     write_files(tmp_path / "run", metrics, results)
@@ -130,6 +132,9 @@ def test_the_metrics_are_what_pycocotools_gives_for_the_written_file(dataset, tm
     for kind in ("bbox", "segm"):
         stats = pycocotools_stats(path, tmp_path / "run" / "detections.json", kind)
         assert [metrics[f"{kind}_{name}"] for name in STATISTICS] == stats
+        # The AP is the mean over the categories that have objects.
+        per_category = [value for value in metrics[f"{kind}_per_category"].values() if value >= 0]
+        assert metrics[f"{kind}_AP"] == pytest.approx(np.mean(per_category))
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["detections.json", "metrics.json"]
 
 

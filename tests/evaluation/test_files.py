@@ -105,7 +105,7 @@ def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
     writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"MJPG"), 12.5, (64, 48))
     for index in range(6):
         frame = np.zeros((48, 64, 3), np.uint8)
-        frame[..., 2] = 20 + 5 * index
+        frame[..., 2] = 20 + 5 * index  # OpenCV writes BGR
         writer.write(frame)
     writer.release()
     assert is_video(source) and not is_video(tmp_path)
@@ -114,6 +114,8 @@ def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(12.5)
     assert (capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (64, 48)
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 6
+    _, frame = capture.read()
+    assert np.abs(frame[40, 60].astype(int) - [0, 0, 20]).max() < 16  # still red, in OpenCV's order
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [result["image_id"] for result in results] == [1, 2, 3, 4, 5, 6]
     widths = [result["bbox"][2] for result in results]

@@ -81,6 +81,15 @@ def test_a_mask_tints_its_pixels_and_no_others():
     assert (image == 90).all()
 
 
+def test_a_mask_is_enlarged_with_its_picture():
+    mask = np.zeros((100, 128), bool)
+    mask[50:90, 40:120] = True
+    picture = draw_instances(grey(100, 128), np.zeros((1, 4)), [""], None, [mask])
+    tinted = (picture[205:355, 165:475] != 90).any(-1)
+    assert picture.shape == (400, 512, 3) and tinted.all()
+    assert (picture[100:190, 100:500] == 90).all()
+
+
 def test_run_lengths_draw_as_the_mask_does():
     mask = np.random.default_rng(0).random((40, 50)) < 0.3
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+
+from maskrcnn_jax.data import transforms
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (800, 1066)),  # 640 * 800 / 480 = 1066.67
+        ((427, 640), (800, 1199)),  # 1199.06
+        ((640, 427), (1199, 800)),
+        ((500, 333), (1201, 800)),
+        ((375, 1000), (499, 1333)),  # the long side decides: 375 * 1.333 = 499.9
+        ((800, 800), (800, 800)),
+        ((1, 3000), (1, 1333)),  # never vanishes
+    ],
+)
+def test_sizes_after_resizing_are_floored(size, expected):
+    assert transforms.resized_size(*size, 800, 1333) == expected
+
+
+def test_sizes_of_many_images_equal_those_of_one():
+    sizes = np.random.default_rng(0).integers(50, 2000, (200, 2))
+    many = transforms.resized_sizes(sizes, 800, 1333)
+    assert many.dtype == np.int32
+    assert [tuple(row) for row in many.tolist()] == [transforms.resized_size(h, w, 800, 1333) for h, w in sizes]
+
+
+def test_resizing_interpolates_between_pixel_centres():
+    image = np.repeat(np.array([[[0], [100]]], np.uint8), 3, axis=2)  # one row: black, grey
+    for dtype in ("uint8", "float32"):
+        resized = transforms.resize_image(image, (1, 4), dtype)
+        assert resized.dtype == dtype
+        np.testing.assert_array_equal(resized[0, :, 0], [0, 25, 75, 100])
+
+
+def test_boxes_scale_by_the_ratio_of_the_sizes_of_each_axis():
+    boxes = np.array([[10, 20, 30, 40]], np.float32)
+    scaled = transforms.scale_boxes(boxes, (100, 200), (150, 400))
+    assert scaled.dtype == np.float32
+    np.testing.assert_array_equal(scaled, [[20, 30, 60, 60]])
+
+
+def test_a_flip_mirrors_image_boxes_and_masks_alike():
+    mask = np.zeros((1, 4, 6), np.uint8)
+    mask[0, 1:3, 0:2] = 1
+    box = np.array([[0, 1, 2, 3]], np.float32)
+    np.testing.assert_array_equal(transforms.hflip_boxes(box, 6), [[4, 1, 6, 3]])
+    flipped = transforms.hflip_masks(mask)
+    assert flipped[0, 1:3, 4:6].all() and flipped.sum() == 4
+    np.testing.assert_array_equal(transforms.hflip_image(mask[0][:, :, None])[:, :, 0], flipped[0])
+
+
+def test_flipping_twice_changes_nothing():
+    rng = np.random.default_rng(0)
+    image, masks = rng.integers(0, 256, (5, 7, 3), np.uint8), rng.integers(0, 2, (2, 5, 7), np.uint8)
+    boxes = np.array([[1, 2, 3, 4], [0, 0, 7, 5]], np.float32)
+    np.testing.assert_array_equal(transforms.hflip_image(transforms.hflip_image(image)), image)
+    np.testing.assert_array_equal(transforms.hflip_boxes(transforms.hflip_boxes(boxes, 7), 7), boxes)
+    np.testing.assert_array_equal(transforms.hflip_masks(transforms.hflip_masks(masks)), masks)
+
+
+class _Fixed:
+    """Stands in for a random generator: the order and the three factors given."""
+
+    def __init__(self, order, factors):
+        self.order, self.factors = order, factors
+
+    def permutation(self, num):
+        return self.order
+
+    def uniform(self, low, high, num):
+        return np.array(self.factors)
+
+
+@pytest.mark.parametrize(
+    ("order", "factors", "expected"),
+    [
+        # Two pixels, (100, 0, 0) and (200, 200, 200), whose grey values are 29 (29.89 floored) and 199 (199.98).
+        ([0, 1, 2], [1.5, 1, 1], [[150, 0, 0], [255, 255, 255]]),  # brightness
+        ([0, 1, 2], [1, 0.5, 1], [[107, 57, 57], [157, 157, 157]]),  # contrast: mean grey 114
+        ([0, 1, 2], [1, 1, 0], [[29, 29, 29], [199, 199, 199]]),  # saturation 0 is grey
+        ([2, 1, 0], [2, 1, 0], [[58, 58, 58], [255, 255, 255]]),  # grey first, then twice as bright
+    ],
+)
+def test_colour_changes_follow_torchvisions_formulas(order, factors, expected):
+    image = np.array([[[100, 0, 0], [200, 200, 200]]], np.uint8)
+    np.testing.assert_array_equal(transforms.color_jitter(image, 0.5, _Fixed(order, factors))[0], expected)
+
+
+def test_colour_jitter_depends_on_the_generator_alone_and_strength_0_changes_nothing():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    first, again, other = (transforms.color_jitter(image, 0.4, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and first.dtype == np.uint8
+    np.testing.assert_array_equal(transforms.color_jitter(image, 0.0, np.random.default_rng(1)), image)
+
+
+def test_masks_are_packed_lowest_bit_first():
+    mask = np.zeros((1, 2, 10), np.uint8)
+    mask[0, 0, [0, 3, 9]] = 1
+    packed, size = transforms.pack_masks(mask, 16)
+    assert size == (2, 10) and packed.shape == (1, 16, 2)
+    np.testing.assert_array_equal(packed[0, 0], [1 + 8, 2])
+    assert not packed[0, 1:].any()
+
+
+def test_packed_masks_unpack_to_themselves():
+    masks = np.random.default_rng(0).integers(0, 2, (3, 37, 51), np.uint8)
+    packed, (height, width) = transforms.pack_masks(masks, 64)
+    unpacked = np.unpackbits(packed, axis=2, bitorder="little")
+    assert unpacked.shape == (3, 64, 64)
+    np.testing.assert_array_equal(unpacked[:, :height, :width], masks)
+    assert unpacked.sum() == masks.sum()
+
+
+def test_masks_larger_than_the_canvas_are_reduced_by_nearest_sampling():
+    masks = np.random.default_rng(0).integers(0, 2, (2, 30, 20), np.uint8)
+    packed, size = transforms.pack_masks(masks, 16)
+    assert size == (16, 10)  # 20 * 16 / 30 = 10.67
+    unpacked = np.unpackbits(packed, axis=2, bitorder="little")[:, :16, :10]
+    expected = [[[masks[n, i * 30 // 16, j * 20 // 10] for j in range(10)] for i in range(16)] for n in range(2)]
+    np.testing.assert_array_equal(unpacked, expected)
+
+
+def test_no_masks_pack_to_no_canvases():
+    packed, size = transforms.pack_masks(np.zeros((0, 30, 20), np.uint8), 64)
+    assert packed.shape == (0, 64, 8) and size == (30, 20)

@@ -1,0 +1,114 @@
+"""The losses: hand-computed values, what padding may not change, finite gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrcnn_jax import losses
+
+LOG2 = np.log(2)
+
+
+def test_smooth_l1_is_quadratic_below_beta_and_linear_above():
+    distance = losses.smooth_l1(jnp.array([0.0, 0.05, 1 / 9, 1.0, -1.0]), jnp.zeros(5))
+    np.testing.assert_allclose(distance, [0, 0.05**2 * 4.5, 1 / 18, 1 - 1 / 18, 1 - 1 / 18], rtol=1e-5)
+
+
+def test_objectness_of_undecided_logits_is_log_two_over_the_valid_anchors():
+    foreground = jnp.array([[True, False, True]])
+    valid = jnp.array([[True, True, False]])
+    assert losses.objectness_loss(jnp.zeros((1, 3)), foreground, valid) == pytest.approx(LOG2)
+    logits = jnp.array([[0.0, 3.0, 99.0]])
+    expected = (LOG2 + np.log1p(np.exp(3))) / 2
+    assert losses.objectness_loss(logits, foreground, valid) == pytest.approx(expected, rel=1e-6)
+
+
+def test_box_loss_sums_foreground_over_the_number_of_all_samples():
+    deltas = jnp.array([[[1.0, 1.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0], [7.0, 7.0, 7.0, 7.0]]])
+    foreground = jnp.array([[True, False, True]])
+    valid = jnp.array([[True, True, False]])
+    loss = losses.box_loss(deltas, jnp.zeros((1, 3, 4)), foreground, valid)
+    assert loss == pytest.approx(2 * (1 - 1 / 18) / 2, rel=1e-6)
+
+
+def test_classification_of_equal_logits_is_the_log_of_the_number_of_classes():
+    labels = jnp.array([[0, 3], [1, 2]])
+    valid = jnp.array([[True, True], [False, True]])
+    assert losses.classification_loss(jnp.zeros((2, 2, 5)), labels, valid) == pytest.approx(np.log(5), rel=1e-6)
+    # The mean is over the RoIs of the whole batch, not over images: 2 of the first, 1 of the second.
+    logits = jnp.zeros((2, 2, 5)).at[1, 1, 2].set(50.0)
+    assert losses.classification_loss(logits, labels, valid) == pytest.approx(2 / 3 * np.log(5), rel=1e-6)
+
+
+def test_mask_loss_is_the_mean_over_the_pixels_of_foreground_rois():
+    logits = jnp.zeros((1, 3, 2, 2)).at[0, 2].set(40.0)
+    targets = jnp.zeros((1, 3, 2, 2)).at[0, 0].set(0.3)  # undecided logits cost log 2 whatever the soft target
+    foreground = jnp.array([[True, True, False]])
+    assert losses.mask_loss(logits, targets, foreground) == pytest.approx(LOG2, rel=1e-6)
+
+
+def arguments(rng, rows):
+    """Return the inputs of every loss with ``rows`` samples in each of two images."""
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def flag():
+        return jnp.asarray(rng.random((2, rows)) > 0.4)
+
+    return {
+        "objectness_loss": (normal(2, rows), flag(), flag()),
+        "box_loss": (normal(2, rows, 4), normal(2, rows, 4), flag(), flag()),
+        "classification_loss": (normal(2, rows, 6), jnp.asarray(rng.integers(0, 6, (2, rows))), flag()),
+        "mask_loss": (normal(2, rows, 4, 4), jnp.asarray(rng.random((2, rows, 4, 4)), jnp.float32), flag()),
+    }
+
+
+LOSSES = sorted(arguments(np.random.default_rng(0), 2))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("garbage", [0.0, 1e6, -1e6])
+def test_invalid_rows_change_no_loss(name, garbage):
+    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(0), 8)[name]
+
+    def pad(array):
+        rows = jnp.full((2, 5, *array.shape[2:]), garbage if jnp.issubdtype(array.dtype, jnp.floating) else 0)
+        return jnp.concatenate([array, rows.astype(array.dtype)], axis=1)
+
+    padded = [pad(array) for array in inputs]
+    # A sum of another length may be added in another order.
+    np.testing.assert_allclose(loss(*padded), loss(*inputs), rtol=1e-6)
+    gradient = jax.grad(loss)(*padded)
+    np.testing.assert_array_equal(gradient[:, 8:], 0)
+    np.testing.assert_allclose(gradient[:, :8], jax.grad(loss)(*inputs), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_any_valid_row_the_loss_and_its_gradient_are_zero(name):
+    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(0), 4)[name]
+    inputs = (*inputs[:-1], jnp.zeros((2, 4), bool))
+    value, gradient = jax.value_and_grad(loss)(*inputs)
+    assert float(value) == 0
+    np.testing.assert_array_equal(gradient, 0)
+    empty = [array[:, :0] for array in inputs]
+    assert float(loss(*empty)) == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_logits_give_finite_losses_and_gradients(name):
+    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(0), 4)[name]
+    value, gradient = jax.value_and_grad(loss)(inputs[0] * 1e4, *inputs[1:])
+    assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(gradient)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_losses_equal_eager_ones(name):
+    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(1), 7)[name]
+    np.testing.assert_allclose(jax.jit(loss)(*inputs), loss(*inputs), rtol=1e-6)
+
+
+def test_the_gradient_of_smooth_l1_is_finite_and_bounded_everywhere():
+    gradient = jax.vmap(jax.grad(losses.smooth_l1), (0, None))(jnp.array([0.0, 1 / 9, -1 / 9, 100.0, -100.0]), 0.0)
+    np.testing.assert_allclose(gradient, [0, 1, -1, 1, -1], rtol=1e-5)
