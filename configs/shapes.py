@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     model.box_hidden = 256
     model.box_batch_size_per_image = 64
     model.box_detections_per_img = 30
-    model.mask_channels = 64
+    model.mask_channels = 32
 
     config.optim.lr = 1e-3
     config.optim.warmup_steps = 100

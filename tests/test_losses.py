@@ -52,16 +52,16 @@ def arguments(rng, rows):
     """Return the inputs of every loss with ``rows`` samples in each of two images."""
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     def flag():
-        return jnp.asarray(rng.random((2, rows)) > 0.4)
+        return rng.random((2, rows)) > 0.4
 
     return {
         "objectness_loss": (normal(2, rows), flag(), flag()),
         "box_loss": (normal(2, rows, 4), normal(2, rows, 4), flag(), flag()),
-        "classification_loss": (normal(2, rows, 6), jnp.asarray(rng.integers(0, 6, (2, rows))), flag()),
-        "mask_loss": (normal(2, rows, 4, 4), jnp.asarray(rng.random((2, rows, 4, 4)), jnp.float32), flag()),
+        "classification_loss": (normal(2, rows, 6), rng.integers(0, 6, (2, rows)).astype(np.int32), flag()),
+        "mask_loss": (normal(2, rows, 4, 4), rng.random((2, rows, 4, 4), np.float32), flag()),
     }
 
 
@@ -69,37 +69,36 @@ LOSSES = sorted(arguments(np.random.default_rng(0), 2))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("garbage", [0.0, 1e6, -1e6])
+@pytest.mark.parametrize("garbage", [0.0, 1e6])
 def test_invalid_rows_change_no_loss(name, garbage):
-    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(0), 8)[name]
+    loss, inputs = jax.jit(jax.value_and_grad(getattr(losses, name))), arguments(np.random.default_rng(0), 8)[name]
 
     def pad(array):
-        rows = jnp.full((2, 5, *array.shape[2:]), garbage if jnp.issubdtype(array.dtype, jnp.floating) else 0)
-        return jnp.concatenate([array, rows.astype(array.dtype)], axis=1)
+        rows = np.full((2, 5, *array.shape[2:]), garbage if array.dtype == np.float32 else 0, array.dtype)
+        return np.concatenate([array, rows], axis=1)
 
     padded = [pad(array) for array in inputs]
     # A sum of another length may be added in another order.
-    np.testing.assert_allclose(loss(*padded), loss(*inputs), rtol=1e-6)
-    gradient = jax.grad(loss)(*padded)
+    (value, gradient), (expected, expected_gradient) = loss(*padded), loss(*inputs)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_array_equal(gradient[:, 8:], 0)
-    np.testing.assert_allclose(gradient[:, :8], jax.grad(loss)(*inputs), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(gradient[:, :8], expected_gradient, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_any_valid_row_the_loss_and_its_gradient_are_zero(name):
-    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(0), 4)[name]
-    inputs = (*inputs[:-1], jnp.zeros((2, 4), bool))
-    value, gradient = jax.value_and_grad(loss)(*inputs)
+    loss, inputs = jax.jit(jax.value_and_grad(getattr(losses, name))), arguments(np.random.default_rng(0), 4)[name]
+    value, gradient = loss(*inputs[:-1], np.zeros((2, 4), bool))
     assert float(value) == 0
     np.testing.assert_array_equal(gradient, 0)
-    empty = [array[:, :0] for array in inputs]
-    assert float(loss(*empty)) == 0
+    value, _ = loss(*(array[:, :0] for array in inputs))
+    assert float(value) == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_extreme_logits_give_finite_losses_and_gradients(name):
-    loss, inputs = getattr(losses, name), arguments(np.random.default_rng(0), 4)[name]
-    value, gradient = jax.value_and_grad(loss)(inputs[0] * 1e4, *inputs[1:])
+    loss, inputs = jax.jit(jax.value_and_grad(getattr(losses, name))), arguments(np.random.default_rng(0), 4)[name]
+    value, gradient = loss(inputs[0] * np.float32(1e4), *inputs[1:])
     assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(gradient)))
 
 

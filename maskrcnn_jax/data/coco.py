@@ -5,6 +5,7 @@ loading process then copies. Here a dataset is a few flat arrays, and what is wr
 not an hour into the training.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -44,7 +45,7 @@ class Categories(NamedTuple):
     @classmethod
     def create(cls, ids: list[int], names: list[str]) -> "Categories":
         """Numbers the categories of a dataset, given in any order."""
-        ids, names = zip(*sorted(zip(ids, names)))
+        ids, names = zip(*sorted(zip(ids, names, strict=True)), strict=True)
         labels = ids if ids == _COCO_IDS else tuple(range(1, len(ids) + 1))
         return cls(ids, names, labels, max(labels) + 1)
 
@@ -58,7 +59,9 @@ class Categories(NamedTuple):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the categories as JSON."""
-        rows = [{"id": i, "name": n, "label": label} for i, n, label in zip(self.ids, self.names, self.labels)]
+        rows = [
+            {"id": i, "name": n, "label": label} for i, n, label in zip(self.ids, self.names, self.labels, strict=True)
+        ]
         content = {"num_classes": self.num_classes, "categories": rows}
         Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -141,7 +144,7 @@ class CocoIndex:
         height, width = map(int, self.sizes[i])
         rows = self._rows(i, with_crowd)
         masks = np.zeros((len(rows), height, width), np.uint8)
-        for mask, row in zip(masks, rows):
+        for mask, row in zip(masks, rows, strict=True):
             try:
                 columns = coco_mask.decode(self._rle(row, height, width)).T  # pycocotools stores column after column
                 corner = mask[: columns.shape[1], : columns.shape[0]]
@@ -194,7 +197,7 @@ class CocoIndex:
         bounds = self.part_offsets[first : first + num + 1]
         x_max, y_max = self.coordinates[bounds[0] : bounds[-1]].reshape(-1, 2).max(axis=0)
         height, width = min(height, max(0, int(y_max)) + 2), min(width, max(0, int(x_max)) + 2)
-        polygons = [self.coordinates[start:stop] for start, stop in zip(bounds[:-1], bounds[1:])]
+        polygons = [self.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
         parts = coco_mask.frPyObjects(polygons, height, width)
         return coco_mask.merge(parts) if num > 1 else parts[0]
 

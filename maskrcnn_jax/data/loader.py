@@ -319,7 +319,7 @@ def make_loader(
         num_steps: steps of the whole run, counted from its start; None means one epoch.
         image_indices: rows of the index that take part, None for all.
         threads: threads that load, in this process or in each worker.
-        workers: extra processes that load; 0 loads in this one.
+        workers: extra processes that load; 0 loads in this one. Grain wants absl flags parsed for them (``app.run``).
         prefetch: batches loaded ahead.
         skip_broken: a broken image becomes a row with valid False and is logged once, instead of an error.
         process_index: of this process among those that train together.

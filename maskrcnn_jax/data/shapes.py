@@ -2,7 +2,8 @@
 
 Eight classes of shapes, textured and rotated, lie on textured backgrounds and occlude one another. Each shape is a
 signed distance (negative inside, pixels): the mask holds the pixels whose centre is inside, and the same distance
-gives the smooth edge of the drawing. There are images without objects and crowds with a run-length mask, as COCO has them.
+gives the smooth edge of the drawing. There are images without objects and crowds with a run-length mask, as COCO has
+them.
 
     python -m maskrcnn_jax.data.shapes OUTPUT_DIR --train=4000 --val=500 --size=128 --seed=0
 """
@@ -61,7 +62,7 @@ class _Object:
 def _polygon_distance(x: np.ndarray, y: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     """Computes the signed distance [n] of points from a polygon [V, 2]."""
     squared, inside = np.full(x.shape, np.inf, np.float32), np.zeros(x.shape, bool)
-    for (x0, y0), (x1, y1) in zip(vertices.tolist(), np.roll(vertices, -1, axis=0).tolist()):
+    for (x0, y0), (x1, y1) in zip(vertices.tolist(), np.roll(vertices, -1, axis=0).tolist(), strict=True):
         edge_x, edge_y, to_x, to_y = x1 - x0, y1 - y0, x - x0, y - y0
         along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
         np.minimum(squared, (to_x - along * edge_x) ** 2 + (to_y - along * edge_y) ** 2, out=squared)
@@ -165,7 +166,7 @@ def _occlude(objects: list[_Object]) -> list[_Object]:
         shown = [np.count_nonzero(item.visible) for item in objects]
         hidden = [
             index
-            for index, (count, item) in enumerate(zip(shown, objects))
+            for index, (count, item) in enumerate(zip(shown, objects, strict=True))
             if count < max(_MIN_AREA, _MIN_VISIBLE * item.area)
         ]
         if not hidden:

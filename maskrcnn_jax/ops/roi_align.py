@@ -144,7 +144,7 @@ def _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned)
     columns = interpolation_corners(x, widths[:, None, None])
     index, weight = _table_rows(rows, columns, starts, widths, sampling_ratio)
     pooled = _weighted_rows(table, index, weight)
-    return pooled.reshape(boxes.shape[0], output_size, output_size, -1)
+    return pooled.reshape(boxes.shape[0], output_size, output_size, table.shape[-1])
 
 
 def _table_rows(rows, columns, starts, widths, sampling_ratio):
@@ -157,8 +157,8 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
                     cell = row[:, :, None, i] * widths[:, None, None] + column[:, None, :, j]
                     indices.append(starts[:, None, None] + cell)
                     weights.append(row_weight[:, :, None, i] * column_weight[:, None, :, j] / sampling_ratio**2)
-    num_rois = starts.shape[0]
-    shape = (len(indices), num_rois, -1)
+    num_rois, num_bins = rows[0].shape[0], rows[0].shape[1] * columns[0].shape[1]
+    shape = (len(indices), num_rois, num_bins)
     return jnp.stack(indices).reshape(shape), jnp.stack(weights).reshape(shape)
 
 

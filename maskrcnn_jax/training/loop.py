@@ -43,7 +43,7 @@ def train(
       make_evaluate: called once with the categories; what it returns is called with the model after epochs.
 
     Raises:
-      UserError: when the config, the data or the folder do not fit; FloatingPointError: when a loss is not finite.
+      UserError: when the config, the data or the folder do not fit, or a loss is not finite.
     """
     # 1. Data
     mesh = make_mesh()
@@ -84,6 +84,10 @@ def train(
     # 4. Step
     train_step = make_train_step(graphdef, optimizer, mesh)
     key = jax.random.key(config.seed)
+
+    if start >= num_steps:
+        print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
+        return
 
     # 5. Steps
     writer = MetricWriter(workdir, first_step=start)
@@ -180,7 +184,7 @@ class _Log:
         """Fetch and write what has been added since the last time; return a line for the progress bar.
 
         Raises:
-          FloatingPointError: when a loss is not finite, with its terms, step and images.
+          UserError: when a loss is not finite, with its terms, step and images.
         """
         if not self._pending:
             return self._line
@@ -190,7 +194,10 @@ class _Log:
             if not np.isfinite(row["loss"]):
                 terms = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if "loss" in name)
                 images = self._index.image_ids[image_index[image_index >= 0]].tolist()
-                raise FloatingPointError(f"the loss at step {step} is not finite: {terms}; image ids {images}")
+                raise UserError(
+                    f"the loss at step {step} is not finite: {terms}; image ids {images}. Lower config.optim.lr, or "
+                    "look at the annotations of these images; the last checkpoint is from before"
+                )
         seconds = time.perf_counter() - self._started
         step = self._pending[-1][0]
         values = {

@@ -7,21 +7,12 @@ import numpy as np
 import pytest
 from absl import flags
 
-SQUARE = [2, 3, 10, 3, 10, 9, 2, 9]  # a polygon: columns 2..9, rows 3..8
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _parsed_flags():
     """Loading processes of grain read its flags, which a program parses in app.run."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-
-
-def annotation(id, image_id, category_id=1, bbox=(2, 3, 8, 6), segmentation=None, **more):
-    """Returns one annotation, by default of SQUARE."""
-    segmentation = [SQUARE] if segmentation is None else segmentation
-    fields = {"id": id, "image_id": image_id, "category_id": category_id, "bbox": list(bbox)}
-    return fields | {"segmentation": segmentation, "iscrowd": 0, "area": 48} | more
 
 
 class DatasetWriter:
@@ -34,8 +25,11 @@ class DatasetWriter:
     def image_path(self, name):
         return self.root / "train2017" / name
 
-    def write(self, sizes, annotations=(), categories=((1, "cat"), (2, "dog")), **sections):
-        """Writes images with ids 1.. of the (height, width) given; ``sections`` override parts of the JSON."""
+    def write(self, sizes, annotations=(), names=((1, "cat"), (2, "dog")), **sections):
+        """Writes images with ids 1.. of the (height, width) given.
+
+        ``names`` are pairs (category id, name); ``sections`` replace parts of the JSON.
+        """
         rng = np.random.default_rng(0)
         self.json_path.parent.mkdir(parents=True, exist_ok=True)
         self.image_path("").mkdir(exist_ok=True)
@@ -48,10 +42,9 @@ class DatasetWriter:
             "info": {},
             "images": images,
             "annotations": list(annotations),
-            "categories": [{"id": i, "name": name} for i, name in categories],
+            "categories": [{"id": i, "name": name} for i, name in names],
         }
-        content = {key: value for key, value in (content | sections).items() if value is not None}
-        self.json_path.write_text(json.dumps(content))
+        self.json_path.write_text(json.dumps(content | sections))
         return self.root
 
 

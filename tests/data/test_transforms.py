@@ -48,7 +48,8 @@ def test_a_flip_mirrors_image_boxes_and_masks_alike():
     box = np.array([[0, 1, 2, 3]], np.float32)
     np.testing.assert_array_equal(transforms.hflip_boxes(box, 6), [[4, 1, 6, 3]])
     flipped = transforms.hflip_masks(mask)
-    assert flipped[0, 1:3, 4:6].all() and flipped.sum() == 4
+    assert flipped[0, 1:3, 4:6].all()
+    assert flipped.sum() == 4
     np.testing.assert_array_equal(transforms.hflip_image(mask[0][:, :, None])[:, :, 0], flipped[0])
 
 
@@ -93,7 +94,8 @@ def test_colour_jitter_depends_on_the_generator_alone_and_strength_0_changes_not
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     first, again, other = (transforms.color_jitter(image, 0.4, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
-    assert (first != other).any() and first.dtype == np.uint8
+    assert (first != other).any()
+    assert first.dtype == np.uint8
     np.testing.assert_array_equal(transforms.color_jitter(image, 0.0, np.random.default_rng(1)), image)
 
 
@@ -101,7 +103,8 @@ def test_masks_are_packed_lowest_bit_first():
     mask = np.zeros((1, 2, 10), np.uint8)
     mask[0, 0, [0, 3, 9]] = 1
     packed, size = transforms.pack_masks(mask, 16)
-    assert size == (2, 10) and packed.shape == (1, 16, 2)
+    assert size == (2, 10)
+    assert packed.shape == (1, 16, 2)
     np.testing.assert_array_equal(packed[0, 0], [1 + 8, 2])
     assert not packed[0, 1:].any()
 
@@ -126,4 +129,5 @@ def test_masks_larger_than_the_canvas_are_reduced_by_nearest_sampling():
 
 def test_no_masks_pack_to_no_canvases():
     packed, size = transforms.pack_masks(np.zeros((0, 30, 20), np.uint8), 64)
-    assert packed.shape == (0, 64, 8) and size == (30, 20)
+    assert packed.shape == (0, 64, 8)
+    assert size == (30, 20)

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrcnn_jax.ops.roi_align import assign_levels, multiscale_roi_align, roi_align
+from maskrcnn_jax.ops import roi_align as ops
+from maskrcnn_jax.ops.roi_align import assign_levels
+
+# Compiled as a whole: op by op, most of the time would go into compiling single operations.
+roi_align = jax.jit(ops.roi_align, static_argnames=("output_size", "spatial_scale", "sampling_ratio", "aligned"))
+multiscale_roi_align = jax.jit(ops.multiscale_roi_align, static_argnames=("image_shape", "output_size", "aligned"))
 
 
 def ramp(height, width):
@@ -137,7 +142,7 @@ def test_a_level_whose_grid_was_rounded_up_still_has_a_scale_that_is_a_power_of_
     np.testing.assert_allclose(pooled[0, 0, 0], [10, 10], rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_rois", [0, 1, 5, 16, 17, 40])
+@pytest.mark.parametrize("num_rois", [0, 1, 17])
 def test_the_chunked_gradient_equals_that_of_the_plain_sum(num_rois):
     """Pooling is linear in the features, so the gradient is the transpose: <g, pool(f)> = <pool^T(g), f>."""
     rng = np.random.default_rng(num_rois)
@@ -149,8 +154,11 @@ def test_the_chunked_gradient_equals_that_of_the_plain_sum(num_rois):
     def pool(features):
         return roi_align(features, boxes, output_size=2, spatial_scale=0.25)
 
-    pooled, transpose = jax.vjp(pool, features)
-    (gradient,) = transpose(cotangent)
+    def pull_back(features):
+        pooled, transpose = jax.vjp(pool, features)
+        return pooled, transpose(cotangent)[0]
+
+    pooled, gradient = jax.jit(pull_back)(features)
     direction = jnp.asarray(rng.normal(size=(8, 8, 3)).astype(np.float32))
     assert gradient.shape == features.shape and bool(jnp.all(jnp.isfinite(gradient)))
     np.testing.assert_allclose(jnp.vdot(gradient, direction), jnp.vdot(cotangent, pool(direction)), atol=2e-4)
@@ -159,7 +167,8 @@ def test_the_chunked_gradient_equals_that_of_the_plain_sum(num_rois):
 
 def test_no_gradient_flows_to_the_boxes(key):
     features = jax.random.normal(key, (8, 8, 2))
-    gradient = jax.grad(lambda boxes: roi_align(features, boxes, output_size=2).sum())(jnp.array([[1.0, 1.0, 5.0, 6.0]]))
+    gradient = jax.jit(jax.grad(lambda boxes: roi_align(features, boxes, output_size=2).sum()))
+    gradient = gradient(jnp.array([[1.0, 1.0, 5.0, 6.0]]))
     np.testing.assert_array_equal(gradient, jnp.zeros((1, 4)))
 
 
@@ -185,14 +194,16 @@ def test_half_precision_features_stay_in_their_dtype_and_accumulate_wider(key):
     np.testing.assert_allclose(pooled.astype(jnp.float32), expected, rtol=2**-8)
 
 
+@pytest.mark.slow
 def test_roi_align_compiled_equals_eager_and_vmap_equals_a_loop(key):
     features = [jax.random.normal(key, (2, 32 // 2**i, 32 // 2**i, 3)) for i in range(4)]
     corner, size = jax.random.uniform(key, (2, 2, 6, 2)) * 64
     boxes = jnp.concatenate([corner, corner + 4 * size], axis=-1)
 
     def function(features, boxes):
-        return multiscale_roi_align(features, boxes, image_shape=(128, 128), output_size=3)
+        return ops.multiscale_roi_align(features, boxes, image_shape=(128, 128), output_size=3, sampling_ratio=1)
 
-    loop = jnp.stack([function([f[i] for f in features], boxes[i]) for i in range(2)])
-    np.testing.assert_allclose(jax.jit(function)([f[0] for f in features], boxes[0]), loop[0], atol=1e-5)
+    compiled = jax.jit(function)
+    loop = jnp.stack([compiled([f[i] for f in features], boxes[i]) for i in range(2)])
+    np.testing.assert_allclose(loop[0], function([f[0] for f in features], boxes[0]), atol=1e-5)
     np.testing.assert_allclose(jax.vmap(function)(features, boxes), loop, atol=1e-5)

@@ -1,0 +1,33 @@
+# The two commands: `make train` and `make test`. Each sets up .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+RUNTIME = $(VENV)/.runtime-installed
+DEV = $(VENV)/.dev-installed
+
+.PHONY: train test test-fast lint
+
+train: $(RUNTIME)
+	$(RUN) -m maskrcnn_jax.data.shapes data/shapes --train=4000 --val=200
+	$(RUN) train.py --config=configs/shapes.py --workdir=runs/shapes
+	$(RUN) predict.py --workdir=runs/shapes --input=data/shapes/val2017 --output=runs/shapes/pictures
+
+test: $(DEV)
+	$(RUN) -m pytest
+
+test-fast: $(DEV)
+	$(RUN) -m pytest -m "not slow"
+
+lint: $(DEV)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(RUNTIME): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(DEV): requirements-dev.txt $(RUNTIME)
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,18 @@
+"""ResNet-101-FPN on COCO 2017 with the paper's recipe: its best row, 100 epochs at a learning rate of 1e-4 (Table 2).
+
+    python train.py --config=configs/r101_fpn.py --workdir=runs/r101 --config.data.coco_dir=COCO
+
+Cost and result at full length: not run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import r50_fpn
+
+
+def get_config() -> ConfigDict:
+    config = r50_fpn.get_config()
+    config.epochs = 100
+    config.model.backbone = "resnet101"
+    config.optim.lr = 1e-4
+    return config

@@ -1,0 +1,371 @@
+import itertools
+import logging
+import os
+import time
+
+import numpy as np
+import pytest
+
+from maskrcnn_jax.data import loader as loader_module
+from maskrcnn_jax.data import transforms
+from maskrcnn_jax.data.coco import BrokenImageError, load_index
+from maskrcnn_jax.data.loader import Plan, buckets_for, make_loader, training_subset
+from maskrcnn_jax.data.shapes import write_dataset
+from maskrcnn_jax.errors import UserError
+
+TRAIN = {"batch_size": 4, "short_side": 96, "long_side": 128, "mask_side": 64, "shuffle": True, "annotations": True}
+EVALUATE = TRAIN | {"shuffle": False, "annotations": False}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """22 images of shapes, 96 pixels a side."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_dataset(root, num_train=22, num_val=1, image_size=96, seed=1)
+    return load_index(root, "train2017")
+
+
+@pytest.fixture
+def mixed(dataset):
+    """7 wide, 5 tall and 2 square images, with one object in every wide one."""
+    square = {"bbox": [4, 2, 8, 6], "segmentation": [[4, 2, 12, 2, 12, 8, 4, 8]]}
+    annotations = [{"id": i, "image_id": i, "category_id": 2, "iscrowd": 0, "area": 48} | square for i in range(1, 8)]
+    return load_index(dataset.write([(24, 32)] * 7 + [(32, 24)] * 5 + [(24, 24)] * 2, annotations), "train2017")
+
+
+def assert_equal_batches(first, second):
+    first, second = list(first), list(second)
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        leaves_a, leaves_b = (list(batch[:-1]) + list(batch.gt or ()) for batch in (a, b))
+        assert len(leaves_a) == len(leaves_b)
+        for x, y in zip(leaves_a, leaves_b, strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+# Buckets and plan
+
+
+def test_buckets_for_cocos_sizes():
+    assert buckets_for(800, 1333, "auto") == [(800, 1088), (1088, 800), (800, 1344), (1344, 800)]
+
+
+def test_buckets_are_rounded_up_and_listed_once():
+    assert buckets_for(128, 128, "auto") == [(128, 128)]
+    assert buckets_for(600, 1000, "auto") == [(608, 800), (800, 608), (608, 1024), (1024, 608)]
+    assert buckets_for(100, 110, "auto") == [(128, 128)]
+    assert buckets_for(800, 1333, "exact") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [((800, 700, "auto"), "between 1 and"), ((8, 9, "x"), "auto or exact")]
+)
+def test_bucket_settings_that_make_no_sense_are_refused(arguments, told):
+    with pytest.raises(UserError, match=told):
+        buckets_for(*arguments)
+
+
+def plan_of(num_images, *, shuffle, batch_size=16, mode="auto", seed=3):
+    rng = np.random.default_rng(0)
+    sizes = np.array([(480, 640), (640, 480), (427, 640), (640, 359), (500, 500)])[rng.integers(5, size=num_images)]
+    sizes = transforms.resized_sizes(sizes, 800, 1333)
+    plan = Plan(
+        sizes,
+        np.arange(num_images),
+        batch_size=batch_size,
+        buckets=buckets_for(800, 1333, mode),
+        shuffle=shuffle,
+        seed=seed,
+    )
+    return plan, sizes
+
+
+@pytest.mark.parametrize("mode", ["auto", "exact"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_image_of_a_batch_fits_the_bucket_of_the_batch(mode, shuffle):
+    plan, sizes = plan_of(203, shuffle=shuffle, mode=mode)
+    for step in range(plan.steps_per_epoch):
+        images, bucket = plan.step(step)
+        images = images[images >= 0]
+        assert (sizes[images] <= bucket).all()
+        if mode == "exact":
+            assert (-(-sizes[images] // 32) * 32 == bucket).all()
+
+
+def test_an_image_goes_to_the_smallest_bucket_that_holds_it():
+    plan, sizes = plan_of(300, shuffle=False, batch_size=1)
+    expected = {(800, 1066): (800, 1088), (1066, 800): (1088, 800), (800, 1199): (800, 1344), (1333, 747): (1344, 800)}
+    for step in range(plan.steps_per_epoch):
+        (image,), bucket = plan.step(step)
+        assert bucket == expected.get(tuple(sizes[image].tolist()), (800, 1088))
+
+
+def test_the_plan_of_evaluation_loses_and_repeats_nothing():
+    plan, _ = plan_of(203, shuffle=False)
+    images = np.concatenate([plan.step(step)[0] for step in range(plan.steps_per_epoch)])
+    assert sorted(images[images >= 0]) == list(range(203))
+    per_bucket = [plan.step(step)[0] for step in range(plan.steps_per_epoch)]
+    assert all((np.diff(rows[rows >= 0]) > 0).all() and (rows[: (rows >= 0).sum()] >= 0).all() for rows in per_bucket)
+
+
+def test_training_sees_every_image_every_epoch_and_fills_up_with_others_of_the_bucket():
+    plan, _ = plan_of(203, shuffle=True)
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        images = np.concatenate([plan.step(step)[0] for step in steps])
+        assert set(images) == set(range(203))
+        assert all(len(set(plan.step(step)[0])) == 16 for step in steps)  # no image twice in a batch
+
+
+def test_a_bucket_with_fewer_images_than_a_batch_repeats_them(mixed):
+    plan = Plan(mixed.sizes, np.arange(14), batch_size=12, buckets=[(24, 32), (32, 24)], shuffle=True, seed=0)
+    rows = {bucket: images for images, bucket in map(plan.step, range(plan.steps_per_epoch))}
+    assert set(rows[32, 24]) == {7, 8, 9, 10, 11}
+    assert len(rows[32, 24]) == 12
+
+
+def test_epochs_differ_and_seeds_differ_and_the_same_seed_repeats():
+    def order(seed, epoch):
+        plan, _ = plan_of(203, shuffle=True, seed=seed)
+        return [plan.step(epoch * plan.steps_per_epoch + k)[0].tolist() for k in range(plan.steps_per_epoch)]
+
+    assert order(3, 0) == order(3, 0)
+    assert order(3, 5) == order(3, 5)
+    assert order(3, 0) != order(3, 1)
+    assert order(3, 0) != order(4, 0)
+
+
+def test_cocos_training_set_is_planned_in_well_under_a_second():
+    plan, _ = plan_of(118_287, shuffle=True)
+    start = time.perf_counter()
+    plan.step(plan.steps_per_epoch * 7)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_smaller_training_subsets_are_part_of_larger_ones(index):
+    small, large = training_subset(index, 5, seed=2), training_subset(index, 12, seed=2)
+    assert len(small) == 5
+    assert len(large) == 12
+    assert set(small) < set(large)
+    assert set(small) != set(training_subset(index, 5, seed=3))
+    assert training_subset(index, 0, seed=2).tolist() == training_subset(index, 99, seed=2).tolist() == list(range(22))
+
+
+# Contents of a batch
+
+
+def test_a_batch_holds_the_resized_image_its_sizes_and_its_objects(mixed):
+    load = make_loader(mixed, **TRAIN | {"batch_size": 2, "shuffle": False, "short_side": 48, "long_side": 64})
+    batch = next(iter(load))
+    assert batch.images.shape == (2, 64, 64, 3)
+    assert batch.images.dtype == np.uint8
+    resized = transforms.resize_image(mixed.read_image(1), (48, 64), "uint8")
+    np.testing.assert_array_equal(batch.images[1, :48], resized)
+    assert not batch.images[1, 48:].any()
+    assert batch.sizes.tolist() == [[48, 64]] * 2
+    assert batch.original_sizes.tolist() == [[24, 32]] * 2
+    assert batch.image_index.tolist() == [0, 1]
+    assert batch.valid.tolist() == [True, True]
+    gt = batch.gt
+    assert gt.boxes.shape == (2, 8, 4)
+    assert gt.valid.tolist() == [[True] + [False] * 7] * 2
+    assert gt.boxes[0, 0].tolist() == [8, 4, 24, 16]
+    assert gt.labels[0, 0] == 2
+    assert gt.masks.shape == (2, 8, 64, 8)
+    assert gt.mask_sizes.tolist() == [[24, 32]] * 2
+    mask = np.unpackbits(gt.masks[0, 0], axis=1, bitorder="little")
+    assert mask[2:8, 4:12].all()
+    assert mask.sum() == 48
+
+
+def test_the_dtypes_are_those_that_the_structures_promise(index):
+    batch = next(iter(make_loader(index, **TRAIN)))
+    assert [x.dtype.name for x in batch[:-1]] == ["uint8", "int32", "int32", "int32", "bool"]
+    assert [x.dtype.name for x in batch.gt] == ["float32", "int32", "uint8", "int32", "bool"]
+    batch = next(iter(make_loader(index, **TRAIN | {"resize_dtype": "float32"})))
+    assert batch.images.dtype == np.float32
+    assert 1 < batch.images.max() <= 255
+
+
+def test_images_are_mirrored_together_with_their_objects(mixed):
+    shared = TRAIN | {"batch_size": 2, "shuffle": False, "short_side": 48, "long_side": 64, "image_indices": [0, 3]}
+    plain, mirrored = (next(iter(make_loader(mixed, **shared, hflip=p))) for p in (0.0, 1.0))
+    np.testing.assert_array_equal(mirrored.images[:, :48], plain.images[:, :48, ::-1])
+    assert mirrored.gt.boxes[0, 0].tolist() == [40, 4, 56, 16]  # the image is twice as large as its file
+    mask = np.unpackbits(mirrored.gt.masks[0, 0], axis=1, bitorder="little")
+    assert mask[2:8, 20:28].all()
+    assert mask.sum() == 48
+
+
+def test_augmentation_differs_from_image_to_image_and_from_epoch_to_epoch(mixed):
+    shared = TRAIN | {
+        "short_side": 24,
+        "long_side": 32,
+        "image_indices": [0],
+        "batch_size": 4,
+        "num_steps": 6,
+        "hflip": 0.5,
+    }
+    batches = list(make_loader(mixed, **shared))
+    flipped = [(batch.gt.boxes[:, 0, 0] == 20).tolist() for batch in batches]
+    assert len({tuple(f) for f in flipped}) > 2
+    jittered = next(iter(make_loader(mixed, **shared | {"hflip": 0.0, "color_jitter": 0.3})))
+    assert len({image.tobytes() for image in jittered.images}) == 4
+
+
+def test_objects_come_without_augmentation_or_shuffling_too(index):
+    batches = list(make_loader(index, **EVALUATE | {"annotations": True}))
+    for batch in batches:
+        for row in np.flatnonzero(batch.valid):
+            objects = index.annotations(batch.image_index[row])
+            np.testing.assert_array_equal(batch.gt.boxes[row][batch.gt.valid[row]], objects.boxes)
+
+
+def test_evaluation_sees_every_image_once_and_marks_the_rows_that_fill_up(mixed):
+    batches = list(make_loader(mixed, **EVALUATE | {"short_side": 24, "long_side": 64}))
+    valid = np.concatenate([batch.valid for batch in batches])
+    rows = np.concatenate([batch.image_index for batch in batches])
+    assert sorted(rows[valid]) == list(range(14))
+    assert (rows[~valid] == -1).all()
+    assert (~valid).sum() > 0
+    assert all(batch.gt is None and not batch.images[~batch.valid].any() for batch in batches)
+
+
+def test_only_the_images_asked_for_take_part(index):
+    batches = list(make_loader(index, **EVALUATE, image_indices=[3, 5, 11, 12, 20]))
+    assert [i for batch in batches for i in batch.image_index[batch.valid]] == [3, 5, 11, 12, 20]
+
+
+# Order, processes, threads
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(index):
+    shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2}
+    first, again, other = (list(make_loader(index, **shared, seed=seed)) for seed in (0, 0, 1))
+    assert_equal_batches(first, again)
+    with pytest.raises(AssertionError):
+        assert_equal_batches(first, other)
+
+
+@pytest.mark.parametrize("setting", [{"threads": 4}, {"prefetch": 1}, {"workers": 1}, {"workers": 2, "threads": 1}])
+def test_threads_and_workers_change_no_byte(index, setting):
+    shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2, "num_steps": 9}
+    assert_equal_batches(
+        make_loader(index, **shared | {"threads": 1}), make_loader(index, **shared | {"threads": 2} | setting)
+    )
+
+
+@pytest.mark.parametrize("start", [1, 5, 6, 11])
+def test_starting_at_a_step_gives_the_rest_of_the_run(index, start):
+    shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2, "num_steps": 14}
+    load = make_loader(index, **shared, start_step=start)
+    assert load.steps_per_epoch == 6
+    assert len(load) == 14 - start
+    assert_equal_batches(load, list(make_loader(index, **shared))[start:])
+
+
+def test_a_run_that_is_over_yields_nothing(index):
+    assert list(make_loader(index, **TRAIN, num_steps=3, start_step=3)) == []
+
+
+def test_every_iteration_starts_again(index):
+    load = make_loader(index, **TRAIN, num_steps=3)
+    assert_equal_batches(itertools.islice(load, 2), list(load)[:2])
+
+
+@pytest.mark.parametrize("settings", [TRAIN, EVALUATE | {"annotations": True}])
+def test_the_rows_of_two_processes_together_are_the_batch_of_one(index, settings):
+    whole = list(make_loader(index, **settings, hflip=0.5))
+    halves = [list(make_loader(index, **settings, hflip=0.5, process_index=p, process_count=2)) for p in (0, 1)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        for x, y, z in zip(batch[:-1], first[:-1], second[:-1], strict=True):
+            assert len(y) == len(z) == 2
+            np.testing.assert_array_equal(x, np.concatenate([y, z]))
+        for x, y, z in zip(batch.gt, first.gt, second.gt, strict=True):
+            np.testing.assert_array_equal(x, np.concatenate([y, z]))
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_reaches_the_consumer_by_name(dataset, workers):
+    index = load_index(dataset.write([(24, 32)] * 6), "train2017")
+    dataset.image_path("5.jpg").write_bytes(b"no image")
+    batches = iter(make_loader(index, **EVALUATE | {"batch_size": 2}, workers=workers))
+    assert next(batches).image_index.tolist() == [0, 1]
+    next(batches)
+    with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true$"):
+        next(batches)
+
+
+def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):
+    index = load_index(dataset.write([(24, 32)] * 4), "train2017")
+    dataset.image_path("2.jpg").unlink()
+    loader_module._warn_once.cache_clear()
+    settings = TRAIN | {"num_steps": 3, "skip_broken": True}
+    with caplog.at_level(logging.WARNING):
+        batches = list(make_loader(index, **settings))
+    for batch in batches:
+        assert batch.valid.sum() == 3
+        assert sorted(batch.image_index) == [-1, 0, 2, 3]
+        assert not batch.images[~batch.valid].any()
+        assert not batch.gt.valid[~batch.valid].any()
+    assert len(caplog.records) == 1
+    assert "2.jpg" in caplog.text
+
+
+def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
+    rle = {"size": [24, 32], "counts": [10, 9000, 2]}
+    fields = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": rle}
+    index = load_index(dataset.write([(24, 32)], [fields]), "train2017")
+    with pytest.raises(UserError, match="annotation 5"):
+        list(make_loader(index, **TRAIN))
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"image_indices": []}, "no images to load"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"process_count": 3}, "multiple of 3 processes"),
+        ({"mask_side": 100}, "multiple of 8"),
+        ({"resize_dtype": "float64"}, "uint8 or float32"),
+        ({"hflip": 1.5}, "probability"),
+        ({"color_jitter": -1}, "color_jitter -1"),
+        ({"threads": 0}, "threads"),
+        ({"seed": -1}, "seed -1"),
+        ({"buckets": "some"}, "auto or exact"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(index, setting, told):
+    with pytest.raises(UserError, match=told):
+        make_loader(index, **TRAIN | setting)
+
+
+@pytest.mark.skipif("COCO_DIR" not in os.environ, reason="COCO_DIR is not set")
+def test_on_coco_boxes_and_masks_agree_in_every_batch():
+    index = load_index(os.environ["COCO_DIR"], "val2017")
+    settings = {
+        "batch_size": 4,
+        "short_side": 800,
+        "long_side": 1333,
+        "shuffle": True,
+        "annotations": True,
+        "hflip": 0.5,
+    }
+    close = []
+    for batch in make_loader(index, **settings, num_steps=6, threads=2):
+        assert batch.images.shape[1:3] in buckets_for(800, 1333, "auto")
+        masks = np.unpackbits(batch.gt.masks, axis=3, bitorder="little")
+        for row, k in np.argwhere(batch.gt.valid):
+            height, width = batch.gt.mask_sizes[row]
+            ys, xs = np.nonzero(masks[row, k, :height, :width])
+            if not len(ys):
+                continue  # COCO has objects thinner than a pixel
+            scale = batch.sizes[row][[1, 0, 1, 0]] / np.array([width, height, width, height])
+            tight = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * scale
+            close.append(np.abs(batch.gt.boxes[row, k] - tight).max() < 2.5 * scale.max())
+    assert len(close) > 50
+    assert np.mean(close) > 0.95

@@ -1,0 +1,178 @@
+"""The whole network: sizes, terms, batch sizes, dtypes, compilation, several devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from maskrcnn_jax.models.layers import FrozenStatistics
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from tests.models.tiny import NUM_CLASSES, SIDE, all_finite, compiled, tiny_batch, tiny_model
+
+TERMS = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+
+
+def count(model, kind):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, kind)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "num_parameters"),
+    [
+        ("frozen", 44_401_393),  # torchvision's maskrcnn_resnet50_fpn with pretrained weights
+        ("batch", 44_454_513),  # the same without: 26,560 channels of norms have a scale and a bias
+    ],
+)
+def test_the_full_model_has_as_many_parameters_as_torchvisions(norm, num_parameters):
+    model = nnx.eval_shape(lambda: MaskRCNN(norm=norm, rngs=nnx.Rngs(0)))
+    assert count(model, nnx.Param) == num_parameters
+
+
+def test_frozen_statistics_are_no_parameters(tiny):
+    assert count(tiny, FrozenStatistics) > 0
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(tiny, nnx.Param))]
+    assert paths
+    assert not [path for path in paths if "bn1" in path or "norms" in path or "bn" in path]
+
+
+def test_every_stage_has_the_documented_shape():
+    model = nnx.eval_shape(lambda: MaskRCNN(rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((2, 800, 1088, 3), jnp.uint8)
+    sizes = jax.ShapeDtypeStruct((2, 2), jnp.int32)
+
+    def stages(state, images, sizes):
+        model = nnx.merge(graph, state)
+        backbone = model.backbone(model.normalize(images, sizes))
+        features = model.fpn(backbone)
+        objectness, deltas = model.rpn(features)
+        anchors = model.anchors(features, (800, 1088))
+        proposals = model.propose(objectness, deltas, anchors, sizes, model.rpn_selection_train)
+        return backbone, features, objectness, deltas, anchors, proposals, model.detect(images, sizes)
+
+    backbone, features, objectness, deltas, anchors, proposals, detections = jax.eval_shape(stages, state, images, sizes)
+    grids = [(200, 272), (100, 136), (50, 68), (25, 34), (13, 17)]
+    assert [f.shape for f in backbone] == [
+        (2, h, w, k) for (h, w), k in zip(grids[:4], (256, 512, 1024, 2048), strict=True)
+    ]
+    assert [f.shape for f in features] == [(2, h, w, 256) for h, w in grids]
+    assert [o.shape for o in objectness] == [(2, h * w * 3) for h, w in grids]
+    assert [d.shape for d in deltas] == [(2, h * w * 3, 4) for h, w in grids]
+    assert [a.shape for a in anchors] == [(h * w * 3, 4) for h, w in grids]
+    assert [p.shape for p in proposals] == [(2, 2000, 4), (2, 2000), (2, 2000)]
+    assert [d.shape for d in detections] == [(2, 100, 4), (2, 100), (2, 100), (2, 100, 28, 28), (2, 100)]
+
+
+def test_an_unknown_backbone_or_norm_is_named_with_the_choices():
+    with pytest.raises(ValueError, match="resnet7.*resnet50"):
+        tiny_model(backbone="resnet7")
+    with pytest.raises(ValueError, match="layer.*'batch' or 'frozen'"):
+        tiny_model(norm="layer")
+
+
+def test_losses_have_five_finite_terms_and_gradients_reach_every_parameter(tiny_functions, key):
+    terms, metrics, gradients = tiny_functions[0](tiny_batch(), key)
+    assert set(terms) == TERMS
+    assert set(metrics) == {"num_foreground", "accuracy", "accuracy_foreground"}
+    assert all(term.shape == () and term.dtype == jnp.float32 for term in terms.values())
+    assert all_finite((terms, metrics, gradients))
+    silent = [
+        "/".join(map(str, path))
+        for path, gradient in nnx.to_flat_state(gradients)
+        if float(jnp.abs(gradient[...] if hasattr(gradient, "get_value") else gradient).max()) == 0
+    ]
+    assert not silent
+
+
+def test_the_same_key_gives_the_same_bits_and_another_key_another_draw(tiny_functions, key):
+    losses, batch = tiny_functions[0], tiny_batch()
+    first, again, other = losses(batch, key)[0], losses(batch, key)[0], losses(batch, jax.random.key(1))[0]
+    for name in TERMS:
+        np.testing.assert_array_equal(first[name], again[name])
+    assert any(float(first[name]) != float(other[name]) for name in TERMS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_detect_runs_at_any_batch_size_and_each_image_is_on_its_own(tiny_functions, batch_size):
+    images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)[:batch_size]
+    sizes = np.array([[64, 64], [50, 64], [33, 40]], np.int32)[:batch_size]
+    detections = tiny_functions[1](images, sizes)
+    assert detections.boxes.shape == (batch_size, 6, 4)
+    assert all_finite(detections)
+    assert bool(detections.valid.any())
+    valid = np.asarray(detections.valid)
+    assert np.all(np.diff(np.where(valid, detections.scores, -1), axis=1) <= 0), "not best first"
+    labels = np.asarray(detections.labels)[valid]
+    assert labels.min() >= 1
+    assert labels.max() < NUM_CLASSES
+    assert np.all(np.asarray(detections.boxes) <= sizes[:, None, [1, 0, 1, 0]])
+    assert float(detections.masks.min()) >= 0
+    assert float(detections.masks.max()) <= 1
+    alone = tiny_functions[1](images[:1], sizes[:1])
+    # Another batch size may block convolutions differently.
+    np.testing.assert_allclose(detections.boxes[:1], alone.boxes, atol=1e-3)
+    np.testing.assert_allclose(detections.scores[:1], alone.scores, atol=1e-5)
+
+
+def test_nothing_is_compiled_after_the_first_call(tiny_functions, key):
+    losses, detect, jitted_losses, jitted_detect = tiny_functions[:4]
+    for function, jitted, calls in (
+        (losses, jitted_losses, [(tiny_batch(seed=i), jax.random.key(i)) for i in range(3)]),
+        (detect, jitted_detect, [(tiny_batch(seed=i).images, tiny_batch().sizes - i) for i in range(3)]),
+    ):
+        function(*calls[0])
+        after_warm_up = jitted._cache_size()
+        for arguments in calls[1:]:
+            function(*arguments)
+        assert jitted._cache_size() == after_warm_up
+
+
+def test_eight_devices_compute_the_losses_and_gradients_of_one(tiny_functions, key):
+    _, _, jitted, _, params, rest = tiny_functions
+    assert jax.device_count() >= 8
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    batch = tiny_batch(batch_size=8)
+    expected = jitted(params, rest, batch, key)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    sharded_batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    arguments = jax.device_put((params, rest), everywhere)
+    terms, metrics, gradients = jitted(*arguments, sharded_batch, jax.device_put(key, everywhere))
+    for name in TERMS:
+        # Sums over the batch are added in another order.
+        np.testing.assert_allclose(terms[name], expected[0][name], rtol=1e-5)
+    for a, e in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[2]), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4 * float(jnp.abs(e).max()) + 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_losses_and_detections_run_in_other_dtypes(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        losses, detect, *_, params, _ = compiled(tiny_model(dtype=dtype))
+        batch = tiny_batch()
+        wide = jnp.float64 if dtype == "float64" else jnp.float32
+        terms, metrics, gradients = losses(batch, jax.random.key(0))
+        assert all(leaf.dtype == wide for leaf in jax.tree.leaves((params, gradients, terms)))
+        assert all_finite((terms, metrics, gradients))
+        detections = detect(batch.images, batch.sizes)
+        assert detections.boxes.dtype == wide
+        assert all_finite(detections)
+
+
+@pytest.mark.slow
+def test_trained_norms_update_their_running_statistics_in_training_only():
+    model = tiny_model(norm="batch")
+    before = model.backbone.bn1.mean[...]
+
+    @nnx.jit
+    def losses(model, batch, key):
+        return sum(model.losses(batch, key)[0].values())
+
+    model.eval()
+    losses(model, tiny_batch(), jax.random.key(0))
+    np.testing.assert_array_equal(model.backbone.bn1.mean[...], before)
+    model.train()
+    assert bool(jnp.isfinite(losses(model, tiny_batch(), jax.random.key(0))))
+    assert float(jnp.abs(model.backbone.bn1.mean[...] - before).max()) > 0

@@ -1,0 +1,135 @@
+import json
+import signal
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.training.checkpoint import Checkpoints, restore_model
+from maskrcnn_jax.training.loop import train
+from maskrcnn_jax.training.step import make_train_step
+
+
+class FakeEvaluation(NamedTuple):
+    metrics: dict
+    picture: np.ndarray = np.zeros((8, 8, 3), np.uint8)
+
+
+def never(_):
+    raise AssertionError("no evaluation was asked for")
+
+
+def scores(*values):
+    """Make an evaluation that returns these mask APs one after the other."""
+    remaining = list(values)
+    return lambda categories: lambda model: FakeEvaluation({"bbox_AP": 0.5, "segm_AP": remaining.pop(0)})
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays(workdir):
+    model, _, _ = restore_model(workdir)
+    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+
+
+def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path):
+    train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 8
+    assert (tmp_path / "categories.json").exists()
+    assert list((tmp_path / "tensorboard").iterdir())
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line["step"] for line in logged] == [2, 4]
+    terms = ["loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"]
+    for line in logged:
+        assert all(np.isfinite(line[term]) for term in terms)
+        assert line["loss"] == pytest.approx(sum(line[term] for term in terms), rel=1e-5)
+    assert [line["segm_AP"] for line in lines(tmp_path) if "segm_AP" in line] == [0.1, 0.2]
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
+    config.eval_every = 1
+    train(config, tmp_path / "whole", make_evaluate=scores(0.1, 0.2))
+
+    def stopping(categories):
+        def evaluate(model):
+            signal.raise_signal(signal.SIGTERM)
+            return FakeEvaluation({"bbox_AP": 0.5, "segm_AP": 0.1})
+
+        return evaluate
+
+    with pytest.raises(SystemExit) as stopped:
+        train(config, tmp_path / "parts", make_evaluate=stopping)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert lines(tmp_path / "parts")[-1]["step"] == 2
+    train(config, tmp_path / "parts", make_evaluate=scores(0.2))
+
+    for whole, parts in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(whole, parts)
+    timeless = [
+        [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
+    config.keep_checkpoints = 1
+    config.epochs = 3
+    train(config, tmp_path, make_evaluate=scores(0.1, 0.9, 0.3))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.steps == [4, 6]
+    assert (checkpoints.best_step, checkpoints.latest_step) == (4, 6)
+    checkpoints.close()
+    restore_model(tmp_path, which="best")
+    with pytest.raises(UserError, match=r"no checkpoint '2'; there are: \[4, 6\]"):
+        restore_model(tmp_path, which="2")
+
+
+def test_the_step_compiles_once(config, tmp_path, monkeypatch):
+    steps = []
+
+    def remember(*args):
+        steps.append(make_train_step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr("maskrcnn_jax.training.loop.make_train_step", remember)
+    train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
+    assert steps[0]._cache_size() == 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, tmp_path, monkeypatch):
+    real = MaskRCNN.losses
+
+    def broken(self, batch, key):
+        terms, metrics = real(self, batch, key)
+        return terms | {"loss_mask": terms["loss_mask"] * np.nan}, metrics
+
+    monkeypatch.setattr(MaskRCNN, "losses", broken)
+    with pytest.raises(UserError, match=r"step 1 is not finite: .*loss_mask nan.*image ids \[\d+"):
+        train(config, tmp_path, make_evaluate=never)
+    assert Checkpoints(tmp_path).latest_step is None
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
+    config.batch_size = 6
+    with pytest.raises(UserError, match="batch_size 6 is not divisible by 8 devices; use 8"):
+        train(config, tmp_path, make_evaluate=never)
+    config.batch_size = 12
+    with pytest.raises(UserError, match="use 8 or 16"):
+        train(config, tmp_path, make_evaluate=never)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(config, tmp_path):
+    config.eval_every = 0
+    config.max_steps = 1
+    train(config, tmp_path, make_evaluate=lambda categories: None)
+    config.max_steps = 2
+    config.model.width = 16
+    with pytest.raises(UserError, match="of another architecture"):
+        train(config, tmp_path, make_evaluate=lambda categories: None)

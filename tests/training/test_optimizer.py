@@ -1,0 +1,58 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
+
+
+def make(**changes):
+    options = {"weight_decay": 0.0, "decay_norm_and_bias": False, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0}
+    return make_optimizer(lambda _: 0.1, **(options | changes))
+
+
+def update(optimizer, params, gradients):
+    return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    schedule = make_schedule(lr=1.0, warmup_steps=10, final_lr_fraction=0.0, num_steps=110)
+    assert float(schedule(0)) == pytest.approx(0.001)
+    assert float(schedule(5)) == pytest.approx((0.001 + 1) / 2)
+    assert float(schedule(10)) == pytest.approx(1.0)
+    assert float(schedule(60)) == pytest.approx(0.5)
+    assert float(schedule(110)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
+    schedule = make_schedule(lr=1.0, warmup_steps=500, final_lr_fraction=0.0, num_steps=50)
+    assert float(schedule(5)) == pytest.approx(1.0)
+
+
+def test_a_run_of_a_few_steps_starts_at_the_peak():
+    schedule = make_schedule(lr=1.0, warmup_steps=500, final_lr_fraction=0.0, num_steps=4)
+    assert float(schedule(0)) == pytest.approx(1.0)
+
+
+def test_weight_decay_spares_biases_and_norms_unless_asked():
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    zero = {"kernel": jnp.zeros((2, 2)), "scale": jnp.zeros(2)}
+    spared = update(make(weight_decay=0.5), params, zero)
+    np.testing.assert_allclose(spared["kernel"], -0.1 * 0.5 * np.ones((2, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(spared["scale"], np.zeros(2))
+    everything = update(make(weight_decay=0.5, decay_norm_and_bias=True), params, zero)
+    np.testing.assert_allclose(everything["scale"], -0.1 * 0.5 * np.ones(2), rtol=1e-6)
+
+
+def test_adam_takes_a_first_step_of_the_learning_rate_whatever_the_gradient():
+    params = {"kernel": jnp.zeros((1, 2))}
+    step = update(make(), params, {"kernel": jnp.array([[100.0, -0.01]])})
+    np.testing.assert_allclose(step["kernel"], [[-0.1, 0.1]], rtol=1e-4)
+
+
+def test_clipping_scales_the_whole_gradient_down_to_the_norm():
+    # Adam's second moment shows the clipped gradient: (1 - b2) * g^2.
+    optimizer = make(clip_norm=1.0)
+    params = {"kernel": jnp.zeros((1, 2))}
+    _, state = optimizer.update({"kernel": jnp.array([[3.0, 4.0]])}, optimizer.init(params), params)
+    second_moment = state[1][0].nu["kernel"]
+    np.testing.assert_allclose(second_moment, 0.001 * np.array([[0.36, 0.64]]), rtol=1e-4)
