@@ -11,7 +11,8 @@ from ml_collections import config_flags
 from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.training.checkpoint import restore_model
+from maskrcnn_jax.sharding import use_all_cores
+from maskrcnn_jax.training.checkpoint import load_config, restore_model
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Use instead of the config that the run was trained with.")
@@ -24,7 +25,9 @@ flags.DEFINE_string("output", None, "Folder for the results; the workdir if not 
 
 
 def main() -> None:
-    model, config, categories = restore_model(FLAGS.workdir, which=FLAGS.checkpoint, config=FLAGS.config)
+    config = FLAGS.config or load_config(FLAGS.workdir)
+    use_all_cores(config.eval_batch_size)
+    model, categories = restore_model(FLAGS.workdir, config.model, which=FLAGS.checkpoint)
     data = config.data.unlock()
     data.coco_dir = FLAGS.coco_dir or data.coco_dir
     data.eval_split = FLAGS.split or data.eval_split

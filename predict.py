@@ -17,7 +17,7 @@ from maskrcnn_jax.data.transforms import resize_image, resized_size
 from maskrcnn_jax.evaluation.files import Label, Prepare, is_video, list_images, predict_images, predict_video
 from maskrcnn_jax.evaluation.inference import make_detect
 from maskrcnn_jax.structures import Batch
-from maskrcnn_jax.training.checkpoint import restore_model
+from maskrcnn_jax.training.checkpoint import load_config, restore_model
 
 STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
 
@@ -54,7 +54,8 @@ def make_prepare(data: ConfigDict) -> Prepare:
 
 def main() -> None:
     paths = None if is_video(FLAGS.input) else list_images(FLAGS.input)
-    model, config, categories = restore_model(FLAGS.workdir, which=FLAGS.checkpoint, config=FLAGS.config)
+    config = FLAGS.config or load_config(FLAGS.workdir)
+    model, categories = restore_model(FLAGS.workdir, config.model, which=FLAGS.checkpoint)
     columns = zip(categories.labels, categories.ids, categories.names, strict=True)
     labels = {label: Label(category_id, name) for label, category_id, name in columns}
     call = {"labels": labels, "min_score": FLAGS.min_score}

@@ -12,8 +12,8 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.epochs = 3
-    config.eval_every = 1
+    config.epochs = 6
+    config.eval_every = 3
     config.eval_batch_size = 20
 
     config.data.coco_dir = "data/shapes"
@@ -32,10 +32,11 @@ def get_config() -> ConfigDict:
     model.rpn_pre_nms_top_n_test = 100
     model.rpn_post_nms_top_n_test = 100
     model.box_hidden = 256
-    model.box_batch_size_per_image = 64
+    model.roi_sampling_ratio = 1  # bins are smaller than a feature cell here
+    model.box_batch_size_per_image = 32
     model.box_detections_per_img = 30
     model.mask_channels = 32
 
-    config.optim.lr = 1e-3
-    config.optim.warmup_steps = 100
+    config.optim.lr = 2e-3
+    config.optim.warmup_steps = 200
     return config

@@ -16,7 +16,9 @@ def run_app(main: Callable[[], None]) -> None:
     """Parse the command line, run ``main`` and leave with status 1 and one line on stderr if it raises UserError."""
 
     def guarded(argv: list[str]) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # Orbax and JAX tell of things that are as they should be: no TPU here, a checkpoint without metrics.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("jax").setLevel(logging.WARNING)
         _enable_compilation_cache()
         try:
             if len(argv) > 1:

@@ -92,7 +92,9 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
         assert [written[f"{kind}_{name}"] for name in names] == coco_eval.stats.tolist()
 
     images = place / "shapes" / "val2017"
-    predicted = run("predict.py", f"--workdir={workdir}", f"--input={images}", f"--output={place}/out", "--min_score=0")
+    predicted = run(
+        "predict.py", f"--workdir={workdir}", f"--input={images}", f"--output={place}/out", "--min_score=0"
+    )
     assert predicted.returncode == 0, predicted.stderr[-2000:]
     pictures = [path for path in (place / "out").iterdir() if path.suffix in (".jpg", ".png")]
     assert len(pictures) == 3

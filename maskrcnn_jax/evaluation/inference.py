@@ -16,6 +16,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from maskrcnn_jax.evaluation.paste import encode_rle, paste_mask
+from maskrcnn_jax.sharding import make_mesh, replicated, split
 from maskrcnn_jax.structures import Batch, Detections
 
 _log = logging.getLogger(__name__)
@@ -43,8 +44,16 @@ def make_detect(model: nnx.Module) -> Detect:
         images, also when it is made again for a model of the same structure.
     """
     model.eval()
+    mesh = make_mesh()
     graphdef, state = nnx.split(model)
-    return lambda images, sizes: _detect(graphdef, state, images, sizes)
+    state = jax.device_put(state, replicated(mesh))
+
+    def detect(images, sizes):
+        # A batch that the devices cannot share, such as one image, is worked on by all of them.
+        layout = split(mesh) if len(images) % mesh.size == 0 else replicated(mesh)
+        return _detect(graphdef, state, *jax.device_put((images, sizes), layout))
+
+    return detect
 
 
 # One function for all models, so that evaluating after every epoch finds the programs compiled after the first one.

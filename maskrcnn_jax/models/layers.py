@@ -58,7 +58,6 @@ def conv_of_small_maps(x: jax.Array, kernel: jax.Array, *args, **options) -> jax
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, *args, **options)
 
-
     def direct_gradient(x, gradient):
         # The convolution is linear in the kernel: its values do not matter here, only its shape.
         zeros = jnp.zeros(kernel.shape, kernel.dtype)
@@ -98,7 +97,9 @@ class BatchNorm(nnx.Module):
     sharded batch the statistics are those of the whole batch, since the mean is a global operation.
     """
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0):
+    def __init__(
+        self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0
+    ):
         kept = parameter_dtype(dtype)
         self.scale = nnx.Param(jnp.full(channels, gain, kept))
         self.bias = nnx.Param(jnp.zeros(channels, kept))

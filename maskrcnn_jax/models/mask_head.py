@@ -55,7 +55,9 @@ class MaskHead(nnx.Module):
         x = pooled.reshape(-1, height, width, channels)
         for convolution in self.convs:
             x = nnx.relu(convolution(x))
-        x = nnx.relu(self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1))  # [R, h, w, 2, 2, K]
+        x = nnx.relu(
+            self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1)
+        )  # [R, h, w, 2, 2, K]
         kernel = self.logits_kernel[...][labels.reshape(-1)].astype(self.dtype)
         logits = jnp.einsum("nhwijk,nk->nhiwj", x, kernel, preferred_element_type=parameter_dtype(self.dtype))
         logits = logits + self.logits_bias[...][labels.reshape(-1)][:, None, None, None, None]

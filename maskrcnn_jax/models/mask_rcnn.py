@@ -269,8 +269,8 @@ class MaskRCNN(nnx.Module):
         objectness, deltas = self.rpn(features)
         proposals = self.propose(objectness, deltas, anchors, sizes, self.rpn_selection_test)
         logits, deltas = self.box_head(self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE))
-        boxes, scores, labels, valid = jax.vmap(
-            lambda c, d, p, s: select_detections(c, d, p, s, **self.selection)
-        )(logits, deltas, proposals, sizes)
+        boxes, scores, labels, valid = jax.vmap(lambda c, d, p, s: select_detections(c, d, p, s, **self.selection))(
+            logits, deltas, proposals, sizes
+        )
         mask_logits = self.mask_head(self.pool(features, boxes, image_shape, MASK_POOL_SIZE), labels)
         return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)

@@ -67,9 +67,10 @@ def _resampling_matrix(start, end, mask_size, image_size, canvas, max_size, outp
     dtype = start.dtype
     length = jnp.maximum(end - start, 1)
     bin_size = length / output_size
-    count = jnp.ceil(bin_size)
     max_count = -(-max_size // output_size)
     sample = jnp.arange(max_count, dtype=dtype)
+    # ceil(bin_size), but exact: XLA multiplies by 1 / output_size, which takes 56 / 28 for a little more than 2.
+    count = jnp.sum(sample * output_size < length).astype(dtype)
     points = (
         start
         + jnp.arange(output_size, dtype=dtype)[:, None] * bin_size
@@ -80,7 +81,8 @@ def _resampling_matrix(start, end, mask_size, image_size, canvas, max_size, outp
     # In float32 whatever the dtype, as torch computes it: an exact quotient would pick another line now and then.
     ratio = mask_size.astype(jnp.float32) / image_size.astype(jnp.float32)
     low_line, high_line = (
-        jnp.minimum(jnp.floor(cell.astype(jnp.float32) * ratio).astype(jnp.int32), mask_size - 1) for cell in (low, high)
+        jnp.minimum(jnp.floor(cell.astype(jnp.float32) * ratio).astype(jnp.int32), mask_size - 1)
+        for cell in (low, high)
     )
     bins = jnp.broadcast_to(jnp.arange(output_size)[:, None], low.shape)
     matrix = jnp.zeros((output_size, canvas), dtype)

@@ -78,7 +78,7 @@ def multiscale_roi_align(
 
 
 def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int) -> jax.Array:
-    """Return the pyramid level [R] of boxes [R, 4]: 224^2 pixels map to level 4, each doubling of the side to the next.
+    """Return the pyramid level [R] of boxes [R, 4]: 224^2 pixels map to level 4, twice the side to the next.
 
     Source: Eqn. 1, Feature Pyramid Networks; the small constant is torchvision's.
     """
@@ -115,9 +115,14 @@ def interpolation_corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array
     inside = (points >= -1) & (points <= size)
     last = (size - 1).astype(points.dtype)
     clamped = jnp.clip(points, 0, last)
-    low = jnp.floor(clamped)
-    high_weight = jnp.where(inside, clamped - low, 0)
-    low_weight = jnp.where(inside, 1 - (clamped - low), 0)
+    # XLA computes the points once for the indices and again for the weights, and may round the two differently. A point
+    # on a cell, as boxes of whole pixels have many, would then get the index of one side and the weight of the other;
+    # so what lies within rounding below a cell belongs to that cell.
+    rounding = 4 * jnp.finfo(points.dtype).eps * (clamped + 1)
+    low = jnp.minimum(jnp.floor(clamped + rounding), last)
+    fraction = jnp.maximum(clamped - low, 0)
+    high_weight = jnp.where(inside, fraction, 0)
+    low_weight = jnp.where(inside, 1 - fraction, 0)
     high = jnp.minimum(low + 1, last)
     return low.astype(jnp.int32), high.astype(jnp.int32), low_weight, high_weight
 

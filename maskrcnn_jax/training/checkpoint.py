@@ -5,6 +5,7 @@ A run's folder (``workdir``) also holds what a checkpoint needs to be understood
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -71,9 +72,7 @@ class Checkpoints:
         """
         self._manager.save(
             int(state.step),
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-            ),
+            args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}),
             metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics else None,
             force=True,
         )
@@ -147,27 +146,21 @@ def _check_same_arrays(metadata, like, path) -> None:
         )
 
 
-def restore_model(
-    workdir: str | Path, *, which: str = "latest", config: ConfigDict | None = None
-) -> tuple[MaskRCNN, ConfigDict, Categories]:
+def restore_model(workdir: str | Path, options: Mapping, *, which: str = "latest") -> tuple[MaskRCNN, Categories]:
     """Load a trained model.
 
     Args:
       workdir: folder of the run.
+      options: the ``model`` part of the run's config.
       which: "latest", "best" (by mask AP) or a step.
-      config: to use instead of the run's own.
 
     Returns:
-      The model in evaluation mode, the config, and the categories it was trained on.
+      The model in evaluation mode and the categories it was trained on.
 
     Raises:
-      UserError: when the folder holds no such run.
+      UserError: when there is no such checkpoint, or it is of another architecture.
     """
     workdir = Path(workdir)
-    config_file = workdir / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{workdir} holds no trained model ({config_file} is missing); give the --workdir of train.py")
-    config = config or load_config(config_file)
     categories = Categories.load(workdir / "categories.json")
     checkpoints = Checkpoints(workdir)
     try:
@@ -180,19 +173,22 @@ def restore_model(
                 f"{workdir} has no checkpoint {which!r}; there are: {checkpoints.steps or 'none'}. Train longer or "
                 "choose one of these with --checkpoint"
             )
-        model = MaskRCNN(categories.num_classes, **config.model, rngs=nnx.Rngs(0))
+        model = MaskRCNN(categories.num_classes, **options, rngs=nnx.Rngs(0))
         checkpoints.restore_model(step, model)
     finally:
         checkpoints.close()
     model.eval()
-    return model, config, categories
+    return model, categories
 
 
-def load_config(path: str | Path) -> ConfigDict:
-    """Read a config that :func:`save_config` wrote."""
-    return ConfigDict(json.loads(Path(path).read_text()))
+def load_config(workdir: str | Path) -> ConfigDict:
+    """Read the config of a run; a UserError says so when the folder holds none."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no trained model ({path} is missing); give the --workdir of train.py")
+    return ConfigDict(json.loads(path.read_text()))
 
 
-def save_config(config: ConfigDict, path: str | Path) -> None:
-    """Write the resolved config as JSON."""
-    Path(path).write_text(config.to_json_best_effort(indent=2) + "\n")
+def save_config(config: ConfigDict, workdir: str | Path) -> None:
+    """Write the resolved config of a run."""
+    (Path(workdir) / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")

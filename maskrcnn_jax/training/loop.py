@@ -17,10 +17,11 @@ from maskrcnn_jax.data.coco import Categories, CocoIndex, load_index
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
-from maskrcnn_jax.training.step import TrainState, create_train_state, make_mesh, make_train_step, shard_batch
+from maskrcnn_jax.training.step import create_train_state, make_train_step
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,10 @@ class Evaluation(Protocol):
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation]]
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation]],
 ) -> None:
     """Train a model, going on from the newest checkpoint in ``workdir`` if there is one.
 
@@ -71,7 +75,7 @@ def train(
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(checkpoints.latest_step, state)
-    save_config(config, workdir / "config.json")
+    save_config(config, workdir)
     index.categories.save(workdir / "categories.json")
     start = int(state.step)
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
@@ -176,6 +180,9 @@ class _Log:
 
     def add(self, step: int, metrics: dict, image_index: np.ndarray, waited: float) -> None:
         """Take over the metrics of a step, still on the device, the rows of its images and the wait for its data."""
+        if self._pending:
+            # Steps are queued without waiting for their results; at most two, or batches would pile up in memory.
+            jax.block_until_ready(self._pending[-1][1])
         self._pending.append((step, metrics, image_index))
         self._waited += waited
         self._timed_steps += 1

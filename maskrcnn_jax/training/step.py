@@ -1,4 +1,4 @@
-"""One training step: losses, gradient, update; and how its inputs are laid out over the devices.
+"""One training step: losses, gradient, update.
 
 The model is split once into its structure and a tree of arrays, and the step is a plain ``jax.jit`` over the arrays:
 ``nnx.jit`` would take the model apart again at every call. The batch is sharded along its first axis and the state is
@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from maskrcnn_jax.sharding import replicated
 from maskrcnn_jax.structures import Batch
 
 
@@ -26,18 +27,6 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def make_mesh() -> Mesh:
-    """Return a mesh of all devices with one axis, "data"."""
-    # Auto: under the default, Explicit, a gather along the sharded batch axis is an error.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Put this process's rows of a batch on its devices, as a part of the global batch."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
-
-
 def create_train_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
@@ -45,7 +34,7 @@ def create_train_state(
     model.train()
     graphdef, params, variables = nnx.split(model, nnx.Param, ...)
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
-    return graphdef, jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    return graphdef, jax.device_put(state, replicated(mesh))
 
 
 def make_train_step(
@@ -81,5 +70,4 @@ def make_train_step(
         metrics["gradient_norm"] = optax.global_norm(gradients)
         return TrainState(state.step + 1, params, variables, opt_state), metrics
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(replicated, replicated))
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))

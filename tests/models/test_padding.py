@@ -43,6 +43,7 @@ def test_what_invalid_objects_hold_changes_no_loss_and_no_gradient(tiny_function
             np.testing.assert_array_equal(a, e)
 
 
+@pytest.mark.slow
 def test_more_invalid_objects_change_no_rpn_loss(tiny_functions, key):
     """The RPN's draw depends on the anchors alone. Another number of candidates changes the draw of RoIs."""
     losses = tiny_functions[0]
@@ -56,12 +57,12 @@ def test_more_invalid_objects_change_no_rpn_loss(tiny_functions, key):
 def test_invalid_proposals_and_objects_are_never_sampled(tiny, key):
     batch = pad_objects(tiny_batch(), 4, 3.0)
     rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 30, (2, 12, 2))
+    corner = rng.uniform(200, 230, (2, 12, 2))  # far from the objects, which are the only foreground
     boxes = np.concatenate([corner, corner + 20], axis=-1).astype(np.float32)
     valid = np.arange(12) < np.array([[8], [0]])
     boxes[~valid] = 1e9
     rois = tiny.sample_rois(key, Proposals(jnp.asarray(boxes), jnp.zeros((2, 12)), jnp.asarray(valid)), batch.gt)
-    assert float(jnp.max(jnp.where(rois.valid[..., None], rois.boxes, 0))) < 100
+    assert float(jnp.max(jnp.where(rois.valid[..., None], rois.boxes, 0))) < 1000
     # Every valid candidate is drawn: 8 proposals and 2 objects, 0 proposals and 2 objects.
     np.testing.assert_array_equal(rois.valid.sum(axis=1), [10, 2])
     foreground = rois.valid & (rois.labels > 0)

@@ -20,6 +20,7 @@ _SCHEMAS = (
     " int batch_size, int channels, int height, int width, int sampling_ratio, bool aligned) -> Tensor",
 )
 _libraries = []  # torch forgets the declarations of a library that is collected
+torch_fallback = {}  # torchvision's own code in plain torch, for the test of the stand-ins
 
 
 def compiled_operators_load() -> bool:
@@ -41,6 +42,7 @@ def import_torchvision():
     if compiled_operators_load():
         import torchvision
 
+        torch_fallback["roi_align"] = sys.modules["torchvision.ops.roi_align"]._roi_align.__wrapped__
         return torchvision
 
     library = torch.library.Library("torchvision", "DEF")
@@ -53,7 +55,9 @@ def import_torchvision():
     sys.modules["torchvision.ops.boxes"]._assert_has_ops = lambda: None
     # torchvision's own fallback clamps every sample to the map, where its kernels give 0 beyond [-1, size]; it also
     # needs a C++ compiler, and gigabytes for adaptive sampling.
-    sys.modules["torchvision.ops.roi_align"]._roi_align = roi_align
+    module = sys.modules["torchvision.ops.roi_align"]
+    torch_fallback["roi_align"] = module._roi_align.__wrapped__  # without the compilation around it
+    module._roi_align = roi_align
     return torchvision
 
 

@@ -105,6 +105,40 @@ def test_degenerate_boxes_and_empty_images_give_finite_targets():
     assert bool(jnp.all(jnp.isfinite(empty)))
 
 
+def exact_matrix(start, end, size, output_size):
+    """Return [output_size, size], the weight of every line in every bin, from distances instead of indices."""
+    length = max(end - start, 1)
+    count = -(-length // output_size)
+    points = start + (np.arange(output_size)[:, None] + (np.arange(count) + 0.5) / count) * length / output_size
+    points = np.clip(points, 0, size - 1)[..., None]
+    return np.maximum(0, 1 - np.abs(points - np.arange(size))).mean(axis=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_compiled_targets_of_boxes_of_whole_pixels_are_exact(dtype):
+    """Many of their points lie on a cell, where the index and the weights must agree on which side it is."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((1, 256, 256)) > 0.5
+    start = rng.integers(0, 100, (300, 2)) * (rng.random((300, 1)) > 0.5)
+    end = np.minimum(start + rng.integers(1, 200, (300, 2)), 256)
+    start[:9], end[:9] = 0, 28 * np.arange(1, 10)[:, None]
+    boxes = np.concatenate([start, end], axis=-1)
+    with jax.enable_x64(dtype == "float64"):
+        result = compiled_targets(
+            pack(masks),
+            jnp.asarray(boxes, dtype),
+            jnp.zeros(300, jnp.int32),
+            mask_size=jnp.array([256, 256]),
+            image_size=jnp.array([256, 256]),
+            max_size=(256, 256),
+            output_size=28,
+        )
+    for target, (x1, y1, x2, y2) in zip(result, boxes, strict=True):
+        expected = exact_matrix(y1, y2, 256, 28) @ masks[0] @ exact_matrix(x1, x2, 256, 28).T
+        # Coordinates up to 256 in float32 are off by a few 1e-5.
+        np.testing.assert_allclose(target, expected, atol=2e-4 if dtype == "float32" else 1e-11)
+
+
 def test_no_rois_give_no_targets():
     assert targets(blob(), np.zeros((0, 4)), np.zeros(0), (32, 32), (32, 32)).shape == (0, 4, 4)
 
@@ -113,7 +147,11 @@ def test_additional_boxes_and_masks_change_no_target():
     masks, boxes = blob(), [[0, 0, 31, 29], [3.3, 4.4, 20, 9]]
     expected = targets(masks, boxes, [0, 1], (32, 32), (32, 32))
     padded = targets(
-        np.concatenate([masks, np.ones((9, 32, 32))]), boxes + [[1e9, 0, -1e9, 7]] * 7, [0, 1] + [5] * 7, (32, 32), (32, 32)
+        np.concatenate([masks, np.ones((9, 32, 32))]),
+        boxes + [[1e9, 0, -1e9, 7]] * 7,
+        [0, 1] + [5] * 7,
+        (32, 32),
+        (32, 32),
     )
     np.testing.assert_allclose(padded[:2], expected, atol=1e-6)
 

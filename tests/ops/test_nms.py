@@ -135,12 +135,13 @@ def test_class_nms_keeps_an_overlap_of_exactly_the_threshold():
 
 
 def test_rows_without_score_change_no_pick():
-    boxes, scores = jnp.asarray(random_boxes(4, 20, 3)), jnp.asarray(np.random.default_rng(4).random((20, 3), np.float32))
+    boxes, scores = (
+        jnp.asarray(random_boxes(4, 20, 3)),
+        jnp.asarray(np.random.default_rng(4).random((20, 3), np.float32)),
+    )
     options = {"iou_threshold": 0.3, "score_threshold": 0.05, "max_picks": 10}
     expected = class_nms(boxes, scores, **options)
-    padded = class_nms(
-        jnp.concatenate([boxes, boxes[:7]]), jnp.concatenate([scores, jnp.zeros((7, 3))]), **options
-    )
+    padded = class_nms(jnp.concatenate([boxes, boxes[:7]]), jnp.concatenate([scores, jnp.zeros((7, 3))]), **options)
     for actual, wanted in zip(padded, expected):
         np.testing.assert_array_equal(actual, wanted)
 
@@ -153,7 +154,9 @@ def test_nothing_above_the_threshold_gives_no_picks():
 def test_class_nms_compiled_equals_eager_and_vmap_equals_a_loop():
     boxes = jnp.asarray(random_boxes(5, 3, 15, 4))
     # The images stop after different numbers of picks.
-    scores = jnp.asarray(np.random.default_rng(5).random((3, 15, 4), np.float32)) * jnp.array([1, 0.3, 0.06])[:, None, None]
+    scores = (
+        jnp.asarray(np.random.default_rng(5).random((3, 15, 4), np.float32)) * jnp.array([1, 0.3, 0.06])[:, None, None]
+    )
 
     def function(boxes, scores):
         return class_nms(boxes, scores, iou_threshold=0.5, score_threshold=0.05, max_picks=20)

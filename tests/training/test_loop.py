@@ -9,7 +9,7 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.training.checkpoint import Checkpoints, restore_model
+from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
 from maskrcnn_jax.training.loop import train
 from maskrcnn_jax.training.step import make_train_step
 
@@ -34,7 +34,7 @@ def lines(workdir):
 
 
 def arrays(workdir):
-    model, _, _ = restore_model(workdir)
+    model, _ = restore_model(workdir, load_config(workdir).model)
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
 
 
@@ -72,7 +72,10 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
     for whole, parts in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "parts"), strict=True):
         np.testing.assert_array_equal(whole, parts)
     timeless = [
-        [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines(tmp_path / run)]
+        [
+            {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}
+            for line in lines(tmp_path / run)
+        ]
         for run in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
@@ -86,9 +89,9 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
     assert checkpoints.steps == [4, 6]
     assert (checkpoints.best_step, checkpoints.latest_step) == (4, 6)
     checkpoints.close()
-    restore_model(tmp_path, which="best")
+    restore_model(tmp_path, config.model, which="best")
     with pytest.raises(UserError, match=r"no checkpoint '2'; there are: \[4, 6\]"):
-        restore_model(tmp_path, which="2")
+        restore_model(tmp_path, config.model, which="2")
 
 
 def test_the_step_compiles_once(config, tmp_path, monkeypatch):

@@ -1,0 +1,172 @@
+"""RoIAlign, the choice of levels, and mask targets against torchvision: values in both precisions, and gradients."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
+from maskrcnn_jax.ops.roi_align import multiscale_roi_align, roi_align  # noqa: E402
+from tests.numerics.torchvision_reference import import_torchvision  # noqa: E402
+
+torchvision = import_torchvision()
+from torchvision.models.detection.roi_heads import project_masks_on_boxes  # noqa: E402
+from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
+
+# Features are N(0, 1); coordinates of up to 64 cells in float32 are off by 4e-6, times slopes of a few.
+TOLERANCES = {"float32": 1e-4, "float64": 1e-9}
+
+
+def edge_boxes(rng, height, width, count=24):
+    """Return random boxes, some across the border, and then outside, on the border, without area, turned over."""
+    corner = rng.uniform(-0.2, 0.9, (count, 2)) * [width, height]
+    boxes = np.concatenate([corner, corner + rng.uniform(0, 0.7, (count, 2)) * [width, height]], axis=-1)
+    special = [
+        [0, 0, width, height],
+        [-width, -height, -width / 2, -height / 2],
+        [width, height, width, height],
+        [width - 1, 0, width, 1],
+        [-3, -3, 2, 2],
+        [5, 5, 5, 5],
+        [0, 0, 0, 0],
+        [20, 20, 10, 12],
+        [width - 1e-3, height - 1e-3, width + 9, height + 9],
+    ]
+    return np.concatenate([boxes, special])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("scale", "output_size", "sampling_ratio", "aligned"),
+    [(1.0, 7, 2, False), (0.25, 7, 2, True), (1 / 32, 5, 2, False), (0.25, 3, 3, False), (0.125, 2, 1, True)],
+)
+def test_values_and_feature_gradients_equal_torchvisions(scale, output_size, sampling_ratio, aligned, dtype):
+    rng = np.random.default_rng(0)
+    grid = (12, 16)
+    features = rng.normal(size=(*grid, 4)).astype(dtype)
+    boxes = edge_boxes(rng, grid[0] / scale, grid[1] / scale).astype(dtype)
+    cotangent = rng.normal(size=(len(boxes), output_size, output_size, 4)).astype(dtype)
+
+    reference_features = torch.tensor(features.transpose(2, 0, 1)[None], requires_grad=True)
+    expected = torchvision.ops.roi_align(
+        reference_features, [torch.tensor(boxes)], output_size, scale, sampling_ratio, aligned
+    )
+    expected.backward(torch.tensor(cotangent.transpose(0, 3, 1, 2)))
+    expected_gradient = reference_features.grad[0].numpy().transpose(1, 2, 0)
+
+    with jax.enable_x64(dtype == "float64"):
+
+        def pool(features, boxes, cotangent):
+            pooled, transpose = jax.vjp(
+                lambda f: roi_align(
+                    f,
+                    boxes,
+                    output_size=output_size,
+                    spatial_scale=scale,
+                    sampling_ratio=sampling_ratio,
+                    aligned=aligned,
+                ),
+                features,
+            )
+            return pooled, transpose(cotangent)[0]
+
+        pooled, gradient = jax.jit(pool)(features, boxes, cotangent)
+        assert pooled.dtype == dtype
+        np.testing.assert_allclose(
+            pooled, expected.detach().numpy().transpose(0, 2, 3, 1), atol=TOLERANCES[dtype], rtol=0
+        )
+        # A cell collects from several hundred samples.
+        np.testing.assert_allclose(gradient, expected_gradient, atol=10 * TOLERANCES[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("image_shape", [(128, 192), (416, 544)])
+def test_pooling_from_the_pyramid_equals_multiscale_roi_align(image_shape, dtype):
+    """Boxes just at, above and below the sizes at which the level changes included."""
+    rng = np.random.default_rng(1)
+    shapes = [tuple(-(-side // 2**level) for side in image_shape) for level in range(2, 6)]
+    features = [rng.normal(size=(*shape, 3)).astype(dtype) for shape in shapes]
+    sides = np.array([56, 112, 224, 448])[:, None] * [1 - 1e-4, 1, 1 + 1e-4]
+    limits = np.stack([sides * 0, sides * 0 + 1, sides, sides + 1], axis=-1).reshape(-1, 4)
+    boxes = np.concatenate([edge_boxes(rng, *image_shape)[:-4], limits]).astype(dtype)
+    pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], 4, 2)
+    expected = pooler(
+        {str(i): torch.tensor(f.transpose(2, 0, 1)[None]) for i, f in enumerate(features)},
+        [torch.tensor(boxes)],
+        [image_shape],
+    )
+    with jax.enable_x64(dtype == "float64"):
+        pool = jax.jit(lambda f, b: multiscale_roi_align(f, b, image_shape=image_shape, output_size=4))
+        np.testing.assert_allclose(
+            pool(features, boxes), expected.numpy().transpose(0, 2, 3, 1), atol=TOLERANCES[dtype], rtol=0
+        )
+
+
+def assert_targets_equal(masks, boxes, index, image_size, canvas, dtype):
+    """Compare with torchvision's nearest resize of the masks followed by its projection."""
+    raster = masks.shape[1:]
+    resized = torch.nn.functional.interpolate(torch.tensor(masks)[:, None].float(), size=list(image_size))[:, 0]
+    expected = project_masks_on_boxes(resized, torch.tensor(boxes), torch.tensor(index), 28).numpy()
+    padded = np.zeros((len(masks), canvas, canvas), np.uint8)
+    padded[:, : raster[0], : raster[1]] = masks
+    with jax.enable_x64(dtype == "float64"):
+        ours = jax.jit(mask_targets, static_argnames=("max_size",))(
+            np.packbits(padded, axis=-1, bitorder="little"),
+            boxes,
+            index.astype(np.int32),
+            mask_size=np.array(raster, np.int32),
+            image_size=np.array(image_size, np.int32),
+            max_size=tuple(-(-side // 32) * 32 for side in image_size),
+        )
+        assert ours.dtype == dtype
+        # Masks are 0 or 1, so an error of 1e-5 in a coordinate is one of 1e-5 here.
+        np.testing.assert_allclose(ours, expected, atol=TOLERANCES[dtype], rtol=0)
+    assert 0.05 < expected.mean() < 0.95, "the case is trivial"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("raster", "image_size"), [((60, 77), (101, 128)), ((90, 61), (45, 31)), ((64, 64), (64, 64))]
+)
+def test_targets_of_random_masks_equal_torchvisions(raster, image_size, dtype):
+    rng = np.random.default_rng(2)
+    masks = (rng.random((3, *raster)) > 0.5).astype(np.uint8)
+    boxes = edge_boxes(rng, *image_size).clip(0, [*image_size[::-1], *image_size[::-1]]).astype(dtype)
+    assert_targets_equal(masks, boxes, rng.integers(0, 3, len(boxes)), image_size, 96, dtype)
+
+
+# pycocotools 2.0.11 has not caught up with NumPy 2 here.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.slow
+def test_targets_of_annotated_masks_equal_torchvisions(coco_dir):
+    coco = pytest.importorskip("pycocotools.coco")
+    path = min((coco_dir / "annotations").glob("instances_val*.json"), default=None)
+    if path is None:
+        pytest.skip("no instances_val*.json")
+    api = coco.COCO()
+    api.dataset = json.loads(path.read_text())
+    api.createIndex()
+    rng = np.random.default_rng(3)
+    checked = 0
+    for image_id in sorted(api.imgs):
+        image = api.imgs[image_id]
+        objects = [a for a in api.imgToAnns[image_id] if not a["iscrowd"] and a["bbox"][2] > 4 and a["bbox"][3] > 4]
+        objects = objects[:6]
+        if len(objects) < 2:
+            continue
+        raster = (image["height"], image["width"])
+        scale = min(800 / min(raster), 1333 / max(raster))
+        image_size = tuple(int(side * scale) for side in raster)
+        boxes = np.array([a["bbox"] for a in objects])
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes * scale + rng.normal(size=boxes.shape) * 5  # as proposals: near the object
+        boxes = boxes.clip(0, [*image_size[::-1], *image_size[::-1]]).astype(np.float32)
+        masks = np.stack([api.annToMask(a) for a in objects])
+        assert_targets_equal(masks, boxes, np.arange(len(objects)), image_size, 640, "float32")
+        checked += 1
+        if checked == 5:
+            break
+    assert checked

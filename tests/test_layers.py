@@ -1,0 +1,126 @@
+"""The imports of the package go one way only: read from the source, without importing anything."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "maskrcnn_jax"
+# What each part of the package may import of it, itself aside.
+ALLOWED = {
+    "structures": set(),
+    "errors": set(),
+    "ops": {"structures"},
+    "losses": {"ops", "structures"},
+    "models": {"losses", "ops", "structures"},
+    "weights": {"models", "losses", "ops", "structures", "errors"},
+    "data": {"structures", "errors"},
+    "training": {"data", "models", "losses", "ops", "structures", "errors", "weights"},
+    "evaluation": {"data", "models", "ops", "structures", "errors", "weights"},
+}
+FORBIDDEN_LIBRARIES = {
+    "structures": {"jax", "flax"},
+    "errors": {"jax", "flax"},
+    "ops": {"flax"},
+    "losses": {"flax"},
+    "data": {"jax", "flax", "optax", "orbax"},
+    "weights": {"torch", "torchvision"},
+}
+ENTRY_POINTS = {"train", "eval", "predict", "tools", "configs", "tests"}
+
+
+def imported_modules(source: str, module: str) -> set[str]:
+    """Return the dotted names that a module imports, also inside functions; ``from a import b`` gives a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join(parents + ([base] if base else []))
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(source: str, module: str) -> list[str]:
+    """Return what a module of the package imports although its part may not.
+
+    Args:
+      source: text of the module.
+      module: dotted name, such as maskrcnn_jax.ops.boxes.
+    """
+    part = module.split(".")[1]
+    if part not in ALLOWED:
+        return [f"{module}: {part} is no known part of the package"]
+    found = []
+    for name in sorted(imported_modules(source, module)):
+        first, *rest = name.split(".")
+        if first == PACKAGE:
+            target = rest[0] if rest else ""
+            if target != part and target not in ALLOWED[part]:
+                found.append(f"{module} imports {name}")
+        elif first in ENTRY_POINTS or first in FORBIDDEN_LIBRARIES.get(part, set()):
+            found.append(f"{module} imports {name}")
+    return found
+
+
+def package_modules():
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if name != PACKAGE:
+            yield name, path
+
+
+def test_every_module_imports_only_what_lies_before_it():
+    modules = list(package_modules())
+    assert len(modules) > 20, "the package was not found"
+    found = [violation for name, path in modules for violation in violations(path.read_text(), name)]
+    assert not found, "\n".join(found)
+
+
+def test_no_module_is_called_utils():
+    assert not [
+        name for name, _ in package_modules() if name.rpartition(".")[2] in {"utils", "util", "helpers", "misc"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("maskrcnn_jax.structures", "from maskrcnn_jax.ops import boxes"),
+        ("maskrcnn_jax.structures", "import jax"),
+        ("maskrcnn_jax.ops.boxes", "from maskrcnn_jax.models.layers import conv"),
+        ("maskrcnn_jax.ops.boxes", "from flax import nnx"),
+        ("maskrcnn_jax.ops.boxes", "from ..models import layers"),
+        ("maskrcnn_jax.losses", "import maskrcnn_jax.models.rpn"),
+        ("maskrcnn_jax.models.rpn", "from maskrcnn_jax import training"),
+        ("maskrcnn_jax.data.loader", "def f():\n    import jax.numpy as jnp"),
+        ("maskrcnn_jax.data.loader", "from maskrcnn_jax.ops.boxes import box_area"),
+        ("maskrcnn_jax.training.loop", "from maskrcnn_jax.evaluation import coco_eval"),
+        ("maskrcnn_jax.evaluation.paste", "from maskrcnn_jax.training.step import train_step"),
+        ("maskrcnn_jax.evaluation.paste", "import predict"),
+        ("maskrcnn_jax.training.loop", "from configs import base"),
+        ("maskrcnn_jax.extras.thing", "import math"),
+    ],
+)
+def test_a_forbidden_import_is_found(module, source):
+    assert violations(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("maskrcnn_jax.ops.masks", "from maskrcnn_jax.ops.roi_align import interpolation_corners\nimport jax"),
+        (
+            "maskrcnn_jax.models.mask_rcnn",
+            "from maskrcnn_jax import losses\nfrom maskrcnn_jax.structures import Batch",
+        ),
+        ("maskrcnn_jax.data.loader", "from maskrcnn_jax.errors import DataError\nfrom . import coco"),
+        ("maskrcnn_jax.evaluation.inference", "from maskrcnn_jax.data import loader\nimport jax"),
+    ],
+)
+def test_an_allowed_import_is_not_reported(module, source):
+    assert violations(source, module) == []
