@@ -39,7 +39,6 @@ def get_config() -> ConfigDict:
     model.rpn_nms_thresh = 0.7
     model.roi_sampling_ratio = 2  # samples per bin and axis
     model.roi_aligned = False  # shift by half a pixel (detectron2) or not (torchvision)
-    model.roi_canonical_scale = 224  # pixels; RoIs of this side are pooled from P4, of half of it from P3
     model.box_hidden = 1024  # units in each of the two fully connected layers
     model.box_iou_thresh = 0.5  # foreground at or above
     model.box_batch_size_per_image = 512  # RoIs in the box loss

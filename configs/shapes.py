@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
     model.rpn_pre_nms_top_n_test = 100
     model.rpn_post_nms_top_n_test = 100
     model.box_hidden = 256
-    model.roi_canonical_scale = 84  # as much smaller than 224 as the anchors are
     model.roi_sampling_ratio = 1  # bins are smaller than a feature cell here
     model.box_batch_size_per_image = 32
     model.box_detections_per_img = 30

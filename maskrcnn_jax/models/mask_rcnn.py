@@ -56,7 +56,6 @@ class MaskRCNN(nnx.Module):
         rpn_nms_thresh: float = 0.7,
         roi_sampling_ratio: int = 2,
         roi_aligned: bool = False,
-        roi_canonical_scale: float = 224,
         box_hidden: int = 1024,
         box_iou_thresh: float = 0.5,
         box_batch_size_per_image: int = 512,
@@ -89,9 +88,7 @@ class MaskRCNN(nnx.Module):
             post_nms_top_n=rpn_post_nms_top_n_test,
             nms_thresh=rpn_nms_thresh,
         )
-        self.roi_pooling = FrozenDict(
-            sampling_ratio=roi_sampling_ratio, aligned=roi_aligned, canonical_scale=roi_canonical_scale
-        )
+        self.roi_pooling = FrozenDict(sampling_ratio=roi_sampling_ratio, aligned=roi_aligned)
         self.roi_sampling = FrozenDict(
             size=box_batch_size_per_image,
             positive_fraction=box_positive_fraction,

@@ -56,7 +56,6 @@ def multiscale_roi_align(
     output_size: int,
     sampling_ratio: int = 2,
     aligned: bool = False,
-    canonical_scale: float = 224,
 ) -> jax.Array:
     """Pool each box from the pyramid level that fits its size.
 
@@ -67,7 +66,6 @@ def multiscale_roi_align(
       output_size: side of the pooled grid.
       sampling_ratio: points per bin and axis.
       aligned: as in :func:`roi_align`.
-      canonical_scale: side of a box, pixels, that belongs to level 4.
 
     Returns:
       [R, output_size, output_size, K].
@@ -75,18 +73,18 @@ def multiscale_roi_align(
     # Scales are powers of two even where the grid was rounded up.
     scales = tuple(2.0 ** round(math.log2(feature.shape[0] / image_shape[0])) for feature in features)
     finest, coarsest = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
-    levels = assign_levels(boxes, finest=finest, coarsest=coarsest, canonical_scale=canonical_scale) - finest
+    levels = assign_levels(boxes, finest=finest, coarsest=coarsest) - finest
     return _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned)
 
 
-def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int, canonical_scale: float = 224) -> jax.Array:
-    """Return the pyramid level [R] of boxes [R, 4]: ``canonical_scale``^2 pixels map to 4, twice the side to the next.
+def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int) -> jax.Array:
+    """Return the pyramid level [R] of boxes [R, 4]: 224^2 pixels map to level 4, twice the side to the next.
 
     Source: Eqn. 1, Feature Pyramid Networks; the small constant is torchvision's.
     """
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     side = jnp.sqrt(jnp.maximum(area, 0))
-    level = jnp.floor(4 + jnp.log2(jnp.maximum(side, 1e-6) / canonical_scale) + 1e-6)
+    level = jnp.floor(4 + jnp.log2(jnp.maximum(side, 1e-6) / 224) + 1e-6)
     return jnp.clip(level, finest, coarsest).astype(jnp.int32)
 
 
