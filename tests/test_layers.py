@@ -16,8 +16,10 @@ ALLOWED = {
     "models": {"losses", "ops", "structures"},
     "weights": {"models", "losses", "ops", "structures", "errors"},
     "data": {"structures", "errors"},
-    "training": {"data", "models", "losses", "ops", "structures", "errors", "weights"},
-    "evaluation": {"data", "models", "ops", "structures", "errors", "weights"},
+    "training": {"sharding", "data", "models", "losses", "ops", "structures", "errors", "weights"},
+    "sharding": {"structures"},
+    "cli": {"data", "models", "ops", "structures", "errors", "weights", "training", "evaluation", "sharding"},
+    "evaluation": {"sharding", "data", "models", "ops", "structures", "errors", "weights"},
 }
 FORBIDDEN_LIBRARIES = {
     "structures": {"jax", "flax"},

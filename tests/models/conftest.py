@@ -13,5 +13,5 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tiny_functions(tiny):
-    """losses(batch, key) and detect(images, sizes) of the tiny model, compiled; then the jitted functions and state."""
+    """losses(batch, key) and detect(images, sizes), compiled; then the jitted functions and the tiny model's state."""
     return compiled(tiny)

@@ -93,7 +93,7 @@ def test_the_same_key_gives_the_same_bits_and_another_key_another_draw(tiny_func
     assert any(float(first[name]) != float(other[name]) for name in TERMS)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_detect_runs_at_any_batch_size_and_each_image_is_on_its_own(tiny_functions, batch_size):
     images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)[:batch_size]
     sizes = np.array([[64, 64], [50, 64], [33, 40]], np.int32)[:batch_size]

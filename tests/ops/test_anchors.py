@@ -28,7 +28,10 @@ def test_anchors_run_over_columns_then_rows_with_ratios_innermost():
 def test_strides_are_the_padded_size_divided_by_the_grid_with_the_remainder_dropped():
     shapes = [(200, 272), (100, 136), (50, 68), (25, 34), (13, 17)]
     levels = grid_anchors((800, 1088), shapes, (32, 64, 128, 256, 512), (1.0,))
-    strides = [(level[width, 1] - level[0, 1], level[1, 0] - level[0, 0]) for level, (_, width) in zip(levels, shapes)]
+    strides = [
+        (level[width, 1] - level[0, 1], level[1, 0] - level[0, 0])
+        for level, (_, width) in zip(levels, shapes, strict=True)
+    ]
     assert strides == [(4, 4), (8, 8), (16, 16), (32, 32), (61, 64)]
 
 

@@ -133,7 +133,7 @@ def test_compiled_targets_of_boxes_of_whole_pixels_are_exact(dtype):
             max_size=(256, 256),
             output_size=28,
         )
-    for target, (x1, y1, x2, y2) in zip(result, boxes, strict=True):
+    for target, (x1, y1, x2, y2) in zip(np.asarray(result), boxes, strict=True):
         expected = exact_matrix(y1, y2, 256, 28) @ masks[0] @ exact_matrix(x1, x2, 256, 28).T
         # Coordinates up to 256 in float32 are off by a few 1e-5.
         np.testing.assert_allclose(target, expected, atol=2e-4 if dtype == "float32" else 1e-11)
@@ -167,6 +167,6 @@ def test_mask_targets_compiled_equal_eager_and_vmap_equals_a_loop():
 
     arguments = (jnp.stack([pack(m) for m in masks]), boxes, index, sizes)
     compiled = jax.jit(function)
-    loop = jnp.stack([compiled(*row) for row in zip(*arguments)])
+    loop = jnp.stack([compiled(*row) for row in zip(*arguments, strict=True)])
     np.testing.assert_allclose(loop[0], function(*(a[0] for a in arguments)), atol=1e-6)
     np.testing.assert_allclose(jax.vmap(function)(*arguments), loop, atol=1e-6)

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrcnn_jax.ops.matching import BACKGROUND, IGNORED, match, sample_balanced
+from maskrcnn_jax.ops import matching
+from maskrcnn_jax.ops.matching import BACKGROUND, IGNORED
+
+# Compiled as a whole: op by op, most of the time would go into compiling single operations.
+match = jax.jit(matching.match, static_argnames=("high_threshold", "low_threshold", "allow_low_quality"))
+sample_balanced = jax.jit(matching.sample_balanced, static_argnames=("size", "positive_fraction"))
 
 GT = jnp.array([[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]])
 BOXES = jnp.array(
@@ -73,15 +78,16 @@ def test_a_box_without_area_is_background_and_an_object_without_area_matches_not
     np.testing.assert_array_equal(match(boxes, gt, BOTH, high_threshold=0.5, low_threshold=0.5), [BACKGROUND, 1])
 
 
+@pytest.mark.slow
 def test_matching_compiled_equals_eager_and_vmap_equals_a_loop(key):
     corner, size = jax.random.uniform(key, (2, 3, 20, 2)) * 50
     boxes = jnp.concatenate([corner, corner + size], axis=-1)
     gt, valid = boxes[:, 10:14] + 3, jnp.array([[True] * 4, [True, False] * 2, [False] * 4])
 
     def function(boxes, gt, valid):
-        return match(boxes, gt, valid, high_threshold=0.7, low_threshold=0.3, allow_low_quality=True)
+        return matching.match(boxes, gt, valid, high_threshold=0.7, low_threshold=0.3, allow_low_quality=True)
 
-    loop = jnp.stack([function(*row) for row in zip(boxes, gt, valid)])
+    loop = jnp.stack([function(*row) for row in zip(boxes, gt, valid, strict=True)])
     np.testing.assert_array_equal(jax.jit(function)(boxes[0], gt[0], valid[0]), loop[0])
     np.testing.assert_array_equal(jax.vmap(function)(boxes, gt, valid), loop)
 
@@ -137,7 +143,7 @@ def test_the_key_decides_the_draw(key):
     foreground = jnp.arange(100) < 30
 
     def draw(key):
-        return sample_balanced(key, foreground, ~foreground, size=16, positive_fraction=0.5).index
+        return matching.sample_balanced(key, foreground, ~foreground, size=16, positive_fraction=0.5).index
 
     np.testing.assert_array_equal(draw(key), draw(key))
     np.testing.assert_array_equal(jax.jit(draw)(key), draw(key))

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrcnn_jax.ops.nms import class_nms, nms
+from maskrcnn_jax.ops import nms as ops
+
+# Compiled as a whole: op by op, most of the time would go into compiling single operations.
+nms = jax.jit(ops.nms, static_argnames="iou_threshold")
+class_nms = jax.jit(ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "max_picks"))
 
 
 def random_boxes(seed, *shape):
@@ -82,13 +86,14 @@ def test_shifted_and_scaled_boxes_keep_the_same_rows():
     np.testing.assert_array_equal(nms(jnp.asarray(boxes + 16), valid, iou_threshold=0.5), expected)
 
 
+@pytest.mark.slow
 def test_nms_compiled_equals_eager_and_vmap_equals_a_loop():
     boxes, valid = jnp.asarray(random_boxes(2, 3, 30)), jnp.asarray(np.random.default_rng(0).random((3, 30)) > 0.3)
 
     def function(boxes, valid):
-        return nms(boxes, valid, iou_threshold=0.4)
+        return ops.nms(boxes, valid, iou_threshold=0.4)
 
-    loop = jnp.stack([function(b, v) for b, v in zip(boxes, valid)])
+    loop = jnp.stack([function(b, v) for b, v in zip(boxes, valid, strict=True)])
     np.testing.assert_array_equal(jax.jit(function)(boxes[0], valid[0]), loop[0])
     np.testing.assert_array_equal(jax.vmap(function)(boxes, valid), loop)
 
@@ -117,7 +122,7 @@ def test_class_nms_equals_suppressing_every_class_alone(max_picks, ties):
     )
     assert int(picks.valid.sum()) == len(expected)
     assert np.all(np.asarray(picks.valid)[: len(expected)])
-    actual = zip(picks.scores.tolist(), picks.class_index.tolist(), picks.box_index.tolist())
+    actual = zip(picks.scores.tolist(), picks.class_index.tolist(), picks.box_index.tolist(), strict=True)
     assert list(actual)[: len(expected)] == [(float(s), c, n) for s, c, n in expected]
 
 
@@ -142,7 +147,7 @@ def test_rows_without_score_change_no_pick():
     options = {"iou_threshold": 0.3, "score_threshold": 0.05, "max_picks": 10}
     expected = class_nms(boxes, scores, **options)
     padded = class_nms(jnp.concatenate([boxes, boxes[:7]]), jnp.concatenate([scores, jnp.zeros((7, 3))]), **options)
-    for actual, wanted in zip(padded, expected):
+    for actual, wanted in zip(padded, expected, strict=True):
         np.testing.assert_array_equal(actual, wanted)
 
 
@@ -151,6 +156,7 @@ def test_nothing_above_the_threshold_gives_no_picks():
     assert not bool(picks.valid.any())
 
 
+@pytest.mark.slow
 def test_class_nms_compiled_equals_eager_and_vmap_equals_a_loop():
     boxes = jnp.asarray(random_boxes(5, 3, 15, 4))
     # The images stop after different numbers of picks.
@@ -159,9 +165,9 @@ def test_class_nms_compiled_equals_eager_and_vmap_equals_a_loop():
     )
 
     def function(boxes, scores):
-        return class_nms(boxes, scores, iou_threshold=0.5, score_threshold=0.05, max_picks=20)
+        return ops.class_nms(boxes, scores, iou_threshold=0.5, score_threshold=0.05, max_picks=20)
 
-    loop = [function(b, s) for b, s in zip(boxes, scores)]
+    loop = [function(b, s) for b, s in zip(boxes, scores, strict=True)]
     compiled, mapped = jax.jit(function)(boxes[0], scores[0]), jax.vmap(function)(boxes, scores)
     for i in range(4):
         np.testing.assert_array_equal(compiled[i], loop[0][i])

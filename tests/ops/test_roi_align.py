@@ -160,7 +160,8 @@ def test_the_chunked_gradient_equals_that_of_the_plain_sum(num_rois):
 
     pooled, gradient = jax.jit(pull_back)(features)
     direction = jnp.asarray(rng.normal(size=(8, 8, 3)).astype(np.float32))
-    assert gradient.shape == features.shape and bool(jnp.all(jnp.isfinite(gradient)))
+    assert gradient.shape == features.shape
+    assert bool(jnp.all(jnp.isfinite(gradient)))
     np.testing.assert_allclose(jnp.vdot(gradient, direction), jnp.vdot(cotangent, pool(direction)), atol=2e-4)
     np.testing.assert_allclose(jnp.vdot(gradient, features), jnp.vdot(cotangent, pooled), atol=2e-4)
 
