@@ -13,6 +13,7 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.epochs = 6
+    config.batch_size = 8  # from scratch, many small steps learn more than few large ones
     config.eval_every = 3
     config.eval_batch_size = 20
 
@@ -37,6 +38,6 @@ def get_config() -> ConfigDict:
     model.box_detections_per_img = 30
     model.mask_channels = 32
 
-    config.optim.lr = 2e-3
+    config.optim.lr = 1.5e-3
     config.optim.warmup_steps = 200
     return config

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.errors import UserError
 
 MASK_OPACITY = 0.45
-# A picture with a shorter longest side is enlarged before drawing: letters of ten pixels would cover a 128-pixel image.
+# Smaller pictures are enlarged before drawing: letters of ten pixels would cover an image of 128.
 MIN_SIDE = 512
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)

@@ -115,9 +115,9 @@ def interpolation_corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array
     inside = (points >= -1) & (points <= size)
     last = (size - 1).astype(points.dtype)
     clamped = jnp.clip(points, 0, last)
-    # XLA computes the points once for the indices and again for the weights, and may round the two differently. A point
-    # on a cell, as boxes of whole pixels have many, would then get the index of one side and the weight of the other;
-    # so what lies within rounding below a cell belongs to that cell.
+    # XLA computes the points once for the indices and again for the weights, and may round the two differently. Boxes
+    # of whole pixels have many points on a cell, which would then get the index of one side and the weight of the
+    # other; so what lies within rounding below a cell belongs to that cell.
     rounding = 4 * jnp.finfo(points.dtype).eps * (clamped + 1)
     low = jnp.minimum(jnp.floor(clamped + rounding), last)
     fraction = jnp.maximum(clamped - low, 0)

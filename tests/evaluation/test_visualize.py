@@ -67,7 +67,7 @@ def test_the_text_is_written_inside_its_caption_and_the_caption_inside_the_pictu
     assert len(written) == 6
     assert "person 0.93" in [text for text, *_ in written]
     for text, x1, y1, x2, y2 in written:
-        assert 0 <= x1 and x2 <= 700 and 0 <= y1 and y2 <= 500, text
+        assert x1 >= 0 and x2 <= 700 and y1 >= 0 and y2 <= 500, text
 
 
 def test_a_mask_tints_its_pixels_and_no_others():
