@@ -30,21 +30,20 @@ def run_app(main: Callable[[], None]) -> None:
 
     try:
         app.run(guarded)
-    except (AttributeError, KeyError, TypeError) as error:
-        # ml_collections reports an override of an unknown or mistyped field by these, while flags are parsed.
-        if "--config" not in " ".join(sys.argv) or not _raised_by_config_flags(error):
+    except (AttributeError, KeyError, TypeError, OSError) as error:
+        # How ml_collections reports a config file that is missing and an override of an unknown or mistyped field.
+        if "ml_collections" not in _origin(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: --config: {' '.join(str(error.args[0]).split())}", file=sys.stderr)
         sys.exit(1)
 
 
-def _raised_by_config_flags(error: Exception) -> bool:
+def _origin(error: Exception) -> str:
+    """Return the file that raised an exception."""
     traceback = error.__traceback__
-    while traceback is not None:
-        if "config_flags" in traceback.tb_frame.f_code.co_filename:
-            return True
+    while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    return False
+    return traceback.tb_frame.f_code.co_filename
 
 
 def _enable_compilation_cache() -> None:

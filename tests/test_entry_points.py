@@ -119,7 +119,11 @@ def test_a_missing_dataset_is_one_sentence(place):
 
 def test_a_misspelt_option_is_one_sentence(place):
     assert "batch_sise" in refusal(train(place, "--config.batch_sise=4"))
-    assert "workdirr" in refusal(run("eval.py", "--workdirr=x"))
+    unknown = run("eval.py", "--workdirr=x")
+    assert unknown.returncode == 1
+    assert "Unknown command line flag 'workdirr'. Did you mean: workdir ?" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
+    assert "nowhere.py" in refusal(run("train.py", "--config=nowhere.py", "--workdir=x"))
 
 
 def test_a_workdir_without_a_run_is_one_sentence(place):

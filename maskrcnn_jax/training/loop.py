@@ -1,6 +1,6 @@
 """The training loop, top to bottom: data, model, optimizer, restore, step, then {step, log, save, evaluate}."""
 
-import logging
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -22,8 +22,6 @@ from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.step import create_train_state, make_train_step
-
-_log = logging.getLogger(__name__)
 
 
 class Evaluation(Protocol):
@@ -72,58 +70,59 @@ def train(
     # 3. Restore: the newest checkpoint of this folder, else the fresh state
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    if checkpoints.latest_step is not None:
-        state = checkpoints.restore(checkpoints.latest_step, state)
-    save_config(config, workdir)
-    index.categories.save(workdir / "categories.json")
-    start = int(state.step)
-    parameters = sum(array.size for array in jax.tree.leaves(state.params))
-    print(
-        f"{'resuming at' if start else 'starting at'} step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
-        f"batch {config.batch_size} on {jax.device_count()} {jax.default_backend()} devices, "
-        f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
-    )
+    with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(checkpoints.latest_step, state)
+        save_config(config, workdir)
+        index.categories.save(workdir / "categories.json")
+        start = int(state.step)
+        parameters = sum(array.size for array in jax.tree.leaves(state.params))
+        print(
+            f"{'resuming' if start else 'starting'} at step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
+            f"batch {config.batch_size} on {jax.device_count()} {jax.default_backend()} devices, "
+            f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
+        )
+        if start >= num_steps:
+            print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
+            return
 
-    # 4. Step
-    train_step = make_train_step(graphdef, optimizer, mesh)
-    key = jax.random.key(config.seed)
+        # 4. Step
+        train_step = make_train_step(graphdef, optimizer, mesh)
+        key = jax.random.key(config.seed)
+        batches = iter(_make_loader(config, index, start, num_steps))
 
-    if start >= num_steps:
-        print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
-        return
+        # 5. Steps
+        with (
+            contextlib.closing(MetricWriter(workdir, first_step=start)) as writer,
+            contextlib.closing(batches),
+            _StopSignals() as stop,
+            tqdm(total=num_steps, initial=start, unit="step", desc="train") as progress,
+        ):
+            log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch)
+            for step in range(start + 1, num_steps + 1):
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                state, metrics = train_step(state, shard_batch(batch, mesh), key)
+                log.add(step, metrics, batch.image_index, waited)
+                progress.update()
 
-    # 5. Steps
-    writer = MetricWriter(workdir, first_step=start)
-    log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch)
-    batches = iter(_make_loader(config, index, start, num_steps))
-    with _StopSignals() as stop, tqdm(total=num_steps, initial=start, unit="step", desc="train") as progress:
-        for step in range(start + 1, num_steps + 1):
-            waited = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - waited
-            state, metrics = train_step(state, shard_batch(batch, mesh), key)
-            log.add(step, metrics, batch.image_index, waited)
-            progress.update()
-            last = step == num_steps
-            if last or step % config.log_every == 0 or stop.requested:
-                progress.set_postfix_str(log.write())
-
-            evaluated = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
-            if config.eval_every and evaluated and not stop.requested:
-                log.write()  # a state that is not finite must not be saved
-                evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
-                writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
-                writer.picture(step, "predictions", evaluation.picture)
-                checkpoints.save(state, evaluation.metrics)
-                log.restart_clock()
-            elif last or stop.requested or step % config.checkpoint_every == 0:
-                log.write()
-                checkpoints.save(state)
-            if stop.requested:
-                break
-    writer.close()
-    checkpoints.close()
+                last = step == num_steps
+                evaluating = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
+                evaluating = config.eval_every and evaluating and not stop.requested
+                saving = last or stop.requested or evaluating or step % config.checkpoint_every == 0
+                if saving or step % config.log_every == 0:
+                    progress.set_postfix_str(log.write())  # before saving: what is not finite must not be saved
+                if saving:
+                    evaluation = None
+                    if evaluating:
+                        evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
+                        writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
+                        writer.picture(step, "predictions", evaluation.picture)
+                    checkpoints.save(state, evaluation and evaluation.metrics)
+                    log.restart_clock()
+                if stop.requested:
+                    break
     if stop.requested:
         print(f"stopped at step {int(state.step)}; the same command goes on from here")
         raise SystemExit(128 + stop.requested)

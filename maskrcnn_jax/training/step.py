@@ -67,7 +67,7 @@ def make_train_step(
         gradients, (metrics, variables) = gradient(state.params, state.variables, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return TrainState(state.step + 1, params, variables, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))

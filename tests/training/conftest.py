@@ -20,6 +20,7 @@ def config(shapes_dir) -> ConfigDict:
     config.batch_size = 8
     config.eval_batch_size = 2
     config.epochs = 2
+    config.eval_every = 1
     config.log_every = 2
     config.data.coco_dir = str(shapes_dir)
     config.data.short_side = config.data.long_side = config.data.mask_side = 64
