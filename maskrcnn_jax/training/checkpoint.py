@@ -42,7 +42,8 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             epath.Path(Path(workdir).absolute() / "checkpoints"),
-            item_names=("model", "training"),
+            # Named here, because a manager that has not saved yet cannot tell how its items were written.
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ("model", "training")},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, best_fn=_metric, cleanup_tmp_directories=True
             ),
