@@ -32,7 +32,7 @@ def main() -> None:
     data.coco_dir = FLAGS.coco_dir or data.coco_dir
     data.eval_split = FLAGS.split or data.eval_split
     data.eval_limit = FLAGS.limit or data.eval_limit
-    evaluator = Evaluator(data, categories, batch_size=config.eval_batch_size)
+    evaluator = Evaluator(config, categories)
     evaluation = evaluator(model)
     output = Path(FLAGS.output or FLAGS.workdir)
     output.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def main() -> None:
     model, categories = restore_model(FLAGS.workdir, config.model, which=FLAGS.checkpoint)
     columns = zip(categories.labels, categories.ids, categories.names, strict=True)
     labels = {label: Label(category_id, name) for label, category_id, name in columns}
-    call = {"labels": labels, "min_score": FLAGS.min_score}
+    call = {"labels": labels, "min_score": FLAGS.min_score, "aligned_masks": config.model.roi_aligned}
     detect, prepare = make_detect(model), make_prepare(config.data)
     if paths is None:
         frames = predict_video(detect, prepare, FLAGS.input, FLAGS.output, **call)

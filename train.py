@@ -25,7 +25,7 @@ def main() -> None:
     def make_evaluate(categories):
         if not config.eval_every:
             return None
-        evaluator = Evaluator(config.data, categories, batch_size=config.eval_batch_size)
+        evaluator = Evaluator(config, categories)
 
         def evaluate(model):
             evaluation = evaluator(model)

@@ -38,7 +38,9 @@ def get_config() -> ConfigDict:
     model.rpn_post_nms_top_n_test = 1000
     model.rpn_nms_thresh = 0.7
     model.roi_sampling_ratio = 2  # samples per bin and axis
-    model.roi_aligned = False  # shift by half a pixel (detectron2) or not (torchvision)
+    model.roi_aligned = (
+        False  # RoIAlign, mask targets and pasting exact to half a pixel (detectron2) or not (torchvision)
+    )
     model.box_hidden = 1024  # units in each of the two fully connected layers
     model.box_iou_thresh = 0.5  # foreground at or above
     model.box_batch_size_per_image = 512  # RoIs in the box loss

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     model.rpn_pre_nms_top_n_test = 100
     model.rpn_post_nms_top_n_test = 100
     model.box_hidden = 256
+    model.roi_aligned = True  # half a pixel matters to objects of ten
     model.roi_sampling_ratio = 1  # bins are smaller than a feature cell here
     model.box_batch_size_per_image = 32
     model.box_detections_per_img = 30

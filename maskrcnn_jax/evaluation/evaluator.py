@@ -30,19 +30,19 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """A split of a dataset, ready to evaluate any number of models on."""
 
-    def __init__(self, data: ConfigDict, categories: Categories, *, batch_size: int):
+    def __init__(self, config: ConfigDict, categories: Categories):
         """Read the annotations.
 
         Args:
-          data: the ``data`` part of a config; ``eval_split`` of ``coco_dir`` is evaluated, its first ``eval_limit``
-            images.
+          config: as configs/base.py describes it; ``data.eval_split`` of ``data.coco_dir`` is evaluated, its first
+            ``data.eval_limit`` images.
           categories: what the model's labels mean.
-          batch_size: images a step.
 
         Raises:
           UserError: when the split cannot be read or has categories that the model does not know.
         """
-        self._data, self._categories, self._batch_size = data, categories, batch_size
+        self._config, self._categories = config, categories
+        data = config.data
         self._index = load_index(data.coco_dir, data.eval_split, skip_broken=data.skip_broken)
         unknown = sorted(set(self._index.categories.ids) - set(categories.ids))
         if unknown:
@@ -56,10 +56,10 @@ class Evaluator:
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics."""
-        data = self._data
+        data = self._config.data
         loader = make_loader(
             self._index,
-            batch_size=self._batch_size,
+            batch_size=self._config.eval_batch_size,
             short_side=data.short_side,
             long_side=data.long_side,
             buckets=data.buckets,
@@ -78,6 +78,7 @@ class Evaluator:
             image_ids=self._index.image_ids,
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
             num_images=len(self._rows),
+            aligned_masks=self._config.model.roi_aligned,
         )
         metrics = evaluate(self._coco, results, image_ids=self._index.image_ids[self._rows].tolist())
         return Evaluation(metrics, results, self._draw(results))

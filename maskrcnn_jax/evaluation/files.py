@@ -64,6 +64,7 @@ def predict_images(
     *,
     labels: Mapping[int, Label],
     min_score: float,
+    aligned_masks: bool = False,
 ) -> list[Path]:
     """Detect on image files; write a picture of each, under its own name, and the two JSON files.
 
@@ -74,6 +75,7 @@ def predict_images(
         output: folder, made if it does not exist.
         labels: what the labels of the model stand for.
         min_score: detections below are left out.
+        aligned_masks: how masks are pasted, as in ``paste_mask``.
 
     Returns:
         The files that could not be read; they are skipped.
@@ -97,7 +99,7 @@ def predict_images(
 
     for batch, image_id, path, image, detections in detect_ahead(detect, read()):
         found = select(unpad(detections, batch.sizes, batch.original_sizes)[0], labels, min_score)
-        picture, entries = _draw_and_encode(image, found, image_id, labels, MIN_SIDE)
+        picture, entries = _draw_and_encode(image, found, image_id, labels, MIN_SIDE, aligned_masks)
         # A single input file may have any ending, also one that OpenCV cannot write.
         name = path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.name}.png"
         write_picture(output / name, picture)
@@ -117,6 +119,7 @@ def predict_video(
     *,
     labels: Mapping[int, Label],
     min_score: float,
+    aligned_masks: bool = False,
 ) -> int:
     """Detect on every frame of a video; write it with the detections drawn in, and the two JSON files.
 
@@ -127,6 +130,7 @@ def predict_video(
         output: folder, made if it does not exist; the video in it has the frame rate and size of the input.
         labels: what the labels of the model stand for.
         min_score: detections below are left out.
+        aligned_masks: how masks are pasted, as in ``paste_mask``.
 
     Returns:
         The number of frames.
@@ -151,7 +155,7 @@ def predict_video(
             found = select(unpad(detections, batch.sizes, batch.original_sizes)[0], labels, min_score)
             number = len(images) + 1
             # The frames keep their size, whatever it is.
-            picture, entries = _draw_and_encode(frame, found, number, labels, 0)
+            picture, entries = _draw_and_encode(frame, found, number, labels, 0, aligned_masks)
             writer.write(np.ascontiguousarray(picture[..., ::-1]))
             images.append({"id": number, "file_name": path.name, "frame": number, "height": height, "width": width})
             results += entries
@@ -203,10 +207,21 @@ def _read_frames(capture: cv2.VideoCapture, prepare: Prepare) -> Iterator[tuple[
 
 
 def _draw_and_encode(
-    image: np.ndarray, found: Instances, image_id: int, labels: Mapping[int, Label], min_side: int
+    image: np.ndarray,
+    found: Instances,
+    image_id: int,
+    labels: Mapping[int, Label],
+    min_side: int,
+    aligned_masks: bool,
 ) -> tuple[np.ndarray, list[dict]]:
     category_ids = {label: category.category_id for label, category in labels.items()}
-    results = to_coco_results(found, image_id=image_id, image_size=image.shape[:2], category_ids=category_ids)
+    results = to_coco_results(
+        found,
+        image_id=image_id,
+        image_size=image.shape[:2],
+        category_ids=category_ids,
+        aligned_masks=aligned_masks,
+    )
     names = [labels[int(label)].name for label in found.labels]
     masks = [result["segmentation"] for result in results]
     return draw_instances(image, found.boxes, names, found.scores, masks, min_side=min_side), results

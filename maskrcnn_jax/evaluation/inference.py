@@ -108,7 +108,12 @@ def unpad(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray)
 
 
 def to_coco_results(
-    instances: Instances, *, image_id: int, image_size: tuple[int, int], category_ids: Mapping[int, int]
+    instances: Instances,
+    *,
+    image_id: int,
+    image_size: tuple[int, int],
+    category_ids: Mapping[int, int],
+    aligned_masks: bool = False,
 ) -> list[dict]:
     """Write one image's detections as COCO results.
 
@@ -121,6 +126,7 @@ def to_coco_results(
         image_size: (height, width) of the image.
         category_ids: COCO's id of every label. Detections with another label are left out: torchvision's 91 classes
             contain numbers that stand for no category.
+        aligned_masks: how masks are pasted, as in ``paste_mask``.
 
     Returns:
         A dict per detection: image_id, category_id, bbox [x, y, width, height], score, segmentation (RLE).
@@ -137,7 +143,7 @@ def to_coco_results(
                 "category_id": int(category_ids[int(label)]),
                 "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
                 "score": float(score),
-                "segmentation": encode_rle(*paste_mask(mask, box, image_size), image_size),
+                "segmentation": encode_rle(*paste_mask(mask, box, image_size, aligned=aligned_masks), image_size),
             }
         )
     return results
@@ -150,6 +156,7 @@ def run_detection(
     image_ids: np.ndarray,
     category_ids: Mapping[int, int],
     num_images: int,
+    aligned_masks: bool = False,
 ) -> list[dict]:
     """Detect on every image of a dataset once.
 
@@ -160,6 +167,7 @@ def run_detection(
             device would cut them to 32 bits.
         category_ids: COCO's id of every label.
         num_images: how many images the batches hold, for the progress bar and the closing check.
+        aligned_masks: how masks are pasted, as in ``paste_mask``.
 
     Returns:
         COCO results in the order of the batches.
@@ -181,6 +189,7 @@ def run_detection(
                     image_id=image_id,
                     image_size=batch.original_sizes[row],
                     category_ids=category_ids,
+                    aligned_masks=aligned_masks,
                 )
             progress.update(int(np.sum(batch.valid)))
     if len(seen) != num_images:

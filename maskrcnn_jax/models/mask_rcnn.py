@@ -248,6 +248,7 @@ class MaskRCNN(nnx.Module):
                 image_size=size,
                 max_size=batch.images.shape[1:3],
                 output_size=MASK_SIZE,
+                aligned=self.roi_pooling["aligned"],
             )
         )(batch.gt.masks, rois.boxes, rois.gt_index, batch.gt.mask_sizes, batch.sizes)
 

@@ -27,6 +27,7 @@ def mask_targets(
     image_size: jax.Array,
     max_size: tuple[int, int],
     output_size: int = 28,
+    aligned: bool = False,
 ) -> jax.Array:
     """Crop and resample the matched masks of one image.
 
@@ -38,17 +39,19 @@ def mask_targets(
       image_size: [2] int32 (height, width) of the image inside the padded network input.
       max_size: (H, W) of the padded network input, which bounds the number of samples.
       output_size: side of the target.
+      aligned: take pixel i to be centred at i + 0.5, where it is; torchvision's Mask R-CNN takes it to be at i, which
+        shifts the targets by half a pixel.
 
     Returns:
-      [F, output_size, output_size] float in 0..1, the soft targets that torchvision trains on.
+      [F, output_size, output_size] float in 0..1: the soft targets that torchvision trains on, unless aligned.
 
-    Source: torchvision's project_masks_on_boxes and resize of targets; sampling_ratio -1, aligned False.
+    Source: torchvision's project_masks_on_boxes and resize of targets; RoIAlign with sampling_ratio -1.
     """
-    canvas = packed.shape[1]
+    sizes = (packed.shape[1], output_size, aligned)
 
     def target(box, index):
-        rows = _resampling_matrix(box[1], box[3], mask_size[0], image_size[0], canvas, max_size[0], output_size)
-        columns = _resampling_matrix(box[0], box[2], mask_size[1], image_size[1], canvas, max_size[1], output_size)
+        rows = _resampling_matrix(box[1], box[3], mask_size[0], image_size[0], max_size[0], *sizes)
+        columns = _resampling_matrix(box[0], box[2], mask_size[1], image_size[1], max_size[1], *sizes)
         mask = unpack_mask(packed[index]).astype(box.dtype)
         # The default precision of matrix products on accelerators would round the weights to bf16.
         half = jnp.matmul(rows, mask, precision=jax.lax.Precision.HIGHEST)
@@ -58,14 +61,15 @@ def mask_targets(
     return jax.lax.map(lambda args: target(*args), (boxes, gt_index), batch_size=8)
 
 
-def _resampling_matrix(start, end, mask_size, image_size, canvas, max_size, output_size):
+def _resampling_matrix(start, end, mask_size, image_size, max_size, canvas, output_size, aligned):
     """Return [output_size, canvas]: the weights of raster lines in each output line along one axis.
 
     A bin of width w is sampled at ceil(w) points, of the image resized to ``image_size`` by the nearest-neighbour
     rule, source = floor(destination * mask_size / image_size).
     """
     dtype = start.dtype
-    length = jnp.maximum(end - start, 1)
+    length = end - start if aligned else jnp.maximum(end - start, 1)
+    start = start - 0.5 if aligned else start
     bin_size = length / output_size
     max_count = -(-max_size // output_size)
     sample = jnp.arange(max_count, dtype=dtype)

@@ -113,3 +113,50 @@ def test_pasted_masks_equal_those_of_torchvision(image_size):
         differs = ours != (theirs[index] >= 0.5)
         assert np.all(np.abs(theirs[index][differs] - 0.5) < 1e-5), index
         assert differs.sum() <= 2, index
+
+
+def test_an_aligned_mask_of_a_box_of_28_pixels_is_the_mask_itself():
+    mask = np.random.default_rng(0).random((28, 28)).astype(np.float32)
+    crop, y0, x0 = paste_mask(mask, np.array([7, 3, 35, 31], np.float32), (40, 50), aligned=True)
+    assert (y0, x0) == (3, 7)
+    np.testing.assert_array_equal(crop, mask >= 0.5)
+
+
+def test_an_aligned_mask_covers_the_pixels_whose_centre_is_in_the_box():
+    full = np.ones((28, 28), np.float32)
+    # Fades below 0.5 within half a cell of the edge, here 1 / 28 of a pixel.
+    crop, y0, x0 = paste_mask(full, np.array([2.4, 1.6, 4.4, 3.6], np.float32), (10, 10), aligned=True)
+    covered = np.zeros((10, 10), np.uint8)
+    covered[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = crop
+    expected = np.zeros((10, 10), np.uint8)
+    expected[2:4, 2:4] = 1
+    np.testing.assert_array_equal(covered, expected)
+
+
+def test_an_aligned_mask_is_cut_at_the_border_of_the_image_and_may_be_empty():
+    full = np.ones((28, 28), np.float32)
+    crop, y0, x0 = paste_mask(full, np.array([-5, 6, 5, 20], np.float32), (10, 8), aligned=True)
+    assert (crop.shape, y0, x0, int(crop.sum())) == ((4, 5), 6, 0, 20)
+    crop, _, _ = paste_mask(full, np.array([20, 20, 30, 30], np.float32), (10, 8), aligned=True)
+    assert crop.size == 0
+    assert encode_rle(crop, 10, 8, (10, 8))["size"] == [10, 8]
+
+
+def test_aligned_pasting_equals_detectron2s_rule_computed_on_the_whole_image():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        mask = rng.random((28, 28)).astype(np.float32)
+        corner, size = rng.uniform(-10, 60, 2), rng.uniform(3, 60, 2)
+        box = np.concatenate([corner, corner + size]).astype(np.float32)
+        y, x = torch.arange(70) + 0.5, torch.arange(90) + 0.5
+        y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
+        x = (x - box[0]) / (box[2] - box[0]) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
+        sampled = torch.nn.functional.grid_sample(torch.from_numpy(mask)[None, None], grid, align_corners=False)
+        crop, y0, x0 = paste_mask(mask, box, (70, 90), aligned=True)
+        whole = np.zeros((70, 90), np.uint8)
+        whole[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = crop
+        # Values within rounding of the threshold may fall either way.
+        clear = np.abs(sampled[0, 0].numpy() - 0.5) > 1e-5
+        np.testing.assert_array_equal(whole[clear], (sampled[0, 0].numpy() >= 0.5)[clear])

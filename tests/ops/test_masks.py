@@ -170,3 +170,19 @@ def test_mask_targets_compiled_equal_eager_and_vmap_equals_a_loop():
     loop = jnp.stack([compiled(*row) for row in zip(*arguments, strict=True)])
     np.testing.assert_allclose(loop[0], function(*(a[0] for a in arguments)), atol=1e-6)
     np.testing.assert_allclose(jax.vmap(function)(*arguments), loop, atol=1e-6)
+
+
+def test_aligned_targets_of_a_box_of_28_pixels_are_the_pixels_themselves():
+    mask = np.random.default_rng(0).integers(0, 2, (1, 48, 48)).astype(np.uint8)
+    packed = jnp.asarray(np.packbits(mask, axis=-1, bitorder="little"))
+    size = jnp.array([48, 48])
+    target = mask_targets(
+        packed,
+        jnp.array([[7.0, 3.0, 35.0, 31.0]]),
+        jnp.zeros(1, jnp.int32),
+        mask_size=size,
+        image_size=size,
+        max_size=(64, 64),
+        aligned=True,
+    )
+    np.testing.assert_allclose(target[0], mask[0, 3:31, 7:35], atol=1e-5)
