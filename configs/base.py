@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.log_every = 20  # steps between lines of metrics.jsonl
     config.eval_every = 1  # epochs between evaluations; the last step is evaluated too; 0 means never
     config.eval_batch_size = 8  # images a step of evaluation
-    config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations
+    config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations and the last; 0 means none
     config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP
 
     # Keyword arguments of maskrcnn_jax.models.mask_rcnn.MaskRCNN, under the names that torchvision gives them.

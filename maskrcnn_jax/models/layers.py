@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maskrcnn_jax.errors import UserError
+
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 kaiming_uniform = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
@@ -156,10 +158,10 @@ def make_norm(kind: str, channels: int, *, dtype: jnp.dtype, gain: float = 1.0) 
       gain: initial scale.
 
     Raises:
-      ValueError: for another kind.
+      UserError: for another kind.
     """
     if kind == "batch":
         return BatchNorm(channels, dtype=dtype, gain=gain)
     if kind == "frozen":
         return FrozenBatchNorm(channels, dtype=dtype, gain=gain)
-    raise ValueError(f"norm is {kind!r}; use 'batch' or 'frozen'")
+    raise UserError(f"norm is {kind!r}; use 'batch' or 'frozen'")

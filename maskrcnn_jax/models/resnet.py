@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.layers import conv, kaiming_normal, make_norm
 
 # Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
@@ -135,10 +136,10 @@ class ResNet(nnx.Module):
           rngs: for the initial values.
 
         Raises:
-          ValueError: for an unknown name.
+          UserError: for an unknown name.
         """
         if name not in ARCHITECTURES:
-            raise ValueError(f"backbone is {name!r}; use one of {', '.join(ARCHITECTURES)}")
+            raise UserError(f"backbone is {name!r}; use one of {', '.join(ARCHITECTURES)}")
         depths, bottleneck = ARCHITECTURES[name]
         self.conv1 = conv(3, width, 7, stride=2, use_bias=False, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs)
         self.bn1 = make_norm(norm, width, dtype=dtype)

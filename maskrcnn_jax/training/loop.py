@@ -110,7 +110,7 @@ def train(
                 last = step == num_steps
                 evaluating = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
                 evaluating = config.eval_every and evaluating and not stop.requested
-                saving = last or stop.requested or evaluating or step % config.checkpoint_every == 0
+                saving = last or stop.requested or evaluating or step % (config.checkpoint_every or np.inf) == 0
                 if saving or step % config.log_every == 0:
                     progress.set_postfix_str(log.write())  # before saving: what is not finite must not be saved
                 if saving:
