@@ -89,12 +89,6 @@ def clip_boxes(boxes: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.clip(boxes, 0, limits)
 
 
-def scale_boxes(boxes: jax.Array, factor_yx: jax.Array) -> jax.Array:
-    """Multiply boxes [..., 4] by factors [2] for the vertical and horizontal axis."""
-    factors = factor_yx[jnp.array([1, 0, 1, 0])].astype(boxes.dtype)
-    return boxes * factors.reshape((1,) * (boxes.ndim - 1) + (4,))
-
-
 def is_large(boxes: jax.Array, min_side: float) -> jax.Array:
     """Return [...] whether both sides of boxes [..., 4] are at least ``min_side`` pixels."""
     return jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_side, axis=-1)

@@ -95,11 +95,6 @@ def test_clipping_is_to_height_and_width_in_this_order():
     np.testing.assert_array_equal(clipped, [[0, 0, 200, 100], [1, 2, 3, 4]])
 
 
-def test_scaling_takes_the_vertical_factor_first():
-    scaled = box_ops.scale_boxes(jnp.array([[1.0, 2.0, 3.0, 4.0]]), jnp.array([10.0, 100.0]))
-    np.testing.assert_array_equal(scaled, [[100, 20, 300, 40]])
-
-
 def test_a_box_is_large_when_both_sides_reach_the_minimum():
     boxes = jnp.array([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [3.0, 0.0, 1.0, 9.0]])
     np.testing.assert_array_equal(box_ops.is_large(boxes, 2.0), [True, False, False])
@@ -114,10 +109,9 @@ def test_a_box_is_large_when_both_sides_reach_the_minimum():
         lambda b: box_ops.encode_boxes(b, b[::-1], WEIGHTS),
         lambda b: box_ops.decode_boxes(b / 100, b[::-1], WEIGHTS),
         lambda b: box_ops.clip_boxes(b, jnp.array([60, 70])),
-        lambda b: box_ops.scale_boxes(b, jnp.array([0.5, 2.0])),
         lambda b: box_ops.is_large(b, 10.0),
     ],
-    ids=["area", "iou", "encode", "decode", "clip", "scale", "is_large"],
+    ids=["area", "iou", "encode", "decode", "clip", "is_large"],
 )
 def test_compiled_equals_eager_and_vmap_equals_a_loop(function):
     batch = jnp.asarray(random_boxes(0, 12)).reshape(3, 4, 4)
