@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 16  # images a step, over all devices (paper, Sec. 3.2)
     config.epochs = 12
     config.max_steps = 0  # stop after this many steps; 0 means after `epochs`
-    config.log_every = 20  # steps between lines of metrics.jsonl
+    config.log_every = 20  # steps between lines of metrics.jsonl; 0 means only with checkpoints
     config.eval_every = 1  # epochs between evaluations; the last step is evaluated too; 0 means never
     config.eval_batch_size = 8  # images a step of evaluation
     config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations and the last; 0 means none

@@ -15,14 +15,19 @@ from maskrcnn_jax.errors import UserError
 def run_app(main: Callable[[], None]) -> None:
     """Parse the command line, run ``main`` and leave with status 1 and one line on stderr if it raises UserError."""
 
+    parsed = False
+
     def guarded(argv: list[str]) -> None:
         # Orbax and JAX tell of things that are as they should be: no TPU here, a checkpoint without metrics.
         logging.getLogger("absl").setLevel(logging.ERROR)
         logging.getLogger("jax").setLevel(logging.WARNING)
         _enable_compilation_cache()
+        nonlocal parsed
+        parsed = True
         try:
             if len(argv) > 1:
                 raise UserError(f"{argv[1]!r} is not an option; options are written --name=value, see --help")
+            _check_config_file()
             main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -30,20 +35,21 @@ def run_app(main: Callable[[], None]) -> None:
 
     try:
         app.run(guarded)
-    except (AttributeError, KeyError, TypeError, OSError) as error:
-        # How ml_collections reports a config file that is missing and an override of an unknown or mistyped field.
-        if "ml_collections" not in _origin(error):
+    except (AttributeError, KeyError, TypeError) as error:
+        # How ml_collections reports an override of an unknown field while it parses the command line.
+        if parsed:
             raise
-        print(f"error: --config: {' '.join(str(error.args[0]).split())}", file=sys.stderr)
+        said = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        print(f"error: a --config.FIELD does not exist: {said}; configs/base.py lists them all", file=sys.stderr)
         sys.exit(1)
 
 
-def _origin(error: Exception) -> str:
-    """Return the file that raised an exception."""
-    traceback = error.__traceback__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback.tb_frame.f_code.co_filename
+def _check_config_file() -> None:
+    """Raise a UserError when --config names no file: ml_collections would say so in its own terms only later."""
+    for argument in sys.argv[1:]:
+        name, _, path = argument.partition("=")
+        if name.lstrip("-") == "config" and not Path(path.partition(":")[0]).is_file():
+            raise UserError(f"--config={path} is no file; give one such as configs/r50_fpn.py")
 
 
 def _enable_compilation_cache() -> None:

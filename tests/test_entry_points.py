@@ -118,7 +118,7 @@ def test_a_missing_dataset_is_one_sentence(place):
 
 
 def test_a_misspelt_option_is_one_sentence(place):
-    assert "batch_sise" in refusal(train(place, "--config.batch_sise=4"))
+    assert "does not exist: batch_sise Did you mean" in refusal(train(place, "--config.batch_sise=4"))
     unknown = run("eval.py", "--workdirr=x")
     assert unknown.returncode == 1
     assert "Unknown command line flag 'workdirr'. Did you mean: workdir ?" in unknown.stderr
@@ -148,3 +148,11 @@ def test_a_truncated_image_is_named_or_skipped_when_asked(place):
     )
     assert lenient.returncode == 0, lenient.stderr[-2000:]
     assert victim.name in lenient.stderr
+
+    # The first image of the evaluation, which is also one of those that are drawn.
+    unseen = sorted((broken / "val2017").iterdir())[0]
+    unseen.write_bytes(unseen.read_bytes()[:-200])
+    evaluated = run("eval.py", f"--workdir={place / 'lenient'}", f"--output={place / 'evaluated_lenient'}")
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert "2 of 3 images were evaluated" in evaluated.stderr
+    assert (place / "evaluated_lenient" / "predictions.jpg").exists()

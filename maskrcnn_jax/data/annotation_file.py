@@ -1,6 +1,7 @@
 """Packs the JSON of a COCO-format dataset into flat arrays, in the order of the file, and checks that it is whole."""
 
 import array
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
+
+_FARTHEST = 1e5  # pixels; coordinates beyond are mistakes
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +145,11 @@ class _Annotations:
         for polygon in polygons or ():
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
                 self.problems["polygons without three points dropped"] += 1
+                continue
+            # Drawing takes memory in proportion to the outline, so one wild number could take all there is.
+            in_reach = max(map(abs, polygon)) <= _FARTHEST
+            if not in_reach or not math.isfinite(sum(polygon)):
+                self.problems["polygons with coordinates that no image has dropped"] += 1
                 continue
             self.coordinates.extend(polygon)
             self.part_offsets.append(len(self.coordinates))

@@ -41,6 +41,11 @@ def load_annotations(path: str | os.PathLike) -> COCO:
             coco = COCO(os.fspath(path))
             for annotation in coco.anns.values():
                 annotation.setdefault("iscrowd", 0)
+                if not annotation.get("segmentation"):
+                    raise UserError(
+                        f"annotation {annotation['id']} in {path} has no segmentation, without which mask AP cannot "
+                        "be computed; add it or remove the annotation"
+                    )
                 if "area" not in annotation:
                     annotation["area"] = float(coco_mask.area(coco.annToRLE(annotation)))
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.data.coco import Categories, load_index
+from maskrcnn_jax.data.coco import BrokenImageError, Categories, load_index
 from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_files
@@ -44,10 +44,11 @@ class Evaluator:
         self._config, self._categories = config, categories
         data = config.data
         self._index = load_index(data.coco_dir, data.eval_split, skip_broken=data.skip_broken)
-        unknown = sorted(set(self._index.categories.ids) - set(categories.ids))
+        known = set(zip(categories.ids, categories.names, strict=True))
+        unknown = sorted(set(zip(self._index.categories.ids, self._index.categories.names, strict=True)) - known)
         if unknown:
             raise UserError(
-                f"{data.eval_split} has category ids {unknown[:5]} that the model was not trained on; evaluate on a "
+                f"{data.eval_split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
                 "dataset with the categories of the training set"
             )
         self._coco = load_annotations(Path(data.coco_dir) / "annotations" / f"instances_{data.eval_split}.json")
@@ -93,7 +94,10 @@ class Evaluator:
                 by_image[result["image_id"]].append(result)
         pictures = []
         for row in rows:
-            image = self._index.read_image(row)
+            try:
+                image = self._index.read_image(row)
+            except BrokenImageError:
+                continue  # the loader has named it, and stopped unless broken images are to be skipped
             _, labels, boxes, _ = self._index.annotations(row)
             truth = draw_instances(
                 image, boxes, [self._index.categories.name(label) for label in labels], None, self._index.masks(row)
@@ -109,7 +113,7 @@ class Evaluator:
                 [r["segmentation"] for r in found],
             )
             pictures.append(side_by_side(truth, predicted))
-        return grid(pictures, 2)
+        return grid(pictures or [np.full((64, 64, 3), 255, np.uint8)], 2)
 
     def write(self, workdir: str | Path, evaluation: Evaluation) -> None:
         """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder."""

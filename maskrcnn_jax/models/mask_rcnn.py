@@ -9,6 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from maskrcnn_jax import losses
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
@@ -26,6 +27,8 @@ from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, R
 # Of ImageNet's images scaled to 0..1, the statistics that pretrained backbones expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+DTYPES = ("float32", "bfloat16", "float64")
+NUM_LEVELS = 5
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
 MASK_SIZE = 2 * MASK_POOL_SIZE
@@ -72,7 +75,14 @@ class MaskRCNN(nnx.Module):
         Args:
           num_classes: C + 1, background included.
           rngs: for the initial values.
+
+        Raises:
+          UserError: for an option that cannot be.
         """
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+        if len(anchor_sizes) != NUM_LEVELS:
+            raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
         self.dtype = jnp.dtype(dtype)
         self.anchor_sizes, self.aspect_ratios = tuple(anchor_sizes), tuple(aspect_ratios)
         self.rpn_thresholds = (rpn_fg_iou_thresh, rpn_bg_iou_thresh)

@@ -168,7 +168,7 @@ def restore_model(workdir: str | Path, options: Mapping, *, which: str = "latest
         if which in ("latest", "best"):
             step = checkpoints.latest_step if which == "latest" else checkpoints.best_step
         else:
-            step = int(which) if int(which) in checkpoints.steps else None
+            step = int(which) if which.isdigit() and int(which) in checkpoints.steps else None
         if step is None:
             raise UserError(
                 f"{workdir} has no checkpoint {which!r}; there are: {checkpoints.steps or 'none'}. Train longer or "
@@ -187,7 +187,10 @@ def load_config(workdir: str | Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} holds no trained model ({path} is missing); give the --workdir of train.py")
-    return ConfigDict(json.loads(path.read_text()))
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no config that train.py wrote ({error}); give it with --config") from None
 
 
 def save_config(config: ConfigDict, workdir: str | Path) -> None:

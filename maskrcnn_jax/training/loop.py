@@ -35,14 +35,15 @@ def train(
     config: ConfigDict,
     workdir: str | Path,
     *,
-    make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation]],
+    make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation] | None],
 ) -> None:
     """Train a model, going on from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
       config: as configs/base.py describes it.
       workdir: folder for everything that the run leaves; created if missing.
-      make_evaluate: called once with the categories; what it returns is called with the model after epochs.
+      make_evaluate: called once with the categories; what it returns is called with the model after epochs, unless
+        ``eval_every`` is 0.
 
     Raises:
       UserError: when the config, the data or the folder do not fit, or a loss is not finite.
@@ -69,7 +70,10 @@ def train(
 
     # 3. Restore: the newest checkpoint of this folder, else the fresh state
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made ({error.strerror}); choose another folder") from None
     with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(checkpoints.latest_step, state)
@@ -111,7 +115,7 @@ def train(
                 evaluating = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
                 evaluating = config.eval_every and evaluating and not stop.requested
                 saving = last or stop.requested or evaluating or step % (config.checkpoint_every or np.inf) == 0
-                if saving or step % config.log_every == 0:
+                if saving or step % (config.log_every or np.inf) == 0:
                     progress.set_postfix_str(log.write())  # before saving: what is not finite must not be saved
                 if saving:
                     evaluation = None
@@ -197,12 +201,15 @@ class _Log:
         # One transfer for all steps, so that between log steps nothing waits for the device.
         rows = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, image_index), row in zip(self._pending, rows, strict=True):
-            if not np.isfinite(row["loss"]):
-                terms = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if "loss" in name)
+            # A loss may be finite where its gradient, and so the next state, is not.
+            if not np.isfinite(row["loss"] + row["gradient_norm"]):
+                terms = ", ".join(
+                    f"{name} {value:.4g}" for name, value in row.items() if "loss" in name or "norm" in name
+                )
                 images = self._index.image_ids[image_index[image_index >= 0]].tolist()
                 raise UserError(
                     f"the loss at step {step} is not finite: {terms}; image ids {images}. Lower config.optim.lr, or "
-                    "look at the annotations of these images; the last checkpoint is from before"
+                    "look at the annotations of these images; nothing from this step on has been saved"
                 )
         seconds = time.perf_counter() - self._started
         step = self._pending[-1][0]

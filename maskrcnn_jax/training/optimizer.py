@@ -4,6 +4,8 @@ import jax
 import optax
 from flax import nnx
 
+from maskrcnn_jax.errors import UserError
+
 
 def make_schedule(*, lr: float, warmup_steps: int, final_lr_fraction: float, num_steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step.
@@ -13,7 +15,12 @@ def make_schedule(*, lr: float, warmup_steps: int, final_lr_fraction: float, num
       warmup_steps: linear rise from lr / 1000; cut to a tenth of the run where the run is short.
       final_lr_fraction: of the peak, reached at the last step.
       num_steps: of the whole run.
+
+    Raises:
+      UserError: when the rate or the number of steps is no positive number.
     """
+    if not (0 < lr < float("inf") and num_steps >= 1):
+        raise UserError(f"optim.lr {lr} and the number of steps {num_steps} must be positive numbers; change them")
     warmup_steps = min(warmup_steps, num_steps // 10)
     return optax.warmup_cosine_decay_schedule(
         init_value=lr / 1000 if warmup_steps else lr,

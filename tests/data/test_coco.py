@@ -178,6 +178,8 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
             annotation(6, image_id=1, segmentation=[[1, 2, 3, 4]]),
             annotation(7, image_id=1, segmentation=[[1, 2, 3, 4], SQUARE]),
             annotation(8, image_id=1, segmentation=[]),
+            annotation(10, image_id=1, segmentation=[[1e9, 1, 2e9, 3, 4, 1e9]]),
+            annotation(11, image_id=1, segmentation=[[float("nan"), 1, 2, 3, 4, 5]]),
             annotation(9, image_id=1, segmentation={"size": [30, 20], "counts": [600]}),
         ],
     )
@@ -188,7 +190,8 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
     np.testing.assert_array_equal(index.masks(0), [square_mask(20, 30)] * 4)
     assert index.problems == {
         "polygons without three points dropped": 2,
-        "annotations without a usable mask dropped": 2,
+        "polygons with coordinates that no image has dropped": 2,
+        "annotations without a usable mask dropped": 4,
         "run-length masks of another size than their image dropped": 1,
         "boxes without area dropped": 1,
         "boxes outside their image dropped": 1,

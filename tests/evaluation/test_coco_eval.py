@@ -193,3 +193,16 @@ def test_ground_truth_of_coco_as_detections_scores_one(coco_dir):
     metrics = evaluate(coco, results, image_ids=ids)
     assert metrics["bbox_AP"] == pytest.approx(1.0)
     assert metrics["segm_AP"] == pytest.approx(1.0)
+
+
+def test_an_annotation_without_a_mask_is_named_before_anything_is_computed(tmp_path):
+    path = tmp_path / "instances.json"
+    annotation = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 8, "width": 8}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [annotation],
+    }
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="annotation 7 .* has no segmentation"):
+        load_annotations(path)

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -31,6 +32,12 @@ def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
 def test_a_run_of_a_few_steps_starts_at_the_peak():
     schedule = make_schedule(lr=1.0, warmup_steps=500, final_lr_fraction=0.0, num_steps=4)
     assert float(schedule(0)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [{"lr": float("nan")}, {"lr": 0.0}, {"num_steps": 0}])
+def test_a_rate_or_length_that_is_no_positive_number_is_refused(bad):
+    with pytest.raises(UserError, match="must be positive numbers"):
+        make_schedule(**({"lr": 1.0, "warmup_steps": 0, "final_lr_fraction": 0.0, "num_steps": 9} | bad))
 
 
 def test_weight_decay_spares_biases_and_norms_unless_asked():
