@@ -39,7 +39,7 @@ def run_app(main: Callable[[], None]) -> None:
         # How ml_collections reports an override of an unknown field while it parses the command line.
         if parsed:
             raise
-        said = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
         print(f"error: a --config.FIELD does not exist: {said}; configs/base.py lists them all", file=sys.stderr)
         sys.exit(1)
 
