@@ -403,9 +403,8 @@ def test_a_jpeg_is_whole_if_bytes_follow_its_end_and_cut_if_only_its_thumbnail_e
 # Real images, and the size of all of COCO
 
 
-@pytest.mark.skipif("COCO_DIR" not in os.environ, reason="COCO_DIR is not set")
-def test_on_coco_the_masks_and_boxes_are_those_of_pycocotools():
-    root = Path(os.environ["COCO_DIR"])
+def test_on_coco_the_masks_and_boxes_are_those_of_pycocotools(coco_dir):
+    root = coco_dir
     index, reference = load_index(root, "val2017"), COCO(root / "annotations" / "instances_val2017.json")
     assert index.categories.num_classes == 91
     seen = 0

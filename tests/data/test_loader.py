@@ -1,6 +1,5 @@
 import itertools
 import logging
-import os
 import time
 
 import numpy as np
@@ -344,9 +343,8 @@ def test_settings_that_make_no_sense_are_refused(index, setting, told):
         make_loader(index, **TRAIN | setting)
 
 
-@pytest.mark.skipif("COCO_DIR" not in os.environ, reason="COCO_DIR is not set")
-def test_on_coco_boxes_and_masks_agree_in_every_batch():
-    index = load_index(os.environ["COCO_DIR"], "val2017")
+def test_on_coco_boxes_and_masks_agree_in_every_batch(coco_dir):
+    index = load_index(coco_dir, "val2017")
     settings = {
         "batch_size": 4,
         "short_side": 800,

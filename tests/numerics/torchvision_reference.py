@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.library import Library
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -45,7 +46,7 @@ def import_torchvision():
         torch_fallback["roi_align"] = sys.modules["torchvision.ops.roi_align"]._roi_align.__wrapped__
         return torchvision
 
-    library = torch.library.Library("torchvision", "DEF")
+    library = Library("torchvision", "DEF")
     _libraries.append(library)
     for schema in _SCHEMAS:
         library.define(schema)
