@@ -1,4 +1,7 @@
-"""Compute COCO's box and mask AP of a trained model: python eval.py --workdir=runs/r50 [--split=val2017] [--limit=N]
+"""Compute COCO's box and mask AP of a model, trained here or elsewhere.
+
+    python eval.py --workdir=runs/r50 [--split=val2017] [--limit=N]
+    python eval.py --config=configs/torchvision_r50_fpn_v2.py --weights=FILE_OR_NAME --coco_dir=COCO --output=DIR
 
 Writes metrics.json, detections.json and predictions.jpg into --output, the workdir if not given.
 """
@@ -8,16 +11,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.cli import find_config, load_model, run_app
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.sharding import use_all_cores
-from maskrcnn_jax.training.checkpoint import load_config, restore_model
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Use instead of the config that the run was trained with.")
-flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
+flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
 flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
+flags.DEFINE_string("weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py.")
+flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, if not COCO's.")
 flags.DEFINE_string("coco_dir", None, "Evaluate on this dataset instead of the one trained on.")
 flags.DEFINE_string("split", None, "Evaluate this split instead of config.data.eval_split.")
 flags.DEFINE_integer("limit", None, "Evaluate only the first images.", lower_bound=1)
@@ -25,9 +30,17 @@ flags.DEFINE_string("output", None, "Folder for the results; the workdir if not 
 
 
 def main() -> None:
-    config = FLAGS.config or load_config(FLAGS.workdir)
+    if FLAGS.weights and not FLAGS.output:
+        raise UserError("--weights needs --output, a folder for the results")
+    config = find_config(FLAGS.config, workdir=FLAGS.workdir, weights=FLAGS.weights)
     use_all_cores(config.eval_batch_size)
-    model, categories = restore_model(FLAGS.workdir, config.model, which=FLAGS.checkpoint)
+    model, categories = load_model(
+        config,
+        workdir=FLAGS.workdir,
+        checkpoint=FLAGS.checkpoint,
+        weights=FLAGS.weights,
+        categories=FLAGS.categories,
+    )
     data = config.data.unlock()
     data.coco_dir = FLAGS.coco_dir or data.coco_dir
     data.eval_split = FLAGS.split or data.eval_split

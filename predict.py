@@ -1,6 +1,7 @@
 """Draw what a trained model finds on an image, a folder of images or a video.
 
-python predict.py --workdir=runs/shapes --input=IMAGE|DIR|VIDEO --output=DIR [--min_score=0.5]
+    python predict.py --workdir=runs/shapes --input=IMAGE|DIR|VIDEO --output=DIR [--min_score=0.5]
+    python predict.py --config=configs/torchvision_r50_fpn_v2.py --weights=FILE_OR_NAME --input=... --output=DIR
 
 The output folder gets the pictures or the video, detections.json (COCO results) and images.json (which file or frame
 each image_id is). A folder is read without the folders inside it. Pictures below 512 pixels are enlarged, so that
@@ -11,18 +12,19 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.cli import find_config, load_model, run_app
 from maskrcnn_jax.data.loader import buckets_for
-from maskrcnn_jax.data.transforms import resize_image, resized_size
+from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
 from maskrcnn_jax.evaluation.files import Label, Prepare, is_video, list_images, predict_images, predict_video
 from maskrcnn_jax.evaluation.inference import make_detect
 from maskrcnn_jax.structures import Batch
-from maskrcnn_jax.training.checkpoint import load_config, restore_model
 
 STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
+flags.DEFINE_string("workdir", None, "Folder of a training run.")
+flags.DEFINE_string("weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py.")
+flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, if not COCO's.")
 flags.DEFINE_string("input", None, "An image, a folder of images or a video.", required=True)
 flags.DEFINE_string("output", None, "Folder for the pictures and the JSON files.", required=True)
 flags.DEFINE_float("min_score", 0.5, "Detections below are left out.", lower_bound=0.0, upper_bound=1.0)
@@ -35,11 +37,11 @@ def make_prepare(data: ConfigDict) -> Prepare:
     buckets = buckets_for(data.short_side, data.long_side, data.buckets)
 
     def prepare(image: np.ndarray) -> Batch:
-        height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side)
+        height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
         exact = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
         padded = next((bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width), exact)
-        images = np.zeros((1, *padded, 3), data.resize_dtype)
-        images[0, :height, :width] = resize_image(image, size, data.resize_dtype)
+        images = np.zeros((1, *padded, 3), RESIZE[data.resize])
+        images[0, :height, :width] = resize_image(image, size, data.resize)
         return Batch(
             images=images,
             sizes=np.array([size], np.int32),
@@ -54,8 +56,14 @@ def make_prepare(data: ConfigDict) -> Prepare:
 
 def main() -> None:
     paths = None if is_video(FLAGS.input) else list_images(FLAGS.input)
-    config = FLAGS.config or load_config(FLAGS.workdir)
-    model, categories = restore_model(FLAGS.workdir, config.model, which=FLAGS.checkpoint)
+    config = find_config(FLAGS.config, workdir=FLAGS.workdir, weights=FLAGS.weights)
+    model, categories = load_model(
+        config,
+        workdir=FLAGS.workdir,
+        checkpoint=FLAGS.checkpoint,
+        weights=FLAGS.weights,
+        categories=FLAGS.categories,
+    )
     columns = zip(categories.labels, categories.ids, categories.names, strict=True)
     labels = {label: Label(category_id, name) for label, category_id, name in columns}
     call = {"labels": labels, "min_score": FLAGS.min_score, "aligned_masks": config.model.roi_aligned}

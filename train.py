@@ -1,5 +1,6 @@
 """Train a Mask R-CNN: python train.py --config=configs/r50_fpn.py --workdir=runs/r50 [--config.FIELD=VALUE ...]
 
+With --weights=FILE_OR_NAME it starts from the weights of torchvision or detectron2, of a whole model or of a backbone.
 Run again with the same --workdir, it goes on from the newest checkpoint there. configs/base.py explains every field.
 """
 
@@ -11,10 +12,14 @@ from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.sharding import use_all_cores
 from maskrcnn_jax.training.loop import train
+from maskrcnn_jax.weights.convert import load_weights
+from maskrcnn_jax.weights.download import resolve
+from maskrcnn_jax.weights.files import read_arrays
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config file, such as configs/r50_fpn.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; resumed if it has some.")
+flags.DEFINE_string("weights", None, "Start from: .pth, .safetensors, .pkl or a name, see weights/download.py.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -35,7 +40,10 @@ def main() -> None:
 
         return evaluate
 
-    train(config, FLAGS.workdir, make_evaluate=make_evaluate)
+    def initialise(model):
+        print(load_weights(model, read_arrays(resolve(FLAGS.weights)), source=FLAGS.weights, partial=True))
+
+    train(config, FLAGS.workdir, make_evaluate=make_evaluate, initialise=initialise if FLAGS.weights else None)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,22 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     model = config.model
     model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101
-    model.width = 64  # channels of the stem; the stages have 1, 2, 4, 8 times as many (4 x that in bottlenecks)
+    model.stem_channels = 64
+    model.stage_channels = (
+        0  # outputs of the first stage, doubled from stage to stage; 0: 256, or 64 in resnet18 and 34
+    )
+    model.bottleneck_channels = 64  # inside the bottlenecks of the first stage, likewise
     model.norm = "batch"  # batch: trained, over the whole batch; frozen: fixed statistics, for pretrained weights
+    model.norm_eps = 1e-5  # added to the variance; 0 with torchvision's COCO weights of its first version
     model.stride_in_1x1 = False  # bottleneck stride in the 1x1 (detectron2's MSRA weights) or in the 3x3 convolution
+    model.head_norm = (
+        "none"  # batch: also in the FPN, the box head's convolutions and the mask head (torchvision's v2)
+    )
     model.fpn_channels = 256
     model.anchor_sizes = (32, 64, 128, 256, 512)  # pixels, one per level P2..P6
     model.aspect_ratios = (0.5, 1.0, 2.0)  # height / width
+    model.exact_anchors = False  # unrounded, at strides of powers of two (detectron2), or as torchvision has them
+    model.rpn_conv_depth = 1  # 3x3 convolutions of the RPN head
     model.rpn_fg_iou_thresh = 0.7
     model.rpn_bg_iou_thresh = 0.3
     model.rpn_batch_size_per_image = 256  # anchors in the RPN loss
@@ -37,29 +47,35 @@ def get_config() -> ConfigDict:
     model.rpn_post_nms_top_n_train = 2000  # per image
     model.rpn_post_nms_top_n_test = 1000
     model.rpn_nms_thresh = 0.7
-    model.roi_sampling_ratio = 2  # samples per bin and axis
+    model.rpn_min_size = 1e-3  # pixels; smaller proposals are dropped
+    model.roi_sampling_ratio = 2  # samples per bin and axis; 0: one per feature cell (detectron2)
     model.roi_aligned = (
         False  # RoIAlign, mask targets and pasting exact to half a pixel (detectron2) or not (torchvision)
     )
-    model.box_hidden = 1024  # units in each of the two fully connected layers
+    model.box_conv_channels = ()  # of the box head's 3x3 convolutions
+    model.box_fc_channels = (1024, 1024)  # units of its fully connected layers
     model.box_iou_thresh = 0.5  # foreground at or above
     model.box_batch_size_per_image = 512  # RoIs in the box loss
     model.box_positive_fraction = 0.25
     model.box_score_thresh = 0.05
     model.box_nms_thresh = 0.5
+    model.box_min_size = 1e-2  # pixels; smaller detections are dropped
     model.box_detections_per_img = 100
     model.mask_channels = 256
+    model.mask_targets_binary = False  # 0 or 1 (detectron2), or the share of the object in each cell (torchvision)
     model.dtype = "float32"  # of the convolutions and matrix products: float32, bfloat16, float64
 
     config.optim = ConfigDict()
     optim = config.optim
+    optim.kind = "adamw"  # adamw (paper, Sec. 3.2) or sgd (torchvision's and detectron2's recipes)
     optim.lr = 5e-4  # peak, at batch_size (paper, Sec. 3.2)
     optim.warmup_steps = 500  # linear from lr / 1000, as torchvision's recipe
     optim.final_lr_fraction = 0.0  # of the cosine
-    optim.weight_decay = 1e-4  # decoupled (AdamW)
+    optim.weight_decay = 1e-4  # decoupled in AdamW, part of the gradient in SGD
     optim.decay_norm_and_bias = False
     optim.b1 = 0.9
     optim.b2 = 0.999
+    optim.momentum = 0.9  # of SGD
     optim.clip_norm = 1.0  # global norm of the gradient; 0 does not clip
 
     config.data = ConfigDict()
@@ -72,7 +88,8 @@ def get_config() -> ConfigDict:
     data.short_side = 800  # pixels, after resizing
     data.long_side = 1333  # pixels, at most
     data.buckets = "auto"  # padded sizes: auto (four), or exact: each image's own multiple of 32
-    data.resize_dtype = "uint8"  # uint8 is fast; float32 is what torchvision computes
+    data.resize = "uint8"  # uint8: fast; float32: what torchvision computes; pillow: what detectron2 computes
+    data.contiguous_labels = False  # number COCO's categories 1..80 (detectron2) instead of by their ids (torchvision)
     data.hflip = 0.5  # probability
     data.color_jitter = 0.0  # strength of brightness, contrast and saturation changes
     data.mask_side = 640  # pixels, canvas of the ground-truth masks; COCO's images fit as they are

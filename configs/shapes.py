@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
 
     model = config.model
     model.backbone = "resnet18"
-    model.width = 32
+    model.stem_channels = model.stage_channels = 32
     model.fpn_channels = 64
     model.anchor_sizes = (12, 24, 48, 96, 192)
     model.rpn_batch_size_per_image = 128
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     model.rpn_post_nms_top_n_train = 200
     model.rpn_pre_nms_top_n_test = 100
     model.rpn_post_nms_top_n_test = 100
-    model.box_hidden = 256
+    model.box_fc_channels = (256, 256)
     model.roi_aligned = True  # half a pixel matters to objects of ten
     model.roi_sampling_ratio = 1  # bins are smaller than a feature cell here
     model.box_batch_size_per_image = 32

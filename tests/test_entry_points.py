@@ -25,7 +25,8 @@ def get_config():
     config.max_steps = 2
     config.log_every = 1
     config.data.short_side = config.data.long_side = config.data.mask_side = 64
-    config.model.update(width=8, fpn_channels=16, box_hidden=32, mask_channels=8, rpn_batch_size_per_image=32,
+    config.model.update(stem_channels=8, stage_channels=8, fpn_channels=16, box_fc_channels=(32, 32),
+        mask_channels=8, rpn_batch_size_per_image=32,
         rpn_pre_nms_top_n_train=32, rpn_post_nms_top_n_train=32, rpn_pre_nms_top_n_test=32,
         rpn_post_nms_top_n_test=32, box_batch_size_per_image=16, box_detections_per_img=10, box_score_thresh=0.01)
     return config

@@ -24,6 +24,15 @@ _log = logging.getLogger(__name__)
 
 # Category ids of COCO's detection task: 80 of 1..90.
 _COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+_COCO_NAMES = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
+    laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+    scissors, teddy bear, hair drier, toothbrush
+"""
 
 
 class BrokenImageError(UserError):
@@ -34,7 +43,7 @@ class Categories(NamedTuple):
     """The classes of a dataset: parallel tuples in order of category id.
 
     With COCO's own 80 ids the label is the id and ``num_classes`` is 91, as torchvision's weights have it; any other
-    dataset gets the labels 1..K.
+    dataset gets the labels 1..K, as COCO does for detectron2's weights.
     """
 
     ids: tuple[int, ...]
@@ -43,11 +52,17 @@ class Categories(NamedTuple):
     num_classes: int  # background included
 
     @classmethod
-    def create(cls, ids: list[int], names: list[str]) -> "Categories":
-        """Numbers the categories of a dataset, given in any order."""
+    def create(cls, ids: list[int], names: list[str], contiguous: bool = False) -> "Categories":
+        """Numbers the categories of a dataset, given in any order; COCO's from 1 to 80 if ``contiguous``."""
         ids, names = zip(*sorted(zip(ids, names, strict=True)), strict=True)
-        labels = ids if ids == _COCO_IDS else tuple(range(1, len(ids) + 1))
+        labels = ids if ids == _COCO_IDS and not contiguous else tuple(range(1, len(ids) + 1))
         return cls(ids, names, labels, max(labels) + 1)
+
+    @classmethod
+    def coco(cls, contiguous: bool = False) -> "Categories":
+        """Returns those of COCO's detection task."""
+        names = [name.strip() for name in _COCO_NAMES.replace("\n", " ").split(",")]
+        return cls.create(list(_COCO_IDS), names, contiguous)
 
     def name(self, label: int) -> str:
         """Returns the name of a label."""
@@ -215,7 +230,9 @@ def _is_truncated(data: bytes) -> bool:
     return data.startswith(b"\x89PNG") and b"IEND" not in data
 
 
-def load_index(coco_dir: str | os.PathLike, split: str, skip_broken: bool = False) -> CocoIndex:
+def load_index(
+    coco_dir: str | os.PathLike, split: str, *, skip_broken: bool = False, contiguous_labels: bool = False
+) -> CocoIndex:
     """Opens one split of a dataset in COCO's layout and checks it.
 
     Boxes are clipped to their image. Annotations that cannot be used (an empty box, a box outside the image, no usable
@@ -225,6 +242,7 @@ def load_index(coco_dir: str | os.PathLike, split: str, skip_broken: bool = Fals
         coco_dir: folder with ``<split>/`` and ``annotations/instances_<split>.json``.
         split: for example "train2017".
         skip_broken: keep images whose file is missing instead of raising; reading them raises BrokenImageError.
+        contiguous_labels: number COCO's categories from 1 to 80 instead of by their ids.
 
     Returns:
         The index, images in the order of the file.
@@ -238,7 +256,8 @@ def load_index(coco_dir: str | os.PathLike, split: str, skip_broken: bool = Fals
     num_missing = _check_image_files(image_dir, file.file_names, skip_broken)
     if num_missing:
         problems["image files missing"] = num_missing
-    index = _arrange(file, image_dir, problems)
+    categories = Categories.create(file.category_ids, file.category_names, contiguous_labels)
+    index = _arrange(file, image_dir, categories, problems)
     if problems:
         listed = ", ".join(f"{count} {what}" for what, count in problems.items())
         _log.warning("%s: %s", json_path, listed)
@@ -278,7 +297,7 @@ def _check_image_files(image_dir: Path, file_names: list[str], skip_broken: bool
     return len(missing)
 
 
-def _arrange(file: AnnotationFile, image_dir: Path, problems: dict[str, int]) -> CocoIndex:
+def _arrange(file: AnnotationFile, image_dir: Path, categories: Categories, problems: dict[str, int]) -> CocoIndex:
     """Clips and drops boxes, then sorts the annotations by image; adds to ``problems``."""
     sizes = file.sizes
     limits = sizes[file.image_rows][:, [1, 0, 1, 0]].astype(np.float32)  # [K, 4]
@@ -304,7 +323,6 @@ def _arrange(file: AnnotationFile, image_dir: Path, problems: dict[str, int]) ->
         )
     order = np.flatnonzero(keep)
     order = order[np.argsort(file.image_rows[order], kind="stable")]
-    categories = Categories.create(file.category_ids, file.category_names)
     label_of_column = np.array([categories.labels[categories.ids.index(i)] for i in file.category_ids], np.int32)
     return CocoIndex(
         image_dir=image_dir,

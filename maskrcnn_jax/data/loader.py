@@ -147,7 +147,7 @@ class _BatchReader:
     plan: Plan
     short_side: int
     long_side: int
-    resize_dtype: str
+    resize: str
     annotations: bool
     max_objects: int
     hflip: float
@@ -184,7 +184,7 @@ class _BatchReader:
             valid=np.zeros((rows, objects), bool),
         )
         return Batch(
-            images=np.zeros((rows, *padded_size, 3), self.resize_dtype),
+            images=np.zeros((rows, *padded_size, 3), transforms.RESIZE[self.resize]),
             sizes=np.ones((rows, 2), np.int32),  # 1, so that a division by the size of an invalid row stays finite
             original_sizes=np.ones((rows, 2), np.int32),
             image_index=np.full(rows, -1, np.int32),
@@ -197,14 +197,14 @@ class _BatchReader:
         flip = rng.random() < self.hflip
         image = self.index.read_image(i)
         original_size = image.shape[:2]
-        size = transforms.resized_size(*original_size, self.short_side, self.long_side)
+        size = transforms.resized_size(*original_size, self.short_side, self.long_side, self.resize)
         if self.color_jitter:
             image = transforms.color_jitter(image, self.color_jitter, rng)
         if flip:
             image = transforms.hflip_image(image)
         if batch.gt is not None:
             self._fill_objects(batch.gt, row, i, size, flip)
-        batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, self.resize_dtype)
+        batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, self.resize)
         batch.sizes[row] = size
         batch.original_sizes[row] = original_size
         batch.image_index[row] = i
@@ -284,7 +284,7 @@ def make_loader(
     shuffle: bool,
     annotations: bool,
     buckets: str = "auto",
-    resize_dtype: str = "uint8",
+    resize: str = "uint8",
     hflip: float = 0.0,
     color_jitter: float = 0.0,
     mask_side: int = 640,
@@ -310,7 +310,7 @@ def make_loader(
             False for evaluation: every image exactly once, partial batches filled by rows with valid False.
         annotations: whether batches carry ``gt``.
         buckets: "auto" or "exact", see ``buckets_for``.
-        resize_dtype: "uint8" or "float32", also the dtype of the images.
+        resize: how images are resized, one of ``transforms.RESIZE``.
         hflip: probability of mirroring an image.
         color_jitter: strength of brightness, contrast and saturation changes, 0..1.
         mask_side: canvas of the masks in pixels, a multiple of 8.
@@ -337,14 +337,14 @@ def make_loader(
         (batch_size >= 1, f"batch_size {batch_size} must be at least 1"),
         (batch_size % process_count == 0, f"batch_size {batch_size} must be a multiple of {process_count} processes"),
         (mask_side >= 8 and mask_side % 8 == 0, f"data.mask_side {mask_side} must be a multiple of 8"),
-        (resize_dtype in ("uint8", "float32"), f"data.resize_dtype {resize_dtype!r} must be uint8 or float32"),
+        (resize in transforms.RESIZE, f"data.resize {resize!r} is unknown; use one of {', '.join(transforms.RESIZE)}"),
         (0 <= hflip <= 1, f"data.hflip {hflip} must be a probability, 0..1"),
         (0 <= color_jitter <= 1, f"data.color_jitter {color_jitter} must lie in 0..1"),
         (threads >= 1 and workers >= 0 and prefetch >= 1, "data.threads and data.prefetch must be at least 1"),
         (seed >= 0, f"seed {seed} must not be negative"),
     )
     plan = Plan(
-        transforms.resized_sizes(index.sizes, short_side, long_side),
+        transforms.resized_sizes(index.sizes, short_side, long_side, resize),
         image_indices,
         batch_size=batch_size,
         buckets=buckets_for(short_side, long_side, buckets),
@@ -357,7 +357,7 @@ def make_loader(
         plan=plan,
         short_side=short_side,
         long_side=long_side,
-        resize_dtype=resize_dtype,
+        resize=resize,
         annotations=annotations,
         max_objects=max(8, -(-int(index.num_objects.max()) // 8) * 8),
         hflip=hflip,

@@ -1,16 +1,23 @@
 """What happens to one image and its annotations on the host: resize, flip, colour, packing of masks.
 
-Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by (new size / old size) per axis.
+Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by (new size / old size) per axis, unless
+images are to be resized as detectron2 does it.
 """
 
 import cv2
 import numpy as np
+from PIL import Image
+
+# Ways to resize an image -> dtype of the result. uint8: OpenCV, rounded to whole grey levels, the fast one; float32:
+# the same unrounded, which is torchvision's to a hundredth of a grey level; pillow: smoothed when it shrinks, with
+# sizes rounded to the nearest pixel, which is detectron2's to the bit.
+RESIZE = {"uint8": np.uint8, "float32": np.float32, "pillow": np.uint8}
 
 _LUMA = np.array([0.2989, 0.587, 0.114], np.float32)  # of red, green, blue; torchvision's digits
 
 
-def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int) -> np.ndarray:
-    """Computes the sizes of images after resizing, as torchvision does.
+def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int, resize: str = "uint8") -> np.ndarray:
+    """Computes the sizes of images after resizing, as torchvision does, or with "pillow" as detectron2 does.
 
     The shorter side becomes ``short_side`` unless the longer one would exceed ``long_side``. Products are floored in
     double precision, so that a side may end one pixel short: 427x640 at 800/1333 gives 800x1199.
@@ -19,34 +26,38 @@ def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int) -> np.ndar
         sizes: [N, 2] int (height, width).
         short_side: wanted length of the shorter side, pixels.
         long_side: upper limit of the longer side, pixels.
+        resize: one of RESIZE.
 
     Returns:
         [N, 2] int32.
     """
     sizes = np.asarray(sizes, np.float64)
     scale = np.minimum(short_side / sizes.min(axis=1), long_side / sizes.max(axis=1))
-    return np.maximum(np.floor(sizes * scale[:, None]), 1).astype(np.int32)
+    rounding = 0.5 if resize == "pillow" else 0
+    return np.maximum(np.floor(sizes * scale[:, None] + rounding), 1).astype(np.int32)
 
 
-def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+def resized_size(height: int, width: int, short_side: int, long_side: int, resize: str = "uint8") -> tuple[int, int]:
     """Computes the size of one image after resizing; see ``resized_sizes``."""
-    new_height, new_width = resized_sizes([(height, width)], short_side, long_side)[0]
+    new_height, new_width = resized_sizes([(height, width)], short_side, long_side, resize)[0]
     return int(new_height), int(new_width)
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], dtype: str) -> np.ndarray:
-    """Resizes an image bilinearly, without antialiasing.
+def resize_image(image: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray:
+    """Resizes an image bilinearly.
 
     Args:
         image: [h, w, 3] uint8.
         size: (height, width) wanted.
-        dtype: "uint8", rounded to whole grey levels, or "float32", as torchvision has it.
+        resize: one of RESIZE.
 
     Returns:
-        [height, width, 3] of ``dtype``, 0..255.
+        [height, width, 3] of the dtype that RESIZE says, 0..255.
     """
     height, width = size
-    return cv2.resize(image.astype(dtype, copy=False), (width, height), interpolation=cv2.INTER_LINEAR)
+    if resize == "pillow":
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return cv2.resize(image.astype(RESIZE[resize], copy=False), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def scale_boxes(boxes: np.ndarray, old_size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:

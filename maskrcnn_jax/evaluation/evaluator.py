@@ -64,7 +64,7 @@ class Evaluator:
             short_side=data.short_side,
             long_side=data.long_side,
             buckets=data.buckets,
-            resize_dtype=data.resize_dtype,
+            resize=data.resize,
             shuffle=False,
             annotations=False,
             image_indices=self._rows,

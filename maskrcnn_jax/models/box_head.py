@@ -4,16 +4,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, conv_of_small_maps, kaiming_normal, parameter_dtype
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
 
 class BoxHead(nnx.Module):
-    """Two fully connected layers, then class logits and offsets per class. Source: Fig. 4 (right), Mask R-CNN."""
+    """3x3 convolutions, if any, fully connected layers, then class logits and offsets per class.
+
+    Source: Fig. 4 (right), Mask R-CNN, which has two fully connected layers and no convolutions; torchvision's second
+    version has four and one.
+    """
 
     def __init__(
-        self, in_channels: int, pool_size: int, hidden: int, num_classes: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        pool_size: int,
+        num_classes: int,
+        *,
+        conv_channels: tuple[int, ...] = (),
+        fc_channels: tuple[int, ...] = (1024, 1024),
+        norm: str = "none",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         def linear(in_features, out_features, kernel_init):
             return nnx.Linear(
@@ -25,21 +38,43 @@ class BoxHead(nnx.Module):
                 rngs=rngs,
             )
 
-        he = nnx.initializers.he_uniform()
-        self.fc6 = linear(in_channels * pool_size**2, hidden, he)
-        self.fc7 = linear(hidden, hidden, he)
-        self.cls_score = linear(hidden, num_classes, nnx.initializers.normal(0.01))
-        self.bbox_pred = linear(hidden, 4 * num_classes, nnx.initializers.normal(0.001))
+        convs, channels = [], in_channels
+        for out_channels in conv_channels:
+            convs.append(
+                ConvNorm(
+                    channels,
+                    out_channels,
+                    3,
+                    norm=norm,
+                    kernel_init=kaiming_normal,
+                    conv_general_dilated=conv_of_small_maps,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            )
+            channels = out_channels
+        fcs, features = [], channels * pool_size**2
+        for out_features in fc_channels:
+            fcs.append(linear(features, out_features, nnx.initializers.he_uniform()))
+            features = out_features
+        self.convs, self.fcs = nnx.List(convs), nnx.List(fcs)
+        self.cls_score = linear(features, num_classes, nnx.initializers.normal(0.01))
+        self.bbox_pred = linear(features, 4 * num_classes, nnx.initializers.normal(0.001))
 
-    def __call__(self, pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, pooled: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Return class logits [..., C + 1] and offsets [..., C + 1, 4], float32 or wider.
 
         Args:
           pooled: [..., 7, 7, K].
+          valid: [...] bool, the RoIs that batch statistics are taken of; all when not given.
         """
         leading = pooled.shape[:-3]
-        hidden = nnx.relu(self.fc6(pooled.reshape(*leading, -1)))
-        hidden = nnx.relu(self.fc7(hidden))
-        wide = parameter_dtype(hidden.dtype)
-        logits = self.cls_score(hidden).astype(wide)
-        return logits, self.bbox_pred(hidden).astype(wide).reshape(*logits.shape, 4)
+        x = pooled.reshape(-1, *pooled.shape[-3:])
+        for convolution in self.convs:
+            x = nnx.relu(convolution(x, None if valid is None else valid.reshape(-1)))
+        x = x.reshape(*leading, -1)
+        for linear in self.fcs:
+            x = nnx.relu(linear(x))
+        wide = parameter_dtype(x.dtype)
+        logits = self.cls_score(x).astype(wide)
+        return logits, self.bbox_pred(x).astype(wide).reshape(*logits.shape, 4)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import conv
+from maskrcnn_jax.models.layers import ConvNorm
 
 
 class FPN(nnx.Module):
@@ -13,9 +13,18 @@ class FPN(nnx.Module):
     P6 is every second cell of P5 (torchvision's LastLevelMaxPool). Source: Sec. 3, Feature Pyramid Networks.
     """
 
-    def __init__(self, in_channels: tuple[int, ...], out_channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.inner = nnx.List([conv(k, out_channels, 1, dtype=dtype, rngs=rngs) for k in in_channels])
-        self.layer = nnx.List([conv(out_channels, out_channels, 3, dtype=dtype, rngs=rngs) for _ in in_channels])
+    def __init__(
+        self,
+        in_channels: tuple[int, ...],
+        out_channels: int,
+        *,
+        norm: str = "none",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        options = {"norm": norm, "dtype": dtype, "rngs": rngs}
+        self.inner = nnx.List([ConvNorm(k, out_channels, 1, **options) for k in in_channels])
+        self.layer = nnx.List([ConvNorm(out_channels, out_channels, 3, **options) for _ in in_channels])
 
     def __call__(self, features: list[jax.Array]) -> list[jax.Array]:
         """Return P2..P6 [B, H / 2^l, W / 2^l, K] for the outputs of the backbone's stages."""

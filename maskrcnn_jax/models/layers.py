@@ -107,21 +107,22 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, kept))
         self.mean = BatchStatistics(jnp.zeros(channels, kept))
         self.var = BatchStatistics(jnp.ones(channels, kept))
+        self.num_batches = BatchStatistics(jnp.zeros((), jnp.int32))  # as torch counts them, to give them back
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
         self.use_running_average = False  # set by Module.train() and Module.eval()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """Normalise x [N, H, W, K]; in training by the statistics of the rows for which ``valid`` [N] holds."""
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            wide = x.astype(self.scale[...].dtype)
-            mean = jnp.mean(wide, axis=(0, 1, 2))
-            # One pass over x: the two-pass form reads the activations twice, which costs more than the rounding.
-            var = jnp.maximum(jnp.mean(jnp.square(wide), axis=(0, 1, 2)) - jnp.square(mean), 0)
-            count = x.size // x.shape[-1]
-            unbiased = var * (count / max(count - 1, 1))
-            self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
-            self.var[...] += self.momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
+            mean, var, count = _statistics(x.astype(self.scale[...].dtype), valid)
+            unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(var.dtype)
+            # Without a valid row there is nothing to learn about the statistics.
+            momentum = jnp.where(count > 0, self.momentum, 0).astype(mean.dtype)
+            self.mean[...] += momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
+            self.var[...] += momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
+            self.num_batches[...] += (count > 0).astype(jnp.int32)
         return _normalize(x, mean, var, self.scale[...], self.bias[...], self.eps, self.dtype)
 
 
@@ -136,8 +137,20 @@ class FrozenBatchNorm(nnx.Module):
         self.var = FrozenStatistics(jnp.ones(channels, kept))
         self.eps, self.dtype = eps, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """Normalise x [N, H, W, K]; ``valid`` changes nothing here."""
         return _normalize(x, self.mean[...], self.var[...], self.scale[...], self.bias[...], self.eps, self.dtype)
+
+
+def _statistics(x, valid):
+    """Return the mean [K] and the (biased) variance [K] of x [N, H, W, K] over its valid rows, and their cells."""
+    rows = jnp.ones(x.shape[0], x.dtype) if valid is None else valid.astype(x.dtype)
+    count = jnp.sum(rows) * (x.shape[1] * x.shape[2])
+    weight = (rows / jnp.maximum(count, 1)).reshape(-1, 1, 1, 1)
+    mean = jnp.sum(x * weight, axis=(0, 1, 2))
+    # One pass over x: the two-pass form reads the activations twice, which costs more than the rounding.
+    var = jnp.maximum(jnp.sum(jnp.square(x) * weight, axis=(0, 1, 2)) - jnp.square(mean), 0)
+    return mean, var, count
 
 
 def _normalize(x, mean, var, scale, bias, eps, dtype):
@@ -148,20 +161,59 @@ def _normalize(x, mean, var, scale, bias, eps, dtype):
     return (x * factor.reshape(shape) + offset.reshape(shape)).astype(dtype)
 
 
-def make_norm(kind: str, channels: int, *, dtype: jnp.dtype, gain: float = 1.0) -> nnx.Module:
+def make_norm(kind: str, channels: int, *, eps: float, gain: float, dtype: jnp.dtype) -> nnx.Module | None:
     """Build a normalisation layer.
 
     Args:
-      kind: "batch" or "frozen".
+      kind: "batch", "frozen" or "none".
       channels: of its input.
-      dtype: of its output.
+      eps: added to the variance.
       gain: initial scale.
+      dtype: of its output.
 
     Raises:
       UserError: for another kind.
     """
-    if kind == "batch":
-        return BatchNorm(channels, dtype=dtype, gain=gain)
-    if kind == "frozen":
-        return FrozenBatchNorm(channels, dtype=dtype, gain=gain)
-    raise UserError(f"norm is {kind!r}; use 'batch' or 'frozen'")
+    if kind == "none":
+        return None
+    kinds = {"batch": BatchNorm, "frozen": FrozenBatchNorm}
+    if kind not in kinds:
+        raise UserError(f"norm is {kind!r}; use 'batch', 'frozen' or 'none'")
+    return kinds[kind](channels, eps=eps, gain=gain, dtype=dtype)
+
+
+class ConvNorm(nnx.Module):
+    """A square convolution that keeps the size up to its stride, then a normalisation, which replaces its bias."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        norm: str = "none",
+        norm_eps: float = 1e-5,
+        norm_gain: float = 1.0,
+        kernel_init: Callable = kaiming_uniform,
+        conv_general_dilated: Callable = jax.lax.conv_general_dilated,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = conv(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            use_bias=norm == "none",
+            kernel_init=kernel_init,
+            dtype=dtype,
+            rngs=rngs,
+            conv_general_dilated=conv_general_dilated,
+        )
+        self.norm = make_norm(norm, out_channels, eps=norm_eps, gain=norm_gain, dtype=dtype)
+
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """Apply to x [N, H, W, K]; rows for which ``valid`` [N] does not hold count for no statistics."""
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x, valid)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import conv, conv_of_small_maps, kaiming_normal, parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, conv_of_small_maps, kaiming_normal, parameter_dtype
 
 
 class MaskHead(nnx.Module):
@@ -14,14 +14,24 @@ class MaskHead(nnx.Module):
     so only that one is computed. Source: Fig. 4 (right), Mask R-CNN.
     """
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        *,
+        norm: str = "none",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         kept = parameter_dtype(dtype)
         inputs = (in_channels, channels, channels, channels)
         self.convs = nnx.List(
-            conv(
+            ConvNorm(
                 k,
                 channels,
                 3,
+                norm=norm,
                 kernel_init=kaiming_normal,
                 conv_general_dilated=conv_of_small_maps,
                 dtype=dtype,
@@ -44,17 +54,18 @@ class MaskHead(nnx.Module):
         self.logits_bias = nnx.Param(jnp.zeros(num_classes, kept))
         self.dtype = dtype
 
-    def __call__(self, pooled: jax.Array, labels: jax.Array) -> jax.Array:
+    def __call__(self, pooled: jax.Array, labels: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """Return the mask logits [..., 28, 28] of the given classes, float32 or wider.
 
         Args:
           pooled: [..., 14, 14, K].
           labels: [...] int32.
+          valid: [...] bool, the RoIs that batch statistics are taken of; all when not given.
         """
         leading, (height, width, channels) = pooled.shape[:-3], pooled.shape[-3:]
         x = pooled.reshape(-1, height, width, channels)
         for convolution in self.convs:
-            x = nnx.relu(convolution(x))
+            x = nnx.relu(convolution(x, None if valid is None else valid.reshape(-1)))
         x = nnx.relu(
             self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1)
         )  # [R, h, w, 2, 2, K]

@@ -42,12 +42,18 @@ class MaskRCNN(nnx.Module):
         num_classes: int = 91,
         *,
         backbone: str = "resnet50",
-        width: int = 64,
+        stem_channels: int = 64,
+        stage_channels: int = 0,
+        bottleneck_channels: int = 64,
         norm: str = "batch",
+        norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
+        head_norm: str = "none",
         fpn_channels: int = 256,
         anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512),
         aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        exact_anchors: bool = False,
+        rpn_conv_depth: int = 1,
         rpn_fg_iou_thresh: float = 0.7,
         rpn_bg_iou_thresh: float = 0.3,
         rpn_batch_size_per_image: int = 256,
@@ -57,16 +63,20 @@ class MaskRCNN(nnx.Module):
         rpn_post_nms_top_n_train: int = 2000,
         rpn_post_nms_top_n_test: int = 1000,
         rpn_nms_thresh: float = 0.7,
+        rpn_min_size: float = 1e-3,
         roi_sampling_ratio: int = 2,
         roi_aligned: bool = False,
-        box_hidden: int = 1024,
+        box_conv_channels: tuple[int, ...] = (),
+        box_fc_channels: tuple[int, ...] = (1024, 1024),
         box_iou_thresh: float = 0.5,
         box_batch_size_per_image: int = 512,
         box_positive_fraction: float = 0.25,
         box_score_thresh: float = 0.05,
         box_nms_thresh: float = 0.5,
+        box_min_size: float = 1e-2,
         box_detections_per_img: int = 100,
         mask_channels: int = 256,
+        mask_targets_binary: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
@@ -84,7 +94,9 @@ class MaskRCNN(nnx.Module):
         if len(anchor_sizes) != NUM_LEVELS:
             raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
         self.dtype = jnp.dtype(dtype)
-        self.anchor_sizes, self.aspect_ratios = tuple(anchor_sizes), tuple(aspect_ratios)
+        self.anchor_options = FrozenDict(
+            sizes=tuple(anchor_sizes), aspect_ratios=tuple(aspect_ratios), exact=exact_anchors
+        )
         self.rpn_thresholds = (rpn_fg_iou_thresh, rpn_bg_iou_thresh)
         # FrozenDict, because the structure of a model must be hashable for jax.jit to recognise it.
         self.rpn_sampling = FrozenDict(size=rpn_batch_size_per_image, positive_fraction=rpn_positive_fraction)
@@ -92,11 +104,13 @@ class MaskRCNN(nnx.Module):
             pre_nms_top_n=rpn_pre_nms_top_n_train,
             post_nms_top_n=rpn_post_nms_top_n_train,
             nms_thresh=rpn_nms_thresh,
+            min_size=rpn_min_size,
         )
         self.rpn_selection_test = FrozenDict(
             pre_nms_top_n=rpn_pre_nms_top_n_test,
             post_nms_top_n=rpn_post_nms_top_n_test,
             nms_thresh=rpn_nms_thresh,
+            min_size=rpn_min_size,
         )
         self.roi_pooling = FrozenDict(sampling_ratio=roi_sampling_ratio, aligned=roi_aligned)
         self.roi_sampling = FrozenDict(
@@ -107,15 +121,33 @@ class MaskRCNN(nnx.Module):
         self.selection = FrozenDict(
             score_thresh=box_score_thresh,
             nms_thresh=box_nms_thresh,
+            min_size=box_min_size,
             detections_per_img=box_detections_per_img,
         )
+        self.mask_targets_binary = mask_targets_binary
+        common = {"dtype": self.dtype, "rngs": rngs}
         self.backbone = ResNet(
-            backbone, width=width, norm=norm, stride_in_1x1=stride_in_1x1, dtype=self.dtype, rngs=rngs
+            backbone,
+            stem_channels=stem_channels,
+            stage_channels=stage_channels,
+            bottleneck_channels=bottleneck_channels,
+            norm=norm,
+            norm_eps=norm_eps,
+            stride_in_1x1=stride_in_1x1,
+            **common,
         )
-        self.fpn = FPN(self.backbone.out_channels, fpn_channels, dtype=self.dtype, rngs=rngs)
-        self.rpn = RPNHead(fpn_channels, len(aspect_ratios), dtype=self.dtype, rngs=rngs)
-        self.box_head = BoxHead(fpn_channels, BOX_POOL_SIZE, box_hidden, num_classes, dtype=self.dtype, rngs=rngs)
-        self.mask_head = MaskHead(fpn_channels, mask_channels, num_classes, dtype=self.dtype, rngs=rngs)
+        self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)
+        self.rpn = RPNHead(fpn_channels, len(aspect_ratios), depth=rpn_conv_depth, **common)
+        self.box_head = BoxHead(
+            fpn_channels,
+            BOX_POOL_SIZE,
+            num_classes,
+            conv_channels=tuple(box_conv_channels),
+            fc_channels=tuple(box_fc_channels),
+            norm=head_norm,
+            **common,
+        )
+        self.mask_head = MaskHead(fpn_channels, mask_channels, num_classes, norm=head_norm, **common)
 
     # Stages
 
@@ -136,7 +168,7 @@ class MaskRCNN(nnx.Module):
     def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
-        return [jnp.asarray(a) for a in grid_anchors(image_shape, shapes, self.anchor_sizes, self.aspect_ratios)]
+        return [jnp.asarray(a) for a in grid_anchors(image_shape, shapes, **self.anchor_options)]
 
     def propose(self, objectness, deltas, anchors, sizes: jax.Array, selection: dict) -> Proposals:
         """Select the proposals of every image from the RPN's outputs; no gradient flows through them."""
@@ -223,7 +255,7 @@ class MaskRCNN(nnx.Module):
         """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
         image_shape = batch.images.shape[1:3]
         foreground = rois.valid & (rois.labels > 0)
-        logits, deltas = self.box_head(self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE))
+        logits, deltas = self.box_head(self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE), rois.valid)
         matched = jnp.take_along_axis(batch.gt.boxes, rois.gt_index[..., None], axis=1)
         targets = encode_boxes(matched, rois.boxes, BOX_WEIGHTS)
         deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
@@ -231,13 +263,14 @@ class MaskRCNN(nnx.Module):
         # Foreground comes first, so these slots hold all of it.
         num_mask = int(self.roi_sampling["size"] * self.roi_sampling["positive_fraction"])
         mask_rois = jax.tree.map(lambda x: x[:, :num_mask], rois)
+        has_mask = foreground[:, :num_mask]
         pooled = self.pool(features, mask_rois.boxes, image_shape, MASK_POOL_SIZE)
-        mask_logits = self.mask_head(pooled, mask_rois.labels)
+        mask_logits = self.mask_head(pooled, mask_rois.labels, has_mask)
         mask_target = self.mask_targets(mask_rois, batch)
         terms = {
             "loss_classifier": losses.classification_loss(logits, rois.labels, rois.valid),
             "loss_box_reg": losses.box_loss(deltas, targets, foreground, rois.valid),
-            "loss_mask": losses.mask_loss(mask_logits, mask_target, foreground[:, :num_mask]),
+            "loss_mask": losses.mask_loss(mask_logits, mask_target, has_mask),
         }
         correct = jnp.argmax(logits, axis=-1) == rois.labels
         metrics = {
@@ -249,7 +282,7 @@ class MaskRCNN(nnx.Module):
 
     def mask_targets(self, rois: RoISamples, batch: Batch) -> jax.Array:
         """Return the mask targets [B, F, 28, 28] of foreground RoIs."""
-        return jax.vmap(
+        targets = jax.vmap(
             lambda packed, boxes, index, mask_size, size: mask_targets(
                 packed,
                 boxes,
@@ -261,6 +294,7 @@ class MaskRCNN(nnx.Module):
                 aligned=self.roi_pooling["aligned"],
             )
         )(batch.gt.masks, rois.boxes, rois.gt_index, batch.gt.mask_sizes, batch.sizes)
+        return (targets >= 0.5).astype(targets.dtype) if self.mask_targets_binary else targets
 
     # Testing
 

@@ -8,8 +8,6 @@ from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
 from maskrcnn_jax.ops.nms import class_nms
 from maskrcnn_jax.structures import Proposals
 
-MIN_SIDE = 1e-2  # pixels; smaller detections are dropped, as in torchvision
-
 
 def select_detections(
     class_logits: jax.Array,
@@ -19,6 +17,7 @@ def select_detections(
     *,
     score_thresh: float,
     nms_thresh: float,
+    min_size: float,
     detections_per_img: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Decode a box for every class, suppress duplicates within each class, keep the best.
@@ -30,6 +29,7 @@ def select_detections(
       size: [2] (height, width) of the image inside the padding.
       score_thresh: probability at or below which nothing is detected.
       nms_thresh: overlap above which the worse box goes.
+      min_size: pixels; boxes with a smaller side are dropped.
       detections_per_img: D.
 
     Returns:
@@ -37,7 +37,7 @@ def select_detections(
     """
     scores = jax.nn.softmax(class_logits, axis=-1)[:, 1:]
     boxes = clip_boxes(decode_boxes(deltas[:, 1:], proposals.boxes[:, None], BOX_WEIGHTS), size)  # [N, C, 4]
-    scores = jnp.where(proposals.valid[:, None] & is_large(boxes, MIN_SIDE), scores, 0)
+    scores = jnp.where(proposals.valid[:, None] & is_large(boxes, min_size), scores, 0)
     picks = class_nms(
         boxes, scores, iou_threshold=nms_thresh, score_threshold=score_thresh, max_picks=detections_per_img
     )

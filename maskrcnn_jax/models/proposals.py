@@ -9,7 +9,6 @@ from maskrcnn_jax.ops.nms import nms
 from maskrcnn_jax.structures import GroundTruth, Proposals, RoISamples
 
 RPN_BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-MIN_SIDE = 1e-3  # pixels; smaller proposals are dropped, as in torchvision
 
 
 def select_proposals(
@@ -21,6 +20,7 @@ def select_proposals(
     pre_nms_top_n: int,
     post_nms_top_n: int,
     nms_thresh: float,
+    min_size: float,
 ) -> Proposals:
     """Pick the best boxes of each level, suppress duplicates within the level, and keep the best of all levels.
 
@@ -32,6 +32,7 @@ def select_proposals(
       pre_nms_top_n: candidates per level before suppression.
       post_nms_top_n: N, proposals of the image.
       nms_thresh: overlap above which the worse box goes.
+      min_size: pixels; proposals with a smaller side are dropped.
 
     Returns:
       Proposals without batch axis: boxes [N, 4], scores [N], valid [N]. N is smaller where all levels together have
@@ -49,7 +50,7 @@ def select_proposals(
     boxes = clip_boxes(jnp.stack(boxes), size)  # [L, width, 4]
     scores = jnp.stack(scores)
     keep = jax.vmap(lambda b, v: nms(b, v, iou_threshold=nms_thresh))(
-        boxes, jnp.isfinite(scores) & is_large(boxes, MIN_SIDE)
+        boxes, jnp.isfinite(scores) & is_large(boxes, min_size)
     )
     flat_scores = jnp.where(keep, scores, -jnp.inf).reshape(-1)
     scores, index = jax.lax.top_k(flat_scores, min(post_nms_top_n, flat_scores.shape[0]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.layers import conv, kaiming_normal, make_norm
+from maskrcnn_jax.models.layers import ConvNorm, kaiming_normal
 
 # Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
 ARCHITECTURES = {
@@ -16,30 +16,10 @@ ARCHITECTURES = {
 }
 
 
-class Shortcut(nnx.Module):
-    """1x1 projection of the identity where a block changes the resolution or the number of channels."""
-
-    def __init__(self, in_channels, out_channels, *, stride, norm, dtype, rngs):
-        self.conv = conv(
-            in_channels,
-            out_channels,
-            1,
-            stride=stride,
-            use_bias=False,
-            kernel_init=kaiming_normal,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.bn = make_norm(norm, out_channels, dtype=dtype)
-
-    def __call__(self, x):
-        return self.bn(self.conv(x))
-
-
 class Block(nnx.Module):
     """Residual block: convolutions with norms, a shortcut around them, ReLU after the sum."""
 
-    def __init__(self, in_channels, layers, *, stride, norm, dtype, rngs):
+    def __init__(self, in_channels, layers, *, stride, norm, norm_eps, dtype, rngs):
         """Build the block.
 
         Args:
@@ -47,46 +27,35 @@ class Block(nnx.Module):
           layers: (kernel size, channels, stride) of each convolution.
           stride: of the whole block.
           norm: kind of normalisation.
+          norm_eps: added to its variance.
           dtype: compute dtype.
           rngs: for the initial values.
         """
-        convs, norms, channels = [], [], in_channels
+        options = {"norm": norm, "norm_eps": norm_eps, "kernel_init": kaiming_normal, "dtype": dtype, "rngs": rngs}
+        convs, channels = [], in_channels
         for i, (kernel_size, out_channels, conv_stride) in enumerate(layers):
-            convs.append(
-                conv(
-                    channels,
-                    out_channels,
-                    kernel_size,
-                    stride=conv_stride,
-                    use_bias=False,
-                    kernel_init=kaiming_normal,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            )
             # A trained norm that starts the residual branch at zero makes deep nets from scratch easier to train.
-            last_trained = i == len(layers) - 1 and norm == "batch"
-            norms.append(make_norm(norm, out_channels, dtype=dtype, gain=0.0 if last_trained else 1.0))
+            gain = 0.0 if i == len(layers) - 1 and norm == "batch" else 1.0
+            convs.append(ConvNorm(channels, out_channels, kernel_size, stride=conv_stride, norm_gain=gain, **options))
             channels = out_channels
-        self.convs, self.norms = nnx.List(convs), nnx.List(norms)
+        self.convs = nnx.List(convs)
         projected = stride != 1 or channels != in_channels
-        self.shortcut = (
-            Shortcut(in_channels, channels, stride=stride, norm=norm, dtype=dtype, rngs=rngs) if projected else None
-        )
+        self.shortcut = ConvNorm(in_channels, channels, 1, stride=stride, **options) if projected else None
         self.out_channels = channels
 
     def __call__(self, x: jax.Array) -> jax.Array:
         identity = x if self.shortcut is None else self.shortcut(x)
-        for i, (convolution, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(convolution(x if i == 0 else nnx.relu(x)))
+        for i, convolution in enumerate(self.convs):
+            x = convolution(x if i == 0 else nnx.relu(x))
         return nnx.relu(x + identity)
 
 
-def _block_layers(bottleneck: bool, channels: int, stride: int, stride_in_1x1: bool):
-    if not bottleneck:
-        return ((3, channels, stride), (3, channels, 1))
+def _block_layers(bottleneck_channels: int, out_channels: int, stride: int, stride_in_1x1: bool):
+    """Return (kernel size, channels, stride) of each convolution; without bottleneck channels, of a basic block."""
+    if not bottleneck_channels:
+        return ((3, out_channels, stride), (3, out_channels, 1))
     first, second = (stride, 1) if stride_in_1x1 else (1, stride)
-    return ((1, channels, first), (3, channels, second), (1, 4 * channels, 1))
+    return ((1, bottleneck_channels, first), (3, bottleneck_channels, second), (1, out_channels, 1))
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -119,8 +88,11 @@ class ResNet(nnx.Module):
         self,
         name: str = "resnet50",
         *,
-        width: int = 64,
+        stem_channels: int = 64,
+        stage_channels: int = 0,
+        bottleneck_channels: int = 64,
         norm: str = "batch",
+        norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -129,8 +101,12 @@ class ResNet(nnx.Module):
 
         Args:
           name: one of ARCHITECTURES.
-          width: channels of the stem.
+          stem_channels: outputs of the 7x7 convolution.
+          stage_channels: outputs of the first stage, twice as many in each later one; 0 means the 256 of networks with
+            bottlenecks and the 64 of those without.
+          bottleneck_channels: inside the bottlenecks of the first stage, likewise; unused where there are none.
           norm: "batch" or "frozen".
+          norm_eps: added to its variance.
           stride_in_1x1: put the stride of a bottleneck in its first convolution (MSRA's original weights).
           dtype: compute dtype.
           rngs: for the initial values.
@@ -141,15 +117,17 @@ class ResNet(nnx.Module):
         if name not in ARCHITECTURES:
             raise UserError(f"backbone is {name!r}; use one of {', '.join(ARCHITECTURES)}")
         depths, bottleneck = ARCHITECTURES[name]
-        self.conv1 = conv(3, width, 7, stride=2, use_bias=False, kernel_init=kaiming_normal, dtype=dtype, rngs=rngs)
-        self.bn1 = make_norm(norm, width, dtype=dtype)
-        stages, channels = [], width
+        options = {"norm": norm, "norm_eps": norm_eps, "dtype": dtype, "rngs": rngs}
+        inner = bottleneck_channels if bottleneck else 0
+        outer = stage_channels or (256 if bottleneck else 64)
+        self.stem = ConvNorm(3, stem_channels, 7, stride=2, kernel_init=kaiming_normal, **options)
+        stages, channels = [], stem_channels
         for stage, depth in enumerate(depths):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                layers = _block_layers(bottleneck, width * 2**stage, stride, stride_in_1x1)
-                block = Block(channels, layers, stride=stride, norm=norm, dtype=dtype, rngs=rngs)
+                layers = _block_layers(inner * 2**stage, outer * 2**stage, stride, stride_in_1x1)
+                block = Block(channels, layers, stride=stride, **options)
                 blocks.append(block)
                 channels = block.out_channels
             stages.append(nnx.List(blocks))
@@ -158,8 +136,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, 3]."""
-        x = nnx.relu(self.bn1(self.conv1(images)))
-        x = max_pool(x)
+        x = max_pool(nnx.relu(self.stem(images)))
         outputs = []
         for stage in self.stages:
             for block in stage:

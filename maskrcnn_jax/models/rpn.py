@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import conv
+from maskrcnn_jax.models.layers import ConvNorm, conv
 
 _small_normal = nnx.initializers.normal(0.01)
 
 
 class RPNHead(nnx.Module):
-    """One 3x3 convolution shared by all levels, then two 1x1 convolutions. Source: Sec. 3.1, Faster R-CNN."""
+    """3x3 convolutions shared by all levels, then two 1x1 convolutions. Source: Sec. 3.1, Faster R-CNN."""
 
-    def __init__(self, channels: int, num_anchors: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, 3, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, num_anchors: int, *, depth: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.convs = nnx.List(
+            ConvNorm(channels, channels, 3, kernel_init=_small_normal, dtype=dtype, rngs=rngs) for _ in range(depth)
+        )
         self.cls_logits = conv(channels, num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
         self.bbox_pred = conv(channels, 4 * num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
 
@@ -29,7 +31,9 @@ class RPNHead(nnx.Module):
         """
         objectness, deltas = [], []
         for feature in features:
-            hidden = nnx.relu(self.conv(feature))
+            hidden = feature
+            for convolution in self.convs:
+                hidden = nnx.relu(convolution(hidden))
             batch = feature.shape[0]
             wide = jnp.promote_types(hidden.dtype, jnp.float32)
             objectness.append(self.cls_logits(hidden).reshape(batch, -1).astype(wide))

@@ -1,25 +1,31 @@
 """Anchor boxes of the feature pyramid, computed with numpy while the model is traced.
 
 As torchvision: the shapes around the origin are rounded to integers, and the stride is the padded image size divided
-by the grid size with the remainder dropped, so that P6 of an 800-pixel side (13 cells) has stride 61, not 64.
+by the grid size with the remainder dropped, so that P6 of an 800-pixel side (13 cells) has stride 61, not 64. As
+detectron2 ("exact"): nothing is rounded and strides are powers of two.
 """
+
+import math
 
 import numpy as np
 
 
-def cell_anchors(size: float, aspect_ratios: tuple[float, ...]) -> np.ndarray:
-    """Return anchors [len(aspect_ratios), 4] of area size^2 centred at the origin, rounded to integers.
+def cell_anchors(size: float, aspect_ratios: tuple[float, ...], exact: bool = False) -> np.ndarray:
+    """Return anchors [len(aspect_ratios), 4] of area size^2 centred at the origin.
 
     Args:
       size: square root of the area, pixels.
       aspect_ratios: height / width.
+      exact: do not round them to integers.
 
     Example: size 32, ratio 0.5 has sides 45.25 x 22.63 and gives [-23, -11, 23, 11].
     """
-    # torch rounds halves to even, as numpy does; float32 because a half must fall the same way.
-    ratios = np.sqrt(np.asarray(aspect_ratios, np.float32))
-    half = np.stack([np.float32(size) / ratios, np.float32(size) * ratios], axis=-1) / 2  # (width, height)
-    return np.round(np.concatenate([-half, half], axis=-1)).astype(np.float32)
+    # torch rounds halves to even, as numpy does; torchvision in float32, and a half must fall the same way.
+    dtype = np.float64 if exact else np.float32
+    ratios = np.sqrt(np.asarray(aspect_ratios, dtype))
+    half = np.stack([dtype(size) / ratios, dtype(size) * ratios], axis=-1) / 2  # (width, height)
+    corners = np.concatenate([-half, half], axis=-1)
+    return (corners if exact else np.round(corners)).astype(np.float32)
 
 
 def grid_anchors(
@@ -27,6 +33,7 @@ def grid_anchors(
     feature_shapes: list[tuple[int, int]],
     sizes: tuple[float, ...],
     aspect_ratios: tuple[float, ...],
+    exact: bool = False,
 ) -> list[np.ndarray]:
     """Place the cell anchors at every cell of every level.
 
@@ -35,6 +42,7 @@ def grid_anchors(
       feature_shapes: (H_l, W_l) per level.
       sizes: anchor size per level.
       aspect_ratios: shared by all levels.
+      exact: detectron2's rules instead of torchvision's.
 
     Returns:
       Per level [H_l * W_l * len(aspect_ratios), 4] float32, ordered by row, column, aspect ratio: the order in which
@@ -42,9 +50,13 @@ def grid_anchors(
     """
     anchors = []
     for (height, width), size in zip(feature_shapes, sizes, strict=True):
-        y = np.arange(height, dtype=np.float32) * (image_shape[0] // height)
-        x = np.arange(width, dtype=np.float32) * (image_shape[1] // width)
+        y = np.arange(height, dtype=np.float32) * _stride(image_shape[0], height, exact)
+        x = np.arange(width, dtype=np.float32) * _stride(image_shape[1], width, exact)
         y, x = np.meshgrid(y, x, indexing="ij")
         shifts = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
-        anchors.append((shifts + cell_anchors(size, aspect_ratios)).reshape(-1, 4))
+        anchors.append((shifts + cell_anchors(size, aspect_ratios, exact)).reshape(-1, 4))
     return anchors
+
+
+def _stride(image_side: int, cells: int, exact: bool) -> int:
+    return 2 ** round(math.log2(image_side / cells)) if exact else image_side // cells

@@ -4,19 +4,27 @@ Each of the output_size^2 bins averages sampling_ratio^2 points, each interpolat
 points of all RoIs are looked up in a table of feature vectors by one gather per (sample, corner), which accumulates
 instead of holding all corners at once; the gradient scatters back in chunks of RoIs for the same reason.
 
+Adaptive sampling (sampling_ratio 0, detectron2) takes about one point per cell instead, so that the number differs
+from RoI to RoI. Shapes cannot, so RoIs of similar numbers are processed together, as many steps as the largest needs.
+
 As torchvision 0.28: there is no gradient with respect to the boxes; a point beyond [-1, size] counts as 0, one within
-a cell of the border takes the border's value.
+a cell of the border takes the border's value. Unlike there, adaptive sampling is limited, by MAX_MAP_LENGTHS.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# RoIs whose gradient is scattered at once: few enough that the updates stay in cache.
-GRADIENT_CHUNK = 16
+# RoIs whose gradient is scattered at once: few enough that the updates stay in cache. Also those that share the
+# number of steps of adaptive sampling: few enough to need similar numbers.
+CHUNK = 16
+# Adaptive sampling takes no more points than a box of this many times the size of the feature map needs, so that the
+# time has a limit whatever the boxes hold.
+MAX_MAP_LENGTHS = 2
 
 
 def roi_align(
@@ -35,7 +43,8 @@ def roi_align(
       boxes: [R, 4] in image pixels.
       output_size: side of the pooled grid.
       spatial_scale: feature cells per image pixel.
-      sampling_ratio: points per bin and axis, at least 1.
+      sampling_ratio: points per bin and axis; 0 is adaptive, ceil(side / output_size) of a box with this side in
+        cells, and 0 as result where that is 0.
       aligned: True shifts by half a cell, so that the centre of cell 0 lies at 0.5 pixels (detectron2); False is the
         original, which also treats boxes as at least one cell large (torchvision's Mask R-CNN).
 
@@ -64,8 +73,8 @@ def multiscale_roi_align(
       boxes: [R, 4] in pixels of the padded network input.
       image_shape: (H, W) of the padded network input, from which the levels' scales follow.
       output_size: side of the pooled grid.
-      sampling_ratio: points per bin and axis.
-      aligned: as in :func:`roi_align`.
+      sampling_ratio: points per bin and axis, 0 for adaptive sampling, as in :func:`roi_align`.
+      aligned: as in :func:`roi_align`; also selects the rule of :func:`assign_levels`.
 
     Returns:
       [R, output_size, output_size, K].
@@ -73,18 +82,21 @@ def multiscale_roi_align(
     # Scales are powers of two even where the grid was rounded up.
     scales = tuple(2.0 ** round(math.log2(feature.shape[0] / image_shape[0])) for feature in features)
     finest, coarsest = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
-    levels = assign_levels(boxes, finest=finest, coarsest=coarsest) - finest
+    levels = assign_levels(boxes, finest=finest, coarsest=coarsest, aligned=aligned) - finest
     return _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned)
 
 
-def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int) -> jax.Array:
+def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int, aligned: bool = False) -> jax.Array:
     """Return the pyramid level [R] of boxes [R, 4]: 224^2 pixels map to level 4, twice the side to the next.
 
-    Source: Eqn. 1, Feature Pyramid Networks; the small constant is torchvision's.
+    Source: Eqn. 1, Feature Pyramid Networks; the small constant is torchvision's, or detectron2's where ``aligned``.
     """
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     side = jnp.sqrt(jnp.maximum(area, 0))
-    level = jnp.floor(4 + jnp.log2(jnp.maximum(side, 1e-6) / 224) + 1e-6)
+    if aligned:
+        level = jnp.floor(4 + jnp.log2(side / 224 + 1e-8))
+    else:
+        level = jnp.floor(4 + jnp.log2(jnp.maximum(side, 1e-6) / 224) + 1e-6)
     return jnp.clip(level, finest, coarsest).astype(jnp.int32)
 
 
@@ -143,12 +155,21 @@ def _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned)
     width, height = x2 - x1, y2 - y1
     if not aligned:
         width, height = jnp.maximum(width, 1), jnp.maximum(height, 1)
-    y = sample_points(y1, height / output_size, output_size, sampling_ratio)
-    x = sample_points(x1, width / output_size, output_size, sampling_ratio)
-    rows = interpolation_corners(y, heights[:, None, None])
-    columns = interpolation_corners(x, widths[:, None, None])
-    index, weight = _table_rows(rows, columns, starts, widths, sampling_ratio)
-    pooled = _weighted_rows(table, index, weight)
+    if sampling_ratio == 0:
+        max_height, max_width = (max(feature.shape[axis] for feature in features) for axis in (0, 1))
+        rois = _RoIs(
+            *(starts, heights, widths, y1, x1, height / output_size, width / output_size),
+            num_y=_sample_counts(height, heights, max_height, output_size),
+            num_x=_sample_counts(width, widths, max_width, output_size),
+        )
+        pooled = _adaptive_samples(table, rois, output_size)
+    else:
+        y = sample_points(y1, height / output_size, output_size, sampling_ratio)
+        x = sample_points(x1, width / output_size, output_size, sampling_ratio)
+        rows = interpolation_corners(y, heights[:, None, None])
+        columns = interpolation_corners(x, widths[:, None, None])
+        index, weight = _table_rows(rows, columns, starts, widths, sampling_ratio)
+        pooled = _weighted_rows(table, index, weight)
     return pooled.reshape(boxes.shape[0], output_size, output_size, table.shape[-1])
 
 
@@ -170,13 +191,27 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
 @functools.partial(jax.custom_vjp)
 def _weighted_rows(table, index, weight):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
-    accumulate = jnp.promote_types(table.dtype, jnp.float32)
-    total = jnp.zeros((*index.shape[1:], table.shape[1]), accumulate)
+    total = jnp.zeros((*index.shape[1:], table.shape[1]), _wide(table.dtype))
+    return _add_rows(total, table, index, weight).astype(table.dtype)
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _add_rows(total, table, index, weight):
+    """Add sum_t weight[t] * table[index[t]] to total [R, P, K]; index, weight: [T, R, P]."""
     for t in range(index.shape[0]):
         # Indices are clamped above, so the bounds check would only cost time.
         rows = table.at[index[t]].get(mode="promise_in_bounds")
-        total = total + weight[t, ..., None].astype(accumulate) * rows.astype(accumulate)
-    return total.astype(table.dtype)
+        total = total + weight[t, ..., None].astype(total.dtype) * rows.astype(total.dtype)
+    return total
+
+
+def _scatter_rows(total, index, weight, gradient):
+    """Add weight * gradient [R, P, K] to the rows of total, the transpose of :func:`_add_rows`."""
+    updates = weight[..., None].astype(total.dtype) * gradient[None].astype(total.dtype)
+    return total.at[index].add(updates, mode="promise_in_bounds")
 
 
 def _weighted_rows_forward(table, index, weight):
@@ -185,9 +220,8 @@ def _weighted_rows_forward(table, index, weight):
 
 def _weighted_rows_backward(residuals, gradient):
     table, index, weight = residuals
-    accumulate = jnp.promote_types(table.dtype, jnp.float32)
     num_terms, num_rois, num_bins = index.shape
-    chunk = min(GRADIENT_CHUNK, max(num_rois, 1))
+    chunk = min(CHUNK, max(num_rois, 1))
     padding = -num_rois % chunk
     # Padded RoIs have weight 0 and add nothing to row 0.
     index = jnp.pad(index, ((0, 0), (0, padding), (0, 0))).reshape(num_terms, -1, chunk, num_bins)
@@ -195,14 +229,161 @@ def _weighted_rows_backward(residuals, gradient):
     gradient = jnp.pad(gradient, ((0, padding), (0, 0), (0, 0))).reshape(-1, chunk, num_bins, gradient.shape[-1])
 
     def scatter(total, chunk_inputs):
-        index, weight, gradient = chunk_inputs  # [T, chunk, P], the same, [chunk, P, K]
-        updates = weight[..., None].astype(accumulate) * gradient[None].astype(accumulate)
-        return total.at[index].add(updates, mode="promise_in_bounds"), None
+        return _scatter_rows(total, *chunk_inputs), None  # [T, chunk, P], the same, [chunk, P, K]
 
     total, _ = jax.lax.scan(
-        scatter, jnp.zeros(table.shape, accumulate), (index.swapaxes(0, 1), weight.swapaxes(0, 1), gradient)
+        scatter, jnp.zeros(table.shape, _wide(table.dtype)), (index.swapaxes(0, 1), weight.swapaxes(0, 1), gradient)
     )
     return total.astype(table.dtype), None, jnp.zeros_like(residuals[2])
 
 
 _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
+
+
+class _RoIs(NamedTuple):
+    """What adaptive sampling needs of each RoI, arrays [R]; lengths in cells of its level."""
+
+    start: jax.Array  # row of the table at which the level begins
+    height: jax.Array  # of the level
+    width: jax.Array
+    y: jax.Array
+    x: jax.Array
+    bin_height: jax.Array
+    bin_width: jax.Array
+    num_y: jax.Array  # points per bin
+    num_x: jax.Array
+
+
+def _sample_counts(length, map_length, max_map_length, output_size):
+    """Return ceil(length / output_size) [R] int32, the points of a bin along one axis, within the limit."""
+    length = jnp.minimum(length, MAX_MAP_LENGTHS * map_length)
+    sample = jnp.arange(-(-MAX_MAP_LENGTHS * max_map_length // output_size), dtype=length.dtype)
+    # Exact: XLA multiplies by 1 / output_size, which takes 56 / 28 for a little more than 2.
+    return jnp.sum(sample[None] * output_size < length[:, None], axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _adaptive_samples(table, rois, output_size):
+    """Return the mean over the samples of each bin, [R, output_size^2, K]."""
+    return _over_images(functools.partial(_average_samples, output_size=output_size))(table, rois)
+
+
+def _adaptive_samples_forward(table, rois, output_size):
+    return _adaptive_samples(table, rois, output_size), (table, rois)
+
+
+def _adaptive_samples_backward(output_size, residuals, gradient):
+    table, rois = residuals
+    scatter = functools.partial(_scatter_samples, num_rows=table.shape[0], output_size=output_size)
+    return _over_images(scatter)(gradient, rois).astype(table.dtype), None
+
+
+_adaptive_samples.defvjp(_adaptive_samples_forward, _adaptive_samples_backward)
+
+
+def _over_images(function: Callable) -> Callable:
+    """Return a function of one image, which under vmap runs ``function`` once, on all images.
+
+    A loop whose number of steps depends on the data would otherwise compute, under vmap, a choice between the old and
+    the new state of every image in every step: of the whole table, in the gradient.
+
+    Args:
+      function: takes and returns arrays [B, ...].
+    """
+
+    @jax.custom_batching.custom_vmap
+    def batched(*arguments):
+        return function(*arguments)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *arguments):
+        def merge(leaf, is_batched):
+            leaf = leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+            return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
+
+        result = batched(*jax.tree.map(merge, arguments, tuple(in_batched)))
+        return result.reshape(axis_size, result.shape[0] // axis_size, *result.shape[1:]), True
+
+    return lambda *arguments: batched(*jax.tree.map(lambda leaf: leaf[None], arguments))[0]
+
+
+def _average_samples(table, rois, output_size):
+    """Average the samples of RoIs [B, R] from tables [B, N, K], to [B, R, output_size^2, K]."""
+    order, chunks, num_steps = _chunks_of_similar_counts(rois)
+
+    def average(_, inputs):
+        chunk, num_steps = inputs
+
+        def add_sample(sample, total):
+            index, weight = _sample_rows(chunk, sample, output_size)
+            return jax.vmap(_add_rows)(total, table, index, weight)
+
+        total = jnp.zeros((*chunk.x.shape, output_size**2, table.shape[-1]), _wide(table.dtype))
+        return None, jax.lax.fori_loop(0, num_steps, add_sample, total).astype(table.dtype)
+
+    _, pooled = jax.lax.scan(average, None, (chunks, num_steps))
+
+    def put_back(pooled, order):
+        empty = jnp.zeros((rois.x.shape[1], *pooled.shape[2:]), pooled.dtype)
+        return empty.at[order].set(pooled, mode="drop")
+
+    return jax.vmap(put_back)(pooled.swapaxes(0, 1), order)
+
+
+def _scatter_samples(gradient, rois, num_rows, output_size):
+    """Return the gradient of :func:`_average_samples` with respect to the tables, [B, N, K], in float32 or wider."""
+    order, chunks, num_steps = _chunks_of_similar_counts(rois)
+
+    def scatter(total, inputs):
+        chunk, num_steps, gradient = inputs
+
+        def add_sample(sample, total):
+            index, weight = _sample_rows(chunk, sample, output_size)
+            return jax.vmap(_scatter_rows)(total, index, weight, gradient)
+
+        return jax.lax.fori_loop(0, num_steps, add_sample, total), None
+
+    total = jnp.zeros((gradient.shape[0], num_rows, gradient.shape[-1]), _wide(gradient.dtype))
+    return jax.lax.scan(scatter, total, (chunks, num_steps, _cut(gradient, order)))[0]
+
+
+def _chunks_of_similar_counts(rois):
+    """Sort the RoIs [B, R] of each image by their number of samples, the most first, and cut them into chunks.
+
+    Returns:
+      The order [B, R / CHUNK, CHUNK], R where no RoI is left; the chunks [R / CHUNK, B, CHUNK]; and the number of
+      samples [R / CHUNK] of the largest RoI of each, over all images, as these go through the loop together.
+    """
+    batch, num_rois = rois.x.shape
+    chunk = min(CHUNK, max(num_rois, 1))
+    order = jnp.argsort(-rois.num_y * rois.num_x, axis=1)
+    order = jnp.pad(order, ((0, 0), (0, -num_rois % chunk)), constant_values=num_rois)
+    order = order.reshape(batch, order.shape[1] // chunk, chunk)
+    chunks = _RoIs(*(_cut(leaf, order) for leaf in rois))
+    return order, chunks, jnp.max(chunks.num_y * chunks.num_x, axis=(1, 2))
+
+
+def _cut(leaf, order):
+    """Arrange [B, R, ...] as [R / CHUNK, B, CHUNK, ...], zero where no RoI is left."""
+    chunks = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))(leaf, order)
+    return chunks.swapaxes(0, 1)
+
+
+def _sample_rows(rois, sample, output_size):
+    """Return table rows and weights [B, 4, R, output_size^2] of one sample in all bins of RoIs [B, R]."""
+    count = rois.num_y * rois.num_x
+    i, j = jnp.divmod(sample, jnp.maximum(rois.num_x, 1))
+    weight = jnp.where(sample < count, 1 / jnp.maximum(count, 1).astype(rois.x.dtype), 0)
+
+    def corners(start, bin_size, number, sample, size):
+        bins = jnp.arange(output_size, dtype=start.dtype).reshape(1, 1, -1)
+        offset = (sample.astype(start.dtype) + 0.5) / jnp.maximum(number, 1).astype(start.dtype)
+        points = start[..., None] + (bins + offset[..., None]) * bin_size[..., None]
+        # Where no RoI is left the size is 0, and there must be a cell 0 to look up.
+        return [c[..., None] for c in interpolation_corners(points, jnp.maximum(size, 1)[..., None])]
+
+    rows = corners(rois.y, rois.bin_height, rois.num_y, i, rois.height)
+    columns = corners(rois.x, rois.bin_width, rois.num_x, j, rois.width)
+    table_rows = jax.vmap(functools.partial(_table_rows, sampling_ratio=1))
+    index, corner_weight = table_rows(rows, columns, rois.start, rois.width)
+    return index, corner_weight * weight[:, None, :, None]

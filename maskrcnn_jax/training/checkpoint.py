@@ -112,6 +112,12 @@ class Checkpoints:
         )
 
 
+def has_checkpoint(workdir: str | Path) -> bool:
+    """Return whether a run has left a checkpoint, without creating anything."""
+    folder = Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def _items(state: TrainState) -> dict:
     """Split the state into what prediction needs and what only training needs."""
     return {

@@ -18,7 +18,7 @@ from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.sharding import make_mesh, shard_batch
-from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
+from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.step import create_train_state, make_train_step
@@ -36,6 +36,7 @@ def train(
     workdir: str | Path,
     *,
     make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation] | None],
+    initialise: Callable[[MaskRCNN], None] | None = None,
 ) -> None:
     """Train a model, going on from the newest checkpoint in ``workdir`` if there is one.
 
@@ -44,6 +45,7 @@ def train(
       workdir: folder for everything that the run leaves; created if missing.
       make_evaluate: called once with the categories; what it returns is called with the model after epochs, unless
         ``eval_every`` is 0.
+      initialise: called with the model when there is no checkpoint, to change its initial values.
 
     Raises:
       UserError: when the config, the data or the folder do not fit, or a loss is not finite.
@@ -51,7 +53,10 @@ def train(
     # 1. Data
     mesh = make_mesh()
     _check_batch_size(config.batch_size)
-    index = load_index(config.data.coco_dir, config.data.train_split, skip_broken=config.data.skip_broken)
+    data = config.data
+    index = load_index(
+        data.coco_dir, data.train_split, skip_broken=data.skip_broken, contiguous_labels=data.contiguous_labels
+    )
     evaluate = make_evaluate(index.categories)
     steps_per_epoch = _make_loader(config, index, 0, None).steps_per_epoch
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or np.inf)
@@ -66,10 +71,14 @@ def train(
         num_steps=num_steps,
     )
     optimizer = make_optimizer(schedule, **optim)
-    graphdef, state = create_train_state(model, optimizer, mesh)
 
-    # 3. Restore: the newest checkpoint of this folder, else the fresh state
+    # 3. Restore: the newest checkpoint of this folder, else weights from elsewhere, else the fresh state
     workdir = Path(workdir)
+    if has_checkpoint(workdir):
+        _check_same_categories(workdir, index.categories)
+    elif initialise:
+        initialise(model)
+    graphdef, state = create_train_state(model, optimizer, mesh)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -120,7 +129,11 @@ def train(
                 if saving:
                     evaluation = None
                     if evaluating:
-                        evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
+                        try:
+                            evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
+                        except BaseException:
+                            checkpoints.save(state)  # what was trained must not be lost with it
+                            raise
                         writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
                         writer.picture(step, "predictions", evaluation.picture)
                     checkpoints.save(state, evaluation and evaluation.metrics)
@@ -130,6 +143,15 @@ def train(
     if stop.requested:
         print(f"stopped at step {int(state.step)}; the same command goes on from here")
         raise SystemExit(128 + stop.requested)
+
+
+def _check_same_categories(workdir: Path, categories: Categories) -> None:
+    trained_on = Categories.load(workdir / "categories.json")
+    if trained_on != categories:
+        raise UserError(
+            f"{workdir} was trained on other categories ({', '.join(trained_on.names[:3])}, ...) than the dataset has "
+            f"({', '.join(categories.names[:3])}, ...); use another --workdir, or the dataset of that run"
+        )
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -148,7 +170,7 @@ def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_step
         short_side=data.short_side,
         long_side=data.long_side,
         buckets=data.buckets,
-        resize_dtype=data.resize_dtype,
+        resize=data.resize,
         shuffle=True,
         annotations=True,
         hflip=data.hflip,

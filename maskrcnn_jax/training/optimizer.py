@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, cosine decay and clipping by global norm: the recipe of the paper, Sec. 3.2."""
+"""AdamW or SGD with linear warm-up, cosine decay and clipping by global norm; the paper (Sec. 3.2) has AdamW."""
 
 import jax
 import optax
@@ -39,13 +39,25 @@ def is_decayed(params: nnx.State) -> nnx.State:
 def make_optimizer(
     schedule: optax.Schedule,
     *,
+    kind: str,
     weight_decay: float,
     decay_norm_and_bias: bool,
     b1: float,
     b2: float,
+    momentum: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """Build AdamW; ``configs/base.py`` says what the arguments mean."""
+    """Build the optimizer; ``configs/base.py`` says what the arguments mean.
+
+    Raises:
+      UserError: for an unknown kind.
+    """
     mask = None if decay_norm_and_bias else is_decayed
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+    if kind == "adamw":
+        optimizer = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
+    elif kind == "sgd":
+        decay = optax.add_decayed_weights(weight_decay, mask)
+        optimizer = optax.chain(decay, optax.sgd(schedule, momentum=momentum))
+    else:
+        raise UserError(f"optim.kind is {kind!r}; use 'adamw' or 'sgd'")
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer

@@ -182,7 +182,7 @@ def test_the_dtypes_are_those_that_the_structures_promise(index):
     batch = next(iter(make_loader(index, **TRAIN)))
     assert [x.dtype.name for x in batch[:-1]] == ["uint8", "int32", "int32", "int32", "bool"]
     assert [x.dtype.name for x in batch.gt] == ["float32", "int32", "uint8", "int32", "bool"]
-    batch = next(iter(make_loader(index, **TRAIN | {"resize_dtype": "float32"})))
+    batch = next(iter(make_loader(index, **TRAIN | {"resize": "float32"})))
     assert batch.images.dtype == np.float32
     assert 1 < batch.images.max() <= 255
 
@@ -330,7 +330,7 @@ def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
         ({"batch_size": 0}, "batch_size 0"),
         ({"process_count": 3}, "multiple of 3 processes"),
         ({"mask_side": 100}, "multiple of 8"),
-        ({"resize_dtype": "float64"}, "uint8 or float32"),
+        ({"resize": "float64"}, "uint8, float32, pillow"),
         ({"hflip": 1.5}, "probability"),
         ({"color_jitter": -1}, "color_jitter -1"),
         ({"threads": 0}, "threads"),

@@ -99,7 +99,7 @@ def test_random_masks_round_trip_through_their_run_lengths():
 @pytest.mark.parametrize("image_size", [(480, 640), (97, 61)])
 def test_pasted_masks_equal_those_of_torchvision(image_size):
     torch = pytest.importorskip("torch")
-    from tests.numerics.torchvision_reference import import_torchvision
+    from tools.torchvision_reference import import_torchvision
 
     paste_masks_in_image = import_torchvision().models.detection.roi_heads.paste_masks_in_image
     rng = np.random.default_rng(1)

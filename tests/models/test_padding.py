@@ -152,7 +152,7 @@ def test_more_anchors_with_lower_scores_change_no_proposal():
     deltas = [rng.normal(size=level.shape).astype(np.float32) * 0.2 for level in anchors]
     select = jax.jit(
         lambda o, d, a: select_proposals(
-            o, d, a, jnp.array([60, 50]), pre_nms_top_n=20, post_nms_top_n=15, nms_thresh=0.5
+            o, d, a, jnp.array([60, 50]), pre_nms_top_n=20, post_nms_top_n=15, nms_thresh=0.5, min_size=1e-3
         )
     )
     expected = select(scores, deltas, anchors)

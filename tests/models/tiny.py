@@ -21,7 +21,8 @@ def tiny_model(**options) -> MaskRCNN:
     defaults = {
         "num_classes": NUM_CLASSES,
         "backbone": "resnet18",
-        "width": 8,
+        "stem_channels": 8,
+        "stage_channels": 8,
         "norm": "frozen",
         "fpn_channels": 16,
         "anchor_sizes": (8, 16, 24, 32, 48),
@@ -30,7 +31,7 @@ def tiny_model(**options) -> MaskRCNN:
         "rpn_pre_nms_top_n_test": 24,
         "rpn_post_nms_top_n_train": 20,
         "rpn_post_nms_top_n_test": 20,
-        "box_hidden": 32,
+        "box_fc_channels": (32, 32),
         "box_batch_size_per_image": 16,
         "box_score_thresh": 0.01,
         "box_detections_per_img": 6,

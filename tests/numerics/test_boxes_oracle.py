@@ -11,7 +11,7 @@ from maskrcnn_jax.ops import boxes as box_ops  # noqa: E402
 from maskrcnn_jax.ops.anchors import grid_anchors  # noqa: E402
 from maskrcnn_jax.ops.matching import match  # noqa: E402
 from maskrcnn_jax.ops.nms import nms  # noqa: E402
-from tests.numerics.torchvision_reference import import_torchvision  # noqa: E402
+from tools.torchvision_reference import import_torchvision  # noqa: E402
 
 torchvision = import_torchvision()
 from torchvision.models.detection import _utils as det_utils  # noqa: E402
@@ -123,7 +123,14 @@ def test_proposals_equal_those_of_torchvisions_region_proposal_network(post_nms_
     with jax.enable_x64(dtype == "float64"):
         select = jax.jit(
             lambda o, d: select_proposals(
-                o, d, anchors, jnp.array(size), pre_nms_top_n=100, post_nms_top_n=post_nms_top_n, nms_thresh=0.6
+                o,
+                d,
+                anchors,
+                jnp.array(size),
+                pre_nms_top_n=100,
+                post_nms_top_n=post_nms_top_n,
+                nms_thresh=0.6,
+                min_size=1e-3,
             )
         )
         ours = select(np.split(objectness, splits), np.split(deltas, splits))

@@ -14,7 +14,7 @@ from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample  # noqa: E402
 from maskrcnn_jax.structures import GroundTruth, Proposals  # noqa: E402
 from tests.models.tiny import tiny_model  # noqa: E402
-from tests.numerics.torchvision_reference import import_torchvision  # noqa: E402
+from tools.torchvision_reference import import_torchvision  # noqa: E402
 
 torchvision = import_torchvision()
 from torchvision.models.detection import _utils as det_utils  # noqa: E402
@@ -49,7 +49,14 @@ def test_detections_equal_torchvisions_postprocessing(detections_per_img, dtype)
         extra[:, 1] = 50
         select = jax.jit(
             lambda c, d, p: select_detections(
-                c, d, p, jnp.array(size), score_thresh=0.05, nms_thresh=0.5, detections_per_img=detections_per_img
+                c,
+                d,
+                p,
+                jnp.array(size),
+                score_thresh=0.05,
+                nms_thresh=0.5,
+                min_size=1e-2,
+                detections_per_img=detections_per_img,
             )
         )
         ours, scores, labels, valid = select(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from tests.numerics import torchvision_reference as reference  # noqa: E402
+from tools import torchvision_reference as reference  # noqa: E402
 
 torchvision = reference.import_torchvision()
 

@@ -1,4 +1,7 @@
-"""RoIAlign, the choice of levels, and mask targets against torchvision: values in both precisions, and gradients."""
+"""RoIAlign, the choice of levels, and mask targets against torchvision: values in both precisions, and gradients.
+
+detectron2's RoIAlign is torchvision's op, aligned and with sampling_ratio 0.
+"""
 
 import json
 
@@ -9,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align, roi_align  # noqa: E402
-from tests.numerics.torchvision_reference import import_torchvision  # noqa: E402
+from tools.torchvision_reference import import_torchvision  # noqa: E402
 
 torchvision = import_torchvision()
 from torchvision.models.detection.roi_heads import project_masks_on_boxes  # noqa: E402
@@ -109,6 +112,116 @@ def test_pooling_from_the_pyramid_equals_multiscale_roi_align(image_shape, dtype
         np.testing.assert_allclose(
             pool(features, boxes), expected.numpy().transpose(0, 2, 3, 1), atol=TOLERANCES[dtype], rtol=0
         )
+
+
+def boxes_of_all_sizes(rng, height, width, count):
+    """Return random boxes of 2 to 1300 pixels, slender ones and integer ones included, some across the border."""
+    sides = np.exp(rng.uniform(np.log(2), np.log(1300), (count, 2)))
+    sides[: count // 2] = sides[: count // 2, :1] * np.exp(rng.normal(size=(count // 2, 2)) * 0.4)
+    sides = sides.clip(max=1300)
+    centre = rng.uniform(-0.05, 1.05, (count, 2)) * [width, height]
+    boxes = np.concatenate([centre - sides / 2, centre + sides / 2], axis=-1)
+    boxes[count // 4 : count // 2] = boxes[count // 4 : count // 2].round()
+    special = [
+        [20, 30, 1320, 39],  # 1300 x 9: 47 x 1 points a bin on P2
+        [400, -30, 409, 1270],
+        [0, 0, width, height],
+        [0, 0, 56, 56],  # bins of 2 cells on P2
+        [100.5, 3.25, 324.5, 227.25],
+        [-50, -50, 30, 30],
+        [-300, -300, -100, -50],
+        [width - 4, height - 4, width + 90, height + 70],
+        [600, 300, 600.5, 300.25],
+    ]
+    return np.concatenate([boxes, special])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("output_size", "aligned"),
+    [(7, True), pytest.param(14, True, marks=pytest.mark.slow), pytest.param(7, False, marks=pytest.mark.slow)],
+)
+def test_adaptive_values_and_feature_gradients_equal_torchvisions(output_size, aligned, dtype):
+    rng = np.random.default_rng(5)
+    image_shape, scale = (320, 416), 0.25
+    features = rng.normal(size=(80, 104, 3)).astype(dtype)
+    boxes = np.concatenate([boxes_of_all_sizes(rng, *image_shape, 40), edge_boxes(rng, *image_shape)]).astype(dtype)
+    # Larger ones have fewer samples here; a box without area has none and is 0, which the reference cannot express.
+    sides = boxes[:, 2:] - boxes[:, :2]
+    boxes = boxes[(sides <= 2 * np.array(image_shape[::-1])).all(axis=1)]
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1) & aligned
+    cotangent = rng.normal(size=(len(boxes), output_size, output_size, 3)).astype(dtype)
+
+    reference_features = torch.tensor(features.transpose(2, 0, 1)[None], requires_grad=True)
+    expected = torchvision.ops.roi_align(
+        reference_features, [torch.tensor(boxes[~empty])], output_size, scale, 0, aligned
+    )
+    expected.backward(torch.tensor(cotangent[~empty].transpose(0, 3, 1, 2)))
+
+    with jax.enable_x64(dtype == "float64"):
+
+        def pool(features, boxes, cotangent):
+            pooled, transpose = jax.vjp(
+                lambda f: roi_align(
+                    f, boxes, output_size=output_size, spatial_scale=scale, sampling_ratio=0, aligned=aligned
+                ),
+                features,
+            )
+            return pooled, transpose(cotangent)[0]
+
+        pooled, gradient = jax.jit(pool)(features, boxes, cotangent)
+    assert pooled.dtype == dtype and len(boxes) > 60
+    np.testing.assert_array_equal(pooled[empty], 0)
+    np.testing.assert_allclose(
+        pooled[~empty], expected.detach().numpy().transpose(0, 2, 3, 1), atol=TOLERANCES[dtype], rtol=0
+    )
+    np.testing.assert_allclose(
+        gradient, reference_features.grad[0].numpy().transpose(1, 2, 0), atol=10 * TOLERANCES[dtype], rtol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_adaptive_pooling_from_the_pyramid_equals_detectron2s_pooler(dtype):
+    """A batch of two images; each box from torchvision's op on the level of detectron2's formula, in float64."""
+    rng = np.random.default_rng(6)
+    image_shape = (800, 1344)
+    features = [rng.normal(size=(2, 800 >> level, 1344 >> level, 2)).astype(dtype) for level in (2, 3, 4, 5)]
+    boxes = np.stack([boxes_of_all_sizes(rng, *image_shape, 30) for _ in range(2)]).astype(dtype)
+    width, height = (boxes[..., 2:] - boxes[..., :2]).astype(np.float64).transpose(2, 0, 1)
+    levels = np.floor(4 + np.log2(np.sqrt(width * height) / 224 + 1e-8)).clip(2, 5).astype(int)
+    assert set(levels.ravel()) == {2, 3, 4, 5}
+
+    expected = np.zeros((*boxes.shape[:2], 7, 7, 2), dtype)
+    gradients = []
+    cotangent = rng.normal(size=expected.shape).astype(dtype)
+    for level, feature in zip((2, 3, 4, 5), features, strict=True):
+        reference = torch.tensor(feature.transpose(0, 3, 1, 2), requires_grad=True)
+        chosen = [torch.tensor(boxes[image][levels[image] == level]) for image in range(2)]
+        pooled = torchvision.ops.roi_align(reference, chosen, 7, 0.5**level, 0, aligned=True)
+        pooled.backward(torch.tensor(cotangent[levels == level].transpose(0, 3, 1, 2)))
+        expected[levels == level] = pooled.detach().numpy().transpose(0, 2, 3, 1)
+        gradients.append(reference.grad.numpy().transpose(0, 2, 3, 1))
+
+    with jax.enable_x64(dtype == "float64"):
+
+        def pool(features, boxes, cotangent):
+            pooled, transpose = jax.vjp(
+                lambda f: jax.vmap(
+                    lambda f, b: multiscale_roi_align(
+                        f, b, image_shape=image_shape, output_size=7, sampling_ratio=0, aligned=True
+                    )
+                )(f, boxes),
+                features,
+            )
+            return pooled, transpose(cotangent)[0]
+
+        pooled, ours = jax.jit(pool)(features, boxes, cotangent)
+    # Coordinates of up to 336 cells in float32 are off by 2e-5.
+    tolerance = 2 * TOLERANCES[dtype]
+    np.testing.assert_allclose(pooled, expected, atol=tolerance, rtol=0)
+    for gradient, reference in zip(ours, gradients, strict=True):
+        assert np.abs(reference).max() > 0.1
+        np.testing.assert_allclose(gradient, reference, atol=10 * tolerance, rtol=0)
 
 
 def assert_targets_equal(masks, boxes, index, image_size, canvas, dtype):

@@ -25,9 +25,10 @@ def config(shapes_dir) -> ConfigDict:
     config.data.coco_dir = str(shapes_dir)
     config.data.short_side = config.data.long_side = config.data.mask_side = 64
     tiny = {
-        "width": 8,
+        "stem_channels": 8,
+        "stage_channels": 8,
         "fpn_channels": 16,
-        "box_hidden": 32,
+        "box_fc_channels": (32, 32),
         "mask_channels": 8,
         "rpn_batch_size_per_image": 32,
         "rpn_pre_nms_top_n_train": 32,

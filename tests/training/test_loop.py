@@ -136,6 +136,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(config, tmp_path):
     config.max_steps = 1
     train(config, tmp_path, make_evaluate=lambda categories: None)
     config.max_steps = 2
-    config.model.width = 16
+    config.model.stem_channels = 16
     with pytest.raises(UserError, match="of another architecture"):
         train(config, tmp_path, make_evaluate=lambda categories: None)

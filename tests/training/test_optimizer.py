@@ -7,7 +7,8 @@ from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 
 
 def make(**changes):
-    options = {"weight_decay": 0.0, "decay_norm_and_bias": False, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0}
+    options = {"kind": "adamw", "b1": 0.9, "b2": 0.999, "momentum": 0.9, "clip_norm": 0.0}
+    options |= {"weight_decay": 0.0, "decay_norm_and_bias": False}
     return make_optimizer(lambda _: 0.1, **(options | changes))
 
 

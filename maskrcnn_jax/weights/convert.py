@@ -1,0 +1,155 @@
+"""Foreign arrays into a model and out of it, strictly: everything has its place or is named."""
+
+import fnmatch
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.weights import detectron2, torchvision
+from maskrcnn_jax.weights.layout import Entry
+
+# Keys that checkpoints carry and no model needs: counters of frozen norms, the classifier of an ImageNet network, and
+# what detectron2 computes anew (as ours does).
+IGNORED = (
+    "*.num_batches_tracked",
+    "fc.weight",
+    "fc.bias",
+    "pixel_mean",
+    "pixel_std",
+    "proposal_generator.anchor_generator.cell_anchors.*",
+)
+
+
+RESNET = "a ResNet, for the backbone"
+
+
+class Report(NamedTuple):
+    """What became of every array, by the names of the file; ``untouched`` by those of the model."""
+
+    family: str  # what the file was taken for
+    loaded: list[str]
+    reinitialised: list[str]  # in the file, but for other classes: the model keeps its initial values
+    untouched: list[str]  # not in a file that holds only a backbone: likewise
+    ignored: list[str]
+
+    def __str__(self) -> str:
+        """Return a table."""
+        rows = [
+            ("loaded", self.loaded),
+            ("re-initialised", self.reinitialised),
+            ("not in the file", self.untouched),
+            ("ignored", self.ignored),
+        ]
+        lines = [f"weights of {self.family}"]
+        for name, keys in rows:
+            shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+            lines.append(f"  {name:15} {len(keys):4}  {shown if name != 'loaded' else ''}".rstrip())
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: MaskRCNN, arrays: dict[str, np.ndarray], *, source: str = "the file", partial: bool = False
+) -> Report:
+    """Fill a model with the arrays of a foreign checkpoint.
+
+    Args:
+      model: changed in place, only if everything fits.
+      arrays: of torchvision's Mask R-CNN (version 1, with old or new names, or 2), of detectron2's, or of a ResNet
+        that was trained on ImageNet (torchvision's or timm's), which fills the backbone alone.
+      source: what errors call the arrays.
+      partial: allow, for training to go on from, a mere backbone and another number of classes; the rest of the model,
+        or its predictors of classes, boxes and masks, then keep their initial values. Otherwise these are errors.
+
+    Returns:
+      What became of every array.
+
+    Raises:
+      UserError: naming every array that is missing, unknown, or of another shape.
+    """
+    family, arrays, entries = _recognise(model, arrays, source)
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    reinitialised = []
+    if not partial and family == RESNET:
+        raise UserError(f"{source} holds only a backbone, which finds nothing; train with it first")
+    if partial and _num_classes(entries, arrays) != _num_classes(entries, None, state):
+        reinitialised = [entry for entry in entries if entry.per_class and entry.key in arrays]
+        entries = [entry for entry in entries if not entry.per_class]
+    known = {entry.key for entry in (*entries, *reinitialised)}
+    ignored = [key for key in arrays if key not in known and _is_ignored(key)]
+
+    problems = [f"{key} is unknown" for key in arrays if key not in known and key not in ignored]
+    for entry in entries:
+        wanted = _foreign_shape(entry, state)
+        # Files of a torch without counters, and those of frozen norms, lack them.
+        if entry.key not in arrays and not _is_ignored(entry.key):
+            problems.append(f"{entry.key} is missing")
+        elif entry.key in arrays and arrays[entry.key].shape != wanted:
+            problems.append(f"{entry.key} has shape {arrays[entry.key].shape} instead of {wanted}")
+    if problems:
+        advice = "use the config that these weights belong to"
+        if _num_classes(entries, arrays) != _num_classes(entries, None, state):
+            advice = "they are for another number of classes: fine-tune them with train.py first, or " + advice
+        listed = "\n  ".join(problems)
+        raise UserError(f"{source}: {len(problems)} arrays do not fit the model; {advice}\n  {listed}")
+
+    entries = [entry for entry in entries if entry.key in arrays]
+    for entry in entries:
+        variable = state[entry.path]
+        # A copy: on CPUs jnp.asarray may share the memory of what it is given, which its owner may change.
+        variable[...] = jnp.array(entry.layout.read(arrays[entry.key]), variable.dtype, copy=True)
+    filled = {entry.path for entry in (*entries, *reinitialised)}
+    return Report(
+        family,
+        [entry.key for entry in entries],
+        [entry.key for entry in reinitialised],
+        ["/".join(map(str, path)) for path in state if path not in filled],
+        ignored,
+    )
+
+
+def to_torchvision(model: MaskRCNN) -> dict[str, np.ndarray]:
+    """Return a model as a state dict of torchvision's MaskRCNN, the inverse of loading one."""
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    arrays = {}
+    for entry in torchvision.entries(model):
+        array = entry.layout.write(np.asarray(state[entry.path][...]))
+        # torch counts batches in 64 bits.
+        arrays[entry.key] = np.array(array, np.int64 if array.dtype == np.int32 else None, order="C")
+    return arrays
+
+
+def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[Entry]]:
+    """Return the family of a checkpoint, its arrays by today's names, and the entries that they are to fill."""
+    if any(key.startswith("backbone.bottom_up.") for key in arrays):
+        return "detectron2's Mask R-CNN", arrays, detectron2.entries(model)
+    if any(key.startswith(torchvision.BACKBONE) for key in arrays):
+        return "torchvision's Mask R-CNN", torchvision.modern_names(arrays), torchvision.entries(model)
+    if "conv1.weight" in arrays and "layer1.0.conv1.weight" in arrays:
+        return RESNET, arrays, torchvision.backbone_entries(model)
+    raise UserError(
+        f"{source} holds no Mask R-CNN of torchvision or detectron2 and no ResNet (its arrays: "
+        f"{', '.join(list(arrays)[:3]) or 'none'}); give one of these"
+    )
+
+
+def _is_ignored(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in IGNORED)
+
+
+def _foreign_shape(entry: Entry, state: dict) -> tuple[int, ...]:
+    # A view of one number: only its shape matters.
+    return entry.layout.write(np.broadcast_to(np.float32(0), state[entry.path].shape)).shape
+
+
+def _num_classes(entries: list[Entry], arrays: dict | None, state: dict | None = None) -> int | None:
+    """Return the classes, background included, of a checkpoint or of the model; None of a mere backbone."""
+    for entry in entries:
+        if entry.path == ("box_head", "cls_score", "bias"):
+            if arrays is None:
+                return state[entry.path].shape[0]
+            return len(arrays[entry.key]) if entry.key in arrays else None
+    return None

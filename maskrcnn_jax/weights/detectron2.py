@@ -1,0 +1,84 @@
+"""Names and conventions of detectron2's model zoo (R50-FPN, R101-FPN), brought to ours.
+
+detectron2 feeds BGR images in 0..255 less their mean, which here becomes a change of the first convolution; it puts
+the background last among the classes and gives it neither box offsets nor a mask, where ours are zero and never read.
+What is no matter of weights (anchors, RoIAlign, resizing) is in configs/detectron2_r50_fpn.py.
+"""
+
+import numpy as np
+from flax import nnx
+
+from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, IMAGE_STD, MaskRCNN
+from maskrcnn_jax.weights.layout import LEAVES, Entry, Layout, Path, module_layout, then
+
+_STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
+# Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first. [O, 3, 7, 7]
+_STEM = Layout(lambda x: x[:, ::-1] * _STD, lambda x: (x / _STD)[:, ::-1])
+_BACKGROUND_FIRST = Layout(lambda x: np.roll(x, 1, axis=0), lambda x: np.roll(x, -1, axis=0))
+
+
+def _without_background(rows: int) -> Layout:
+    """Return the layout of arrays with ``rows`` rows per class but none for the background."""
+
+    def read(x):
+        return np.concatenate([np.zeros((rows, *x.shape[1:]), x.dtype), x])
+
+    return Layout(read, lambda x: x[rows:])
+
+
+_PER_CLASS = {
+    "cls_score": _BACKGROUND_FIRST,
+    "bbox_pred": _without_background(4),
+    "logits": _without_background(1),
+}
+
+
+def entries(model: MaskRCNN) -> list[Entry]:
+    """Return the counterpart of every array of a model with frozen norms."""
+    found = []
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        layout = module_layout(path, variable.ndim, BOX_POOL_SIZE)
+        if path == ("backbone", "stem", "conv", "kernel"):
+            layout = then(_STEM, layout)
+        per_class = _PER_CLASS.get(path[1].removesuffix("_kernel").removesuffix("_bias")) if path[0] != "rpn" else None
+        if per_class:
+            layout = then(per_class, layout)
+        found.append(Entry(path, _key(path), layout, per_class=per_class is not None))
+    return found
+
+
+def _key(path: Path) -> str:
+    *module, leaf = path
+    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):
+        name, leaf = leaf.split("_")
+        module.append(name)
+    return f"{_module_name(module)}.{LEAVES[leaf]}"
+
+
+def _module_name(module: list[str | int]) -> str:
+    norm = ".norm" if module[-1] == "norm" else ""
+    match module:
+        case ["backbone", "stem", _]:
+            return f"backbone.bottom_up.stem.conv1{norm}"
+        case ["backbone", "stages", stage, block, "convs", i, _]:
+            return f"backbone.bottom_up.res{stage + 2}.{block}.conv{i + 1}{norm}"
+        case ["backbone", "stages", stage, block, "shortcut", _]:
+            return f"backbone.bottom_up.res{stage + 2}.{block}.shortcut{norm}"
+        case ["fpn", kind, level, _]:
+            return f"backbone.fpn_{ {'inner': 'lateral', 'layer': 'output'}[kind] }{level + 2}{norm}"
+        case ["rpn", "convs", _, _]:
+            return "proposal_generator.rpn_head.conv"
+        case ["rpn", name]:
+            renamed = {"cls_logits": "objectness_logits", "bbox_pred": "anchor_deltas"}[name]
+            return f"proposal_generator.rpn_head.{renamed}"
+        case ["box_head", "convs" | "fcs" as kind, i, *_]:
+            return f"roi_heads.box_head.{ {'convs': 'conv', 'fcs': 'fc'}[kind] }{i + 1}{norm}"
+        case ["box_head", name]:
+            return f"roi_heads.box_predictor.{name}"
+        case ["mask_head", "convs", i, _]:
+            return f"roi_heads.mask_head.mask_fcn{i + 1}{norm}"
+        case ["mask_head", "deconv"]:
+            return "roi_heads.mask_head.deconv"
+        case ["mask_head", "logits"]:
+            return "roi_heads.mask_head.predictor"
+    raise ValueError(f"{module} has no counterpart in detectron2")

@@ -1,0 +1,76 @@
+"""How arrays of foreign checkpoints lie in memory beside ours, and which of ours each of them is."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Path = tuple[str | int, ...]  # of an array in the state of a model
+
+
+class Layout(NamedTuple):
+    """Two functions, each the inverse of the other."""
+
+    read: Callable[[np.ndarray], np.ndarray]  # foreign to ours
+    write: Callable[[np.ndarray], np.ndarray]  # ours to foreign
+
+
+class Entry(NamedTuple):
+    """One array of a model and its counterpart in a foreign checkpoint."""
+
+    path: Path
+    key: str  # in the foreign checkpoint
+    layout: Layout
+    per_class: bool = False  # one row or more per class: of no use for other classes
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] to [in, out]
+CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW to HWIO
+DECONV = Layout(lambda x: x.transpose(0, 2, 3, 1), lambda x: x.transpose(0, 3, 1, 2))  # IOHW to IHWO
+POINTWISE = Layout(lambda x: x[:, :, 0, 0], lambda x: x[:, :, None, None])  # [out, in, 1, 1] to [out, in]
+
+
+def flattened_maps(side: int) -> Layout:
+    """Return the layout of a linear layer whose inputs are maps of side x side: channels first there, last here."""
+
+    def read(x):  # [out, K * side * side] to [side * side * K, out]
+        return x.reshape(len(x), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(x))
+
+    def write(x):
+        return x.reshape(side, side, -1, x.shape[1]).transpose(3, 2, 0, 1).reshape(x.shape[1], -1)
+
+    return Layout(read, write)
+
+
+def then(first: Layout, second: Layout) -> Layout:
+    """Compose two layouts: reading applies ``first`` to the foreign array and ``second`` to the result."""
+    return Layout(lambda x: second.read(first.read(x)), lambda x: first.write(second.write(x)))
+
+
+def module_layout(path: Path, ndim: int, pool_size: int) -> Layout:
+    """Return the layout of an array of MaskRCNN that PyTorch's modules give it.
+
+    Args:
+      path: of the array.
+      ndim: its number of axes.
+      pool_size: side of the maps that the first fully connected layer flattens.
+    """
+    if path == ("mask_head", "deconv", "kernel"):
+        return DECONV
+    if path == ("mask_head", "logits_kernel"):
+        return POINTWISE
+    if path == ("box_head", "fcs", 0, "kernel"):
+        return flattened_maps(pool_size)
+    return {4: CONV, 2: LINEAR}.get(ndim, SAME)
+
+
+# What PyTorch calls the arrays of a module.
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "num_batches": "num_batches_tracked",
+}

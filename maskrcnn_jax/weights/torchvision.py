@@ -1,0 +1,100 @@
+"""Names of torchvision's Mask R-CNN (both versions), of its ResNets, and of timm's, which are the same.
+
+A model with ``head_norm="batch"`` has the names of maskrcnn_resnet50_fpn_v2, one without those of
+maskrcnn_resnet50_fpn. The first version's published weights carry older names, which are brought up to date first.
+"""
+
+import re
+
+import numpy as np
+from flax import nnx
+
+from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
+from maskrcnn_jax.weights.layout import LEAVES, Entry, Path, module_layout
+
+BACKBONE = "backbone.body."
+# Of the names before torchvision 0.13.
+_RENAMED = (
+    (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
+    (r"rpn\.head\.conv\.(weight|bias)", r"rpn.head.conv.0.0.\1"),
+)
+
+
+def entries(model: MaskRCNN) -> list[Entry]:
+    """Return the counterpart of every array of a model."""
+    state = nnx.to_flat_state(nnx.state(model))
+    return [
+        Entry(
+            path,
+            _key(path, num_convs=len(model.box_head.convs)),
+            module_layout(path, variable.ndim, BOX_POOL_SIZE),
+            per_class=path[1] in ("cls_score", "bbox_pred", "logits_kernel", "logits_bias") and path[0] != "rpn",
+        )
+        for path, variable in state
+    ]
+
+
+def backbone_entries(model: MaskRCNN) -> list[Entry]:
+    """Return the counterparts, in a plain ResNet, of the arrays of a model's backbone."""
+    return [
+        entry._replace(key=entry.key.removeprefix(BACKBONE))
+        for entry in entries(model)
+        if entry.key.startswith(BACKBONE)
+    ]
+
+
+def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rename the keys of the first version's published weights as today's code has them."""
+    renamed = {}
+    for key, array in arrays.items():
+        for old, new in _RENAMED:
+            key = re.sub(f"^{old}$", new, key)
+        # The mask head's convolutions counted from 1.
+        key = re.sub(
+            r"^roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)$",
+            lambda m: f"roi_heads.mask_head.{int(m[1]) - 1}.0.{m[2]}",
+            key,
+        )
+        renamed[key] = array
+    return renamed
+
+
+def _key(path: Path, num_convs: int) -> str:
+    *module, leaf = path
+    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):
+        name, leaf = leaf.split("_")
+        module.append(name)
+    return f"{_module_name(module, num_convs)}.{LEAVES[leaf]}"
+
+
+def _module_name(module: list[str | int], num_convs: int) -> str:
+    match module:
+        case ["backbone", "stem", part]:
+            return BACKBONE + {"conv": "conv1", "norm": "bn1"}[part]
+        case ["backbone", "stages", stage, block, "convs", i, part]:
+            return f"{BACKBONE}layer{stage + 1}.{block}.{ {'conv': 'conv', 'norm': 'bn'}[part] }{i + 1}"
+        case ["backbone", "stages", stage, block, "shortcut", part]:
+            return f"{BACKBONE}layer{stage + 1}.{block}.downsample.{_position(part)}"
+        case ["fpn", kind, level, part]:
+            return f"backbone.fpn.{kind}_blocks.{level}.{_position(part)}"
+        case ["rpn", "convs", i, part]:
+            return f"rpn.head.conv.{i}.{_position(part)}"
+        case ["rpn", name]:
+            return f"rpn.head.{name}"
+        case ["box_head" | "mask_head" as head, "convs", i, part]:
+            return f"roi_heads.{head}.{i}.{_position(part)}"
+        case ["box_head", "fcs", i]:
+            # With convolutions the head is one sequence: convolutions, flattening, then linear layers and ReLUs.
+            return f"roi_heads.box_head.{num_convs + 1 + 2 * i if num_convs else f'fc{6 + i}'}"
+        case ["box_head", name]:
+            return f"roi_heads.box_predictor.{name}"
+        case ["mask_head", "deconv"]:
+            return "roi_heads.mask_predictor.conv5_mask"
+        case ["mask_head", "logits"]:
+            return "roi_heads.mask_predictor.mask_fcn_logits"
+    raise ValueError(f"{module} has no counterpart in torchvision")
+
+
+def _position(part: str) -> int:
+    """Return the place of a part in torchvision's sequence of convolution and norm."""
+    return {"conv": 0, "norm": 1}[part]

@@ -1,0 +1,46 @@
+"""Write a trained model as a state dict of torchvision's MaskRCNN, for load_state_dict(..., strict=True).
+
+python tools/export_torchvision.py --workdir=runs/r50 --output=model.pth|model.safetensors [--checkpoint=best]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
+
+from absl import flags
+
+from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.training.checkpoint import load_config, restore_model
+from maskrcnn_jax.weights.convert import to_torchvision
+from maskrcnn_jax.weights.files import write_arrays
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
+flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
+flags.DEFINE_string("output", None, "File to write, .pth or .safetensors.", required=True)
+
+# Options that change no weight but what they find, with torchvision's only value.
+WITHOUT_COUNTERPART = {
+    "stride_in_1x1": False,
+    "exact_anchors": False,
+    "roi_aligned": False,
+    "roi_sampling_ratio": 2,
+    "rpn_min_size": 1e-3,
+    "box_min_size": 1e-2,
+}
+
+
+def main() -> None:
+    options = load_config(FLAGS.workdir).model
+    model, _ = restore_model(FLAGS.workdir, options, which=FLAGS.checkpoint)
+    arrays = to_torchvision(model)
+    write_arrays(FLAGS.output, arrays)
+    print(f"{len(arrays)} arrays written to {FLAGS.output}")
+    others = [f"{name}={options[name]}" for name, value in WITHOUT_COUNTERPART.items() if options[name] != value]
+    if others:
+        print(f"torchvision's own model will find something else with them, because of {', '.join(others)}")
+
+
+if __name__ == "__main__":
+    run_app(main)

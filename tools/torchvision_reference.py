@@ -1,0 +1,310 @@
+"""torchvision as a reference: imported also where its compiled operators do not load, and built to measure.
+
+A torchvision wheel that was built for CUDA fails to import beside a CPU-only torch ("operator torchvision::nms does
+not exist"). Then the missing operators are declared, and the two that Mask R-CNN needs get bodies in plain torch,
+transcribed from torchvision's CPU kernels. On a normal install nothing is replaced.
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.library import Library
+
+from maskrcnn_jax.models.resnet import ARCHITECTURES
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width,"
+    " int sampling_ratio, bool aligned) -> Tensor",
+    "_roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, int pooled_height, int pooled_width,"
+    " int batch_size, int channels, int height, int width, int sampling_ratio, bool aligned) -> Tensor",
+)
+_libraries = []  # torch forgets the declarations of a library that is collected
+torch_fallback = {}  # torchvision's own code in plain torch, for the test of the stand-ins
+
+
+def compiled_operators_load() -> bool:
+    """Return whether the installed torchvision brings operators that this torch can load."""
+    spec = importlib.util.find_spec("torchvision")
+    for path in Path(spec.origin).parent.glob("_C*"):
+        try:
+            torch.ops.load_library(str(path))
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def import_torchvision():
+    """Return the torchvision module, with stand-ins for the compiled operators where they are missing."""
+    if "torchvision" in sys.modules:
+        return sys.modules["torchvision"]
+    if compiled_operators_load():
+        import torchvision
+
+        torch_fallback["roi_align"] = sys.modules["torchvision.ops.roi_align"]._roi_align.__wrapped__
+        return torchvision
+
+    library = Library("torchvision", "DEF")
+    _libraries.append(library)
+    for schema in _SCHEMAS:
+        library.define(schema)
+    library.impl("nms", greedy_nms, "CompositeExplicitAutograd")
+    import torchvision
+
+    sys.modules["torchvision.ops.boxes"]._assert_has_ops = lambda: None
+    # torchvision's own fallback clamps every sample to the map, where its kernels give 0 beyond [-1, size]; it also
+    # needs a C++ compiler, and gigabytes for adaptive sampling.
+    module = sys.modules["torchvision.ops.roi_align"]
+    torch_fallback["roi_align"] = module._roi_align.__wrapped__  # without the compilation around it
+    module._roi_align = roi_align
+    return torchvision
+
+
+def greedy_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Return the indices that greedy suppression keeps, best first; as nms_kernel.cpp."""
+    order = torch.sort(scores, stable=True, descending=True).indices
+    boxes = boxes[order]
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    alive = torch.ones(len(boxes), dtype=torch.bool)
+    for i in range(len(boxes)):
+        if alive[i]:
+            rest = boxes[i + 1 :]
+            sides = (torch.minimum(boxes[i, 2:], rest[:, 2:]) - torch.maximum(boxes[i, :2], rest[:, :2])).clamp(min=0)
+            intersection = sides[:, 0] * sides[:, 1]
+            alive[i + 1 :] &= ~(intersection / (areas[i] + areas[i + 1 :] - intersection) > iou_threshold)
+    return order[alive]
+
+
+ROI_CHUNK = 64  # RoIs pooled at once, which bounds the memory
+
+
+def roi_align(features, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
+    """Pool rois [K, 5] from features [N, C, H, W]; as roi_align_kernel.cpp, differentiable."""
+    if not len(rois):
+        return features.new_zeros((0, features.shape[1], pooled_height, pooled_width))
+    table = features.permute(0, 2, 3, 1).flatten(0, 2)  # [N * H * W, C]
+    pooled = []
+    # With adaptive sampling every RoI has a number of samples of its own.
+    for chunk in rois.split(ROI_CHUNK if sampling_ratio > 0 else 1):
+        x1, y1, x2, y2 = (chunk[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)).unbind(1)
+        width, height = x2 - x1, y2 - y1
+        if not aligned:
+            width, height = width.clamp(min=1.0), height.clamp(min=1.0)
+        rows = _axis(y1, height, pooled_height, sampling_ratio, features.shape[2])
+        columns = _axis(x1, width, pooled_width, sampling_ratio, features.shape[3])
+        first = chunk[:, 0].long()[:, None, None] * (features.shape[2] * features.shape[3])
+        total = 0
+        for y_index, y_weight in rows[:2]:
+            for x_index, x_weight in columns[:2]:
+                index = first + y_index[:, :, None] * features.shape[3] + x_index[:, None]
+                weight = (y_weight[:, :, None] * x_weight[:, None]).unsqueeze(-1)
+                total = total + table.index_select(0, index.flatten()).reshape(*index.shape, -1) * weight
+        bins = total.reshape(len(chunk), pooled_height, rows[2], pooled_width, columns[2], -1).sum((2, 4))
+        pooled.append(bins / max(rows[2] * columns[2], 1))
+    return torch.cat(pooled).permute(0, 3, 1, 2).to(features.dtype)
+
+
+def _axis(start, length, num_bins, sampling_ratio, size):
+    """Return (low cells [K, S], weights), (high cells, weights) of all samples along one axis, and samples per bin."""
+    bin_size = length / num_bins
+    count = sampling_ratio if sampling_ratio > 0 else int(torch.ceil(bin_size))
+    bins = torch.arange(num_bins, dtype=start.dtype)[None, :, None]
+    samples = torch.arange(count, dtype=start.dtype)
+    start, bin_size = start[:, None, None], bin_size[:, None, None]
+    points = (start + bins * bin_size + (samples + 0.5) * bin_size / count).flatten(1)
+    inside = (points >= -1) & (points <= size)
+    points = points.clamp(min=0)
+    low = points.floor().clamp(max=size - 1)
+    high = (low + 1).clamp(max=size - 1)
+    high_weight = torch.where(low >= size - 1, 0, points - low)
+    return (
+        (low.long(), torch.where(inside, 1 - high_weight, 0)),
+        (high.long(), torch.where(inside, high_weight, 0)),
+        count,
+    )
+
+
+# Options that torchvision's MaskRCNN takes under the names that ours has.
+_SAME_NAMES = (
+    "rpn_pre_nms_top_n_train",
+    "rpn_pre_nms_top_n_test",
+    "rpn_post_nms_top_n_train",
+    "rpn_post_nms_top_n_test",
+    "rpn_nms_thresh",
+    "rpn_fg_iou_thresh",
+    "rpn_bg_iou_thresh",
+    "rpn_batch_size_per_image",
+    "rpn_positive_fraction",
+    "box_score_thresh",
+    "box_nms_thresh",
+    "box_detections_per_img",
+    "box_batch_size_per_image",
+    "box_positive_fraction",
+)
+
+
+def build_reference(
+    options: Mapping, num_classes: int, *, min_size: int = 800, max_size: int = 1333, dtype: str = "float32"
+) -> torch.nn.Module:
+    """Build torchvision's MaskRCNN with the options of ours.
+
+    Args:
+      options: the ``model`` part of a config such as configs/torchvision_r50_fpn.py; widths may be smaller.
+      num_classes: background included.
+      min_size: of the shorter side after resizing, pixels.
+      max_size: of the longer one.
+      dtype: of the parameters.
+
+    Returns:
+      A model with torchvision's initial values, in training mode.
+    """
+    import_torchvision()
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.models.detection.rpn import RPNHead
+    from torchvision.ops import MultiScaleRoIAlign
+
+    resnet = _build_resnet(options)
+    fpn, mask = options["fpn_channels"], options["mask_channels"]
+    outer = resnet.layer1[-1].conv1.in_channels
+    norm = torch.nn.BatchNorm2d if options["head_norm"] == "batch" else None
+    backbone = BackboneWithFPN(
+        resnet,
+        {f"layer{i + 1}": str(i) for i in range(4)},
+        [outer * 2**i for i in range(4)],
+        fpn,
+        norm_layer=norm,
+    )
+    anchors = AnchorGenerator(
+        tuple((size,) for size in options["anchor_sizes"]), (tuple(options["aspect_ratios"]),) * 5
+    )
+    convs, fcs = tuple(options["box_conv_channels"]), tuple(options["box_fc_channels"])
+    box_head = FastRCNNConvFCHead((fpn, 7, 7), convs, fcs, norm) if convs else TwoMLPHead(fpn * 49, fcs[0])
+    names = ["0", "1", "2", "3"]
+    model = MaskRCNN(
+        backbone,
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(fpn, anchors.num_anchors_per_location()[0], options["rpn_conv_depth"]),
+        box_roi_pool=MultiScaleRoIAlign(names, 7, options["roi_sampling_ratio"]),
+        box_head=box_head,
+        box_predictor=FastRCNNPredictor(fcs[-1], num_classes),
+        box_fg_iou_thresh=options["box_iou_thresh"],
+        box_bg_iou_thresh=options["box_iou_thresh"],
+        mask_roi_pool=MultiScaleRoIAlign(names, 14, options["roi_sampling_ratio"]),
+        mask_head=MaskRCNNHeads(fpn, [mask] * 4, 1, norm),
+        mask_predictor=MaskRCNNPredictor(mask, mask, num_classes),
+        **{name: options[name] for name in _SAME_NAMES},
+    )
+    return model.to(getattr(torch, dtype))
+
+
+def _build_resnet(options: Mapping) -> torch.nn.Module:
+    """Build a ResNet whose stem, stages and bottlenecks are as wide as the options say."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
+    layers, bottleneck = ARCHITECTURES[options["backbone"]]
+    block = Bottleneck if bottleneck else BasicBlock
+    first = (options["stage_channels"] or 64 * block.expansion) // block.expansion
+    stem = options["stem_channels"]
+
+    class Narrow(ResNet):
+        def _make_layer(self, block, planes, blocks, **stride):
+            if planes == 64:  # the first stage: torchvision's stem has 64 channels whatever follows
+                self.conv1 = torch.nn.Conv2d(3, stem, 7, 2, 3, bias=False)
+                self.bn1 = self._norm_layer(stem)
+                self.inplanes = stem
+            return super()._make_layer(block, planes * first // 64, blocks, **stride)
+
+    return Narrow(
+        block,
+        layers,
+        width_per_group=64 * options["bottleneck_channels"] // first if bottleneck else 64,
+        norm_layer=functools.partial(
+            {"frozen": FrozenBatchNorm2d, "batch": torch.nn.BatchNorm2d}[options["norm"]], eps=options["norm_eps"]
+        ),
+    )
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, images: list[torch.Tensor], seed: int) -> None:
+    """Give a model seeded random weights with which it finds objects of many classes in these images.
+
+    Under an ordinary random initialisation all RoIs score alike and nothing passes the threshold, so that comparing
+    detections would prove nothing. Here every layer's outputs get a mean and a spread of their own over the image,
+    channel by channel: of norms through their statistics, of other layers through their weights and biases. It has to
+    be every layer. If only the last ones drew the small differences between RoIs apart, the gradient would be huge and
+    amplify rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hooks = []
+    blocks = [block for i in range(4) for block in model.backbone.body[f"layer{i + 1}"]]
+    branch_ends = [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks]
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.ConvTranspose2d)):
+            module.weight.normal_(0, module.weight[0].numel() ** -0.5, generator=generator)
+            if name == "backbone.body.conv1":
+                # Smooth, as trained ones are: white noise would pass on the rounding of single pixels.
+                module.weight.copy_(torch.nn.functional.avg_pool2d(module.weight, 3, 1, 1))
+            if module.bias is not None:
+                mean, spread = _SPREADS.get(name, (0.0, 1.0))
+                # Not the same for all channels, so that mixing them up shows.
+                spreads = spread * torch.empty_like(module.bias).uniform_(0.5, 1.5, generator=generator)
+                means = mean + 0.2 * spread * torch.empty_like(module.bias).normal_(generator=generator)
+                hooks.append(module.register_forward_hook(_OutputCalibration(means, spreads)))
+        elif hasattr(module, "running_mean"):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0, 0.2, generator=generator)
+            if module in branch_ends:
+                module.weight.mul_(0.2)  # as in trained networks; otherwise gradients grow from block to block
+            hooks.append(module.register_forward_pre_hook(_calibrate_norm))
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+
+
+# Mean and standard deviation that the outputs of a predictor get: scores on both sides of the threshold, boxes that
+# move by a part of their size, masks that fill most of their boxes.
+_SPREADS = {
+    "rpn.head.cls_logits": (-1.0, 2.0),
+    "rpn.head.bbox_pred": (0.0, 0.3),
+    "roi_heads.box_predictor.cls_score": (0.0, 1.5),
+    "roi_heads.box_predictor.bbox_pred": (0.0, 0.5),
+    "roi_heads.mask_predictor.mask_fcn_logits": (1.0, 1.0),
+}
+
+
+def _calibrate_norm(module, inputs):
+    (x,) = inputs
+    module.running_mean.copy_(x.mean((0, 2, 3)))
+    module.running_var.copy_(x.var((0, 2, 3), correction=0))
+
+
+class _OutputCalibration:
+    """Changes a layer once, so that its outputs have the wanted mean and spread; the RPN's layers run once a level."""
+
+    def __init__(self, means: torch.Tensor, spreads: torch.Tensor):
+        self.means, self.spreads, self.done = means, spreads, False
+
+    def __call__(self, module, inputs, output):
+        if self.done:
+            return output
+        self.done = True
+        axes = (0, 2, 3) if output.ndim == 4 else (0,)
+        factor = self.spreads / output.std(axes, correction=0).clamp(min=1e-3)
+        out_axis = 1 if isinstance(module, torch.nn.ConvTranspose2d) else 0
+        shape = [1] * module.weight.ndim
+        shape[out_axis] = -1
+        module.weight.mul_(factor.reshape(shape))
+        module.bias.copy_((module.bias - output.mean(axes)) * factor + self.means)
+        return module(*inputs)
