@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.library import Library
 
@@ -208,6 +209,11 @@ def build_reference(
     return model.to(getattr(torch, dtype))
 
 
+def load_reference(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Load a state dict of numpy arrays, every one of which must have its place."""
+    reference.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()}, strict=True)
+
+
 def _build_resnet(options: Mapping) -> torch.nn.Module:
     """Build a ResNet whose stem, stages and bottlenecks are as wide as the options say."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -257,22 +263,27 @@ def randomise(model: torch.nn.Module, images: list[torch.Tensor], seed: int) -> 
                 # Smooth, as trained ones are: white noise would pass on the rounding of single pixels.
                 module.weight.copy_(torch.nn.functional.avg_pool2d(module.weight, 3, 1, 1))
             if module.bias is not None:
-                mean, spread = _SPREADS.get(name, (0.0, 1.0))
+                mean, spread = _SPREADS.get(name, (_ABOVE_ZERO, 1.0))
                 # Not the same for all channels, so that mixing them up shows.
                 spreads = spread * torch.empty_like(module.bias).uniform_(0.5, 1.5, generator=generator)
                 means = mean + 0.2 * spread * torch.empty_like(module.bias).normal_(generator=generator)
                 hooks.append(module.register_forward_hook(_OutputCalibration(means, spreads)))
         elif hasattr(module, "running_mean"):
             module.weight.uniform_(0.5, 1.5, generator=generator)
-            module.bias.normal_(0, 0.2, generator=generator)
+            module.bias.normal_(_ABOVE_ZERO, 0.2, generator=generator)
             if module in branch_ends:
-                module.weight.mul_(0.2)  # as in trained networks; otherwise gradients grow from block to block
+                # As in trained networks; otherwise gradients grow from block to block.
+                module.weight.mul_(0.2)
+                module.bias.mul_(0.2)
             hooks.append(module.register_forward_pre_hook(_calibrate_norm))
     model.eval()(images)
     for hook in hooks:
         hook.remove()
 
 
+# Mean of the inputs of ReLUs, in their standard deviations. Most are positive, so that few are so near zero that
+# rounding decides on which side they are: a ReLU that flips changes the gradient by far more than the rounding itself.
+_ABOVE_ZERO = 2.5
 # Mean and standard deviation that the outputs of a predictor get: scores on both sides of the threshold, boxes that
 # move by a part of their size, masks that fill most of their boxes.
 _SPREADS = {

@@ -109,9 +109,11 @@ def sample_points(start: jax.Array, bin_size: jax.Array, output_size: int, sampl
       output_size: bins.
       sampling_ratio: points per bin, at the centres of its equal parts.
     """
-    offset = (jnp.arange(sampling_ratio, dtype=start.dtype) + 0.5) / sampling_ratio
-    position = jnp.arange(output_size, dtype=start.dtype)[:, None] + offset[None]
-    return start[:, None, None] + position[None] * bin_size[:, None, None]
+    # In the order of torchvision's additions: others round differently, which shows in what is sampled at 1e-5.
+    start, bin_size = start[:, None, None], bin_size[:, None, None]
+    bins = jnp.arange(output_size, dtype=start.dtype).reshape(1, -1, 1)
+    samples = jnp.arange(sampling_ratio, dtype=start.dtype).reshape(1, 1, -1) + 0.5
+    return start + bins * bin_size + samples * bin_size / sampling_ratio
 
 
 def interpolation_corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -377,8 +379,9 @@ def _sample_rows(rois, sample, output_size):
 
     def corners(start, bin_size, number, sample, size):
         bins = jnp.arange(output_size, dtype=start.dtype).reshape(1, 1, -1)
-        offset = (sample.astype(start.dtype) + 0.5) / jnp.maximum(number, 1).astype(start.dtype)
-        points = start[..., None] + (bins + offset[..., None]) * bin_size[..., None]
+        offset = (sample.astype(start.dtype) + 0.5) * bin_size / jnp.maximum(number, 1).astype(start.dtype)
+        # In the order of torchvision's additions, as in sample_points.
+        points = start[..., None] + bins * bin_size[..., None] + offset[..., None]
         # Where no RoI is left the size is 0, and there must be a cell 0 to look up.
         return [c[..., None] for c in interpolation_corners(points, jnp.maximum(size, 1)[..., None])]
 

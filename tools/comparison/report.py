@@ -18,7 +18,7 @@ class Row(NamedTuple):
     reference: float
     where: tuple[int, ...]
     max_abs: float
-    max_rel: float  # max_abs over the largest absolute value of the reference
+    max_rel: float  # max_abs over the largest absolute value of the reference, or a ratio of norms
     tolerance: float
     absolute: bool  # whether the tolerance limits max_abs instead of max_rel
 
@@ -44,8 +44,31 @@ class Comparison:
         """Whether all rows are within their tolerances, and there are some."""
         return bool(self._rows) and all(row.ok for row in self._rows.values())
 
-    def add(self, section: str, name: str, ours, reference, tolerance: float, *, absolute: bool = False) -> None:
-        """Compare two arrays of the same shape; of another shape, they differ by infinity."""
+    def add(
+        self,
+        section: str,
+        name: str,
+        ours,
+        reference,
+        tolerance: float,
+        *,
+        absolute: bool = False,
+        by_norm: bool = False,
+        floor: float = 0.0,
+    ) -> None:
+        """Compare two arrays; of different shapes, they differ by infinity.
+
+        Args:
+          section: of the table.
+          name: of the row.
+          ours: array or number.
+          reference: likewise.
+          tolerance: largest relative difference that passes.
+          absolute: the tolerance limits the absolute difference instead.
+          by_norm: relative is the norm of the difference over that of the reference, instead of the largest difference
+            over the largest value.
+          floor: what a relative difference is relative to at least.
+        """
         ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
         if ours.shape != reference.shape:
             sizes = float(ours.size), float(reference.size)
@@ -56,7 +79,11 @@ class Comparison:
             difference = np.abs(ours - reference)
             where = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), ours.shape)
             max_abs, scale = float(difference[where]), float(np.abs(reference).max())
-            max_rel = max_abs / scale if scale else max_abs
+            if by_norm:
+                max_rel, scale = float(np.linalg.norm(difference)), float(np.linalg.norm(reference))
+            else:
+                max_rel = max_abs
+            max_rel /= max(scale, floor) or 1.0
             place = tuple(map(int, where))
             row = Row(
                 section,
@@ -70,7 +97,7 @@ class Comparison:
                 absolute,
             )
         before = self._rows.get((section, row.name))
-        if before is None or not row.max_abs <= before.max_abs:
+        if before is None or not _margin(row) <= _margin(before):
             self._rows[section, row.name] = row
 
     def table(self, limit: int = 12) -> str:

@@ -1,0 +1,90 @@
+"""Final detections in the pixels of the images, masks pasted."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from maskrcnn_jax.data.transforms import resize_image
+from maskrcnn_jax.evaluation.inference import unpad
+from maskrcnn_jax.evaluation.paste import paste_mask
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from tools.comparison.pair import Pair, our_images, to_torch
+from tools.comparison.report import Comparison
+
+
+class DetectionLimits(NamedTuple):
+    """How far final detections may be apart, in any dtype."""
+
+    pixels: float
+    score: float
+    mask_iou: float
+
+
+DETECTIONS = DetectionLimits(0.05, 1e-4, 0.995)
+DETECTIONS_FROM_FILES = DetectionLimits(0.05, 1e-3, 0.97)
+
+
+@torch.no_grad()
+def compare_detections(result: Comparison, pair: Pair, batches: list[list[np.ndarray]]) -> None:
+    """Compare final detections in the pixels of the images: from the same resized pixels on, then from the files on.
+
+    torch resizes in float32 less exactly than OpenCV does, which a network amplifies: hence both.
+    """
+    reference = pair.reference.eval()
+    detect = pair.compiled(MaskRCNN.detect)
+    for batch in tqdm(batches, desc="detections", unit="batch", leave=False):
+        tensors = to_torch(batch, pair.dtype)
+        image_list, _ = reference.transform(tensors)
+        images, sizes = our_images(image_list)
+        original = np.array([image.shape[:2] for image in batch], np.int32)
+        wanted = reference(tensors)
+
+        def compare(section, images, limits, wanted=wanted, sizes=sizes, original=original):
+            found = unpad(detect(images, sizes), sizes, original)
+            for ours, theirs, size in zip(found, wanted, original, strict=True):
+                _compare_instances(result, section, ours, theirs, tuple(map(int, size)), limits)
+
+        compare("detections, from torchvision's resized pixels on", images, DETECTIONS)
+        if pair.dtype == "float32":
+            images = np.zeros_like(images)
+            for i, (height, width) in enumerate(sizes):
+                images[i, :height, :width] = resize_image(batch[i], (int(height), int(width)), "float32")
+            compare("detections, from the files on", images, DETECTIONS_FROM_FILES)
+
+
+def _compare_instances(result: Comparison, section: str, ours, wanted: dict, size, limits: DetectionLimits) -> None:
+    scores, labels = wanted["scores"].numpy(), wanted["labels"].numpy()
+    result.add(section, "number", len(ours.scores), len(scores), 0.0)
+    result.add(section, "some are there", min(len(scores), 1), 1, 0.0)
+    if len(ours.scores) != len(scores):
+        return
+    order = _order_up_to_ties(ours, wanted)
+    misplaced = np.abs(ours.scores[order] - ours.scores) > limits.score
+    result.add(section, "out of order, ties aside", misplaced.sum(), 0.0, 0.0, absolute=True)
+    result.add(section, "labels", ours.labels[order], labels, 0.0)
+    result.add(section, "boxes, pixels", ours.boxes[order], wanted["boxes"], limits.pixels, absolute=True)
+    result.add(section, "scores", ours.scores[order], scores, limits.score, absolute=True)
+    overlaps = []
+    for i, mask in zip(order, wanted["masks"].numpy()[:, 0] >= 0.5, strict=True):
+        pasted = np.zeros(size, bool)
+        crop, y, x = paste_mask(ours.masks[i], ours.boxes[i], size)
+        pasted[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        union = (pasted | mask).sum()
+        overlaps.append((pasted & mask).sum() / union if union else 1.0)
+    apart = 1 - np.array(overlaps)
+    result.add(section, "1 - mask IoU", apart, np.zeros_like(apart), 1 - limits.mask_iou, absolute=True)
+
+
+def _order_up_to_ties(ours, wanted: dict) -> np.ndarray:
+    """Return, for each detection of the reference, ours of the same label with the nearest box, each used once."""
+    boxes, labels = wanted["boxes"].numpy(), wanted["labels"].numpy()
+    free = np.ones(len(ours.boxes), bool)
+    order = np.arange(len(labels))
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        distance = np.abs(ours.boxes - box).max(axis=1) + np.where(free & (ours.labels == label), 0, np.inf)
+        best = int(np.argmin(distance))
+        order[i] = best if np.isfinite(distance[best]) else int(np.argmax(free))
+        free[order[i]] = False
+    return order
