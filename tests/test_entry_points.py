@@ -92,6 +92,23 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
         assert [written[f"{kind}_{name}"] for name in names] == coco_eval.stats.tolist()
 
+    weights = place / "model.safetensors"
+    exported = run("tools/export_torchvision.py", f"--workdir={workdir}", f"--output={weights}")
+    assert exported.returncode == 0, exported.stderr[-2000:]
+    assert "roi_aligned=True" in exported.stdout, "torchvision has no such option"
+    config = f"--config={place}/tiny.py"
+    here = f"--config.data.coco_dir={place / 'shapes'}"
+    categories = f"--categories={workdir / 'categories.json'}"
+    output = f"--output={place / 'again'}"
+    again = run("eval.py", config, here, f"--weights={weights}", categories, output)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads((place / "again" / "metrics.json").read_text()) == written
+    # Without --categories the labels would be COCO's, which these weights do not have.
+    assert "another number of classes" in refusal(run("eval.py", config, here, f"--weights={weights}", output))
+    started = train(place, f"--weights={weights}", "--config.eval_every=0", workdir=place / "fine_tuned")
+    assert started.returncode == 0, started.stderr[-2000:]
+    assert "weights of torchvision's Mask R-CNN" in started.stdout
+
     images = place / "shapes" / "val2017"
     predicted = run(
         "predict.py", f"--workdir={workdir}", f"--input={images}", f"--output={place}/out", "--min_score=0"
@@ -110,6 +127,15 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
     other = train(place, "--config.max_steps=4", "--config.model.backbone=resnet34", workdir=workdir)
     assert "of another architecture" in refusal(other)
     assert json.loads((workdir / "config.json").read_text())["model"]["backbone"] == "resnet18"
+
+
+def test_weights_and_runs_are_not_mixed_up(place):
+    line = refusal(run("eval.py", "--split=val2017"))
+    assert "either --workdir" in line
+    assert "--weights needs the --config" in refusal(run("eval.py", "--weights=x.pth", "--output=y"))
+    line = refusal(train(place, "--weights=nowhere.safetensors"))
+    assert "nowhere.safetensors" in line
+    assert not (place / "unused").exists()
 
 
 def test_a_missing_dataset_is_one_sentence(place):

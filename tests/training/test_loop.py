@@ -1,3 +1,4 @@
+import contextlib
 import json
 import signal
 from typing import NamedTuple
@@ -139,3 +140,25 @@ def test_a_checkpoint_of_another_architecture_is_refused(config, tmp_path):
     config.model.stem_channels = 16
     with pytest.raises(UserError, match="of another architecture"):
         train(config, tmp_path, make_evaluate=lambda categories: None)
+
+
+def test_a_dataset_with_other_categories_is_refused(config, tmp_path):
+    config.eval_every = 0
+    config.max_steps = 1
+    train(config, tmp_path, make_evaluate=lambda categories: None)
+    path = tmp_path / "categories.json"
+    path.write_text(path.read_text().replace("circle", "wheel"))
+    config.max_steps = 2
+    with pytest.raises(UserError, match="was trained on other categories"):
+        train(config, tmp_path, make_evaluate=lambda categories: None)
+
+
+def test_an_evaluation_that_fails_loses_no_step(config, tmp_path):
+    def failing(model):
+        raise OSError("the disk is full")
+
+    config.epochs = 1
+    with pytest.raises(OSError, match="the disk is full"):
+        train(config, tmp_path, make_evaluate=lambda categories: failing)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.latest_step == len((tmp_path / "metrics.jsonl").read_text().splitlines()) * config.log_every
