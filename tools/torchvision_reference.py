@@ -291,7 +291,7 @@ _SPREADS = {
     "rpn.head.bbox_pred": (0.0, 0.3),
     "roi_heads.box_predictor.cls_score": (0.0, 1.5),
     "roi_heads.box_predictor.bbox_pred": (0.0, 0.5),
-    "roi_heads.mask_predictor.mask_fcn_logits": (1.0, 1.0),
+    "roi_heads.mask_predictor.mask_fcn_logits": (2.0, 1.0),
 }
 
 
