@@ -116,7 +116,7 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean, var, count = _statistics(x.astype(self.scale[...].dtype), valid)
+            mean, var, count = _statistics(x.astype(self.scale[...].dtype), valid, self.mean[...])
             unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(var.dtype)
             # Without a valid row there is nothing to learn about the statistics.
             momentum = jnp.where(count > 0, self.momentum, 0).astype(mean.dtype)
@@ -142,15 +142,19 @@ class FrozenBatchNorm(nnx.Module):
         return _normalize(x, self.mean[...], self.var[...], self.scale[...], self.bias[...], self.eps, self.dtype)
 
 
-def _statistics(x, valid):
-    """Return the mean [K] and the (biased) variance [K] of x [N, H, W, K] over its valid rows, and their cells."""
+def _statistics(x, valid, shift):
+    """Return the mean [K] and the (biased) variance [K] of x [N, H, W, K] over its valid rows, and their cells.
+
+    In one pass over x: two read the activations twice. The difference of two squares loses the digits that they share,
+    few if x is first moved by ``shift`` [K], something near its mean.
+    """
+    x = x - jax.lax.stop_gradient(shift).reshape(1, 1, 1, -1)
     rows = jnp.ones(x.shape[0], x.dtype) if valid is None else valid.astype(x.dtype)
     count = jnp.sum(rows) * (x.shape[1] * x.shape[2])
     weight = (rows / jnp.maximum(count, 1)).reshape(-1, 1, 1, 1)
     mean = jnp.sum(x * weight, axis=(0, 1, 2))
-    # One pass over x: the two-pass form reads the activations twice, which costs more than the rounding.
     var = jnp.maximum(jnp.sum(jnp.square(x) * weight, axis=(0, 1, 2)) - jnp.square(mean), 0)
-    return mean, var, count
+    return mean + shift, var, count
 
 
 def _normalize(x, mean, var, scale, bias, eps, dtype):

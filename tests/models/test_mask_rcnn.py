@@ -70,7 +70,7 @@ def test_every_stage_has_the_documented_shape():
 def test_an_unknown_backbone_or_norm_is_named_with_the_choices():
     with pytest.raises(ValueError, match="resnet7.*resnet50"):
         tiny_model(backbone="resnet7")
-    with pytest.raises(ValueError, match="layer.*'batch' or 'frozen'"):
+    with pytest.raises(ValueError, match="layer.*'batch', 'frozen' or 'none'"):
         tiny_model(norm="layer")
 
 
