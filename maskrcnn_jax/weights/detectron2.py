@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, IMAGE_STD, MaskRCNN
-from maskrcnn_jax.weights.layout import LEAVES, Entry, Layout, Path, module_layout, then
+from maskrcnn_jax.weights.layout import Entry, Layout, Path, module_and_leaf, module_layout, then
 
 _STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
 # Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first. [O, 3, 7, 7]
@@ -48,11 +48,8 @@ def entries(model: MaskRCNN) -> list[Entry]:
 
 
 def _key(path: Path) -> str:
-    *module, leaf = path
-    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):
-        name, leaf = leaf.split("_")
-        module.append(name)
-    return f"{_module_name(module)}.{LEAVES[leaf]}"
+    module, leaf = module_and_leaf(path)
+    return f"{_module_name(module)}.{leaf}"
 
 
 def _module_name(module: list[str | int]) -> str:

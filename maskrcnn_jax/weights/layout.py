@@ -66,7 +66,7 @@ def module_layout(path: Path, ndim: int, pool_size: int) -> Layout:
 
 
 # What PyTorch calls the arrays of a module.
-LEAVES = {
+_LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -74,3 +74,12 @@ LEAVES = {
     "var": "running_var",
     "num_batches": "num_batches_tracked",
 }
+
+
+def module_and_leaf(path: Path) -> tuple[list[str | int], str]:
+    """Return the path of the module that an array belongs to, and what PyTorch calls the array in it."""
+    *module, leaf = path
+    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):  # ours has no module of their own for them
+        name, leaf = leaf.split("_")
+        module.append(name)
+    return module, _LEAVES[leaf]

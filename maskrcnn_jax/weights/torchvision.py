@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
-from maskrcnn_jax.weights.layout import LEAVES, Entry, Path, module_layout
+from maskrcnn_jax.weights.layout import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
 # Of the names before torchvision 0.13.
@@ -60,11 +60,8 @@ def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _key(path: Path, num_convs: int) -> str:
-    *module, leaf = path
-    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):
-        name, leaf = leaf.split("_")
-        module.append(name)
-    return f"{_module_name(module, num_convs)}.{LEAVES[leaf]}"
+    module, leaf = module_and_leaf(path)
+    return f"{_module_name(module, num_convs)}.{leaf}"
 
 
 def _module_name(module: list[str | int], num_convs: int) -> str:
