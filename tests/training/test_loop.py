@@ -44,7 +44,7 @@ def arrays(workdir):
 
 def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path):
     train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
-    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 8
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["stem_channels"] == 8
     assert (tmp_path / "categories.json").exists()
     assert list((tmp_path / "tensorboard").iterdir())
     logged = [line for line in lines(tmp_path) if "loss" in line]
