@@ -9,20 +9,15 @@ Writes metrics.json, detections.json and predictions.jpg into --output, the work
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from maskrcnn_jax.cli import find_config, load_model, run_app
+from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.sharding import use_all_cores
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Use instead of the config that the run was trained with.")
-flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
-flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
-flags.DEFINE_string("weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py.")
-flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, if not COCO's.")
+define_model_flags()
 flags.DEFINE_string("coco_dir", None, "Evaluate on this dataset instead of the one trained on.")
 flags.DEFINE_string("split", None, "Evaluate this split instead of config.data.eval_split.")
 flags.DEFINE_integer("limit", None, "Evaluate only the first images.", lower_bound=1)
@@ -32,15 +27,9 @@ flags.DEFINE_string("output", None, "Folder for the results; the workdir if not 
 def main() -> None:
     if FLAGS.weights and not FLAGS.output:
         raise UserError("--weights needs --output, a folder for the results")
-    config = find_config(FLAGS.config, workdir=FLAGS.workdir, weights=FLAGS.weights)
+    config = find_config()
     use_all_cores(config.eval_batch_size)
-    model, categories = load_model(
-        config,
-        workdir=FLAGS.workdir,
-        checkpoint=FLAGS.checkpoint,
-        weights=FLAGS.weights,
-        categories=FLAGS.categories,
-    )
+    model, categories = load_model(config)
     data = config.data.unlock()
     data.coco_dir = FLAGS.coco_dir or data.coco_dir
     data.eval_split = FLAGS.split or data.eval_split

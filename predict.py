@@ -10,9 +10,9 @@ their captions can be read.
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from maskrcnn_jax.cli import find_config, load_model, run_app
+from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
 from maskrcnn_jax.data.loader import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
 from maskrcnn_jax.evaluation.files import Label, Prepare, is_video, list_images, predict_images, predict_video
@@ -22,14 +22,10 @@ from maskrcnn_jax.structures import Batch
 STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of a training run.")
-flags.DEFINE_string("weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py.")
-flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, if not COCO's.")
+define_model_flags()
 flags.DEFINE_string("input", None, "An image, a folder of images or a video.", required=True)
 flags.DEFINE_string("output", None, "Folder for the pictures and the JSON files.", required=True)
 flags.DEFINE_float("min_score", 0.5, "Detections below are left out.", lower_bound=0.0, upper_bound=1.0)
-flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or the number of a step.")
-config_flags.DEFINE_config_file("config", None, "Config to use instead of the one that the run was trained with.")
 
 
 def make_prepare(data: ConfigDict) -> Prepare:
@@ -56,14 +52,8 @@ def make_prepare(data: ConfigDict) -> Prepare:
 
 def main() -> None:
     paths = None if is_video(FLAGS.input) else list_images(FLAGS.input)
-    config = find_config(FLAGS.config, workdir=FLAGS.workdir, weights=FLAGS.weights)
-    model, categories = load_model(
-        config,
-        workdir=FLAGS.workdir,
-        checkpoint=FLAGS.checkpoint,
-        weights=FLAGS.weights,
-        categories=FLAGS.categories,
-    )
+    config = find_config()
+    model, categories = load_model(config)
     columns = zip(categories.labels, categories.ids, categories.names, strict=True)
     labels = {label: Label(category_id, name) for label, category_id, name in columns}
     call = {"labels": labels, "min_score": FLAGS.min_score, "aligned_masks": config.model.roi_aligned}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import app
+from absl import app, flags
 from flax import nnx
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from maskrcnn_jax.data.coco import Categories
 from maskrcnn_jax.errors import UserError
@@ -52,30 +52,36 @@ def run_app(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def find_config(config: ConfigDict | None, *, workdir: str | None, weights: str | None) -> ConfigDict:
-    """Return the config of the model that a command was asked to use: --config, or that of the run in --workdir.
+def define_model_flags() -> None:
+    """Define the options by which a command is told which model to use; load_model reads them."""
+    config_flags.DEFINE_config_file("config", None, "Use instead of the config that the run was trained with.")
+    flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
+    flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
+    flags.DEFINE_string(
+        "weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py."
+    )
+    flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, or COCO's.")
+
+
+def find_config() -> ConfigDict:
+    """Return the config of the model that the user named: --config, or that of the run in --workdir.
 
     Raises:
       UserError: when these options and --weights contradict each other.
     """
-    if (workdir is None) == (weights is None):
+    options = flags.FLAGS
+    if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, a folder that train.py wrote, or --weights together with --config")
-    if weights is not None and config is None:
+    if options.weights is not None and options.config is None:
         raise UserError("--weights needs the --config that they belong to, such as configs/torchvision_r50_fpn.py")
-    return config or load_config(workdir)
+    return options.config or load_config(options.workdir)
 
 
-def load_model(
-    config: ConfigDict, *, workdir: str | None, checkpoint: str, weights: str | None, categories: str | None
-) -> tuple[MaskRCNN, Categories]:
-    """Load the model that a command was asked to use: a run of train.py, or weights from elsewhere.
+def load_model(config: ConfigDict) -> tuple[MaskRCNN, Categories]:
+    """Load the model that the user named: a run of train.py, or weights from elsewhere.
 
     Args:
       config: as find_config returns it.
-      workdir: of --workdir, the folder of a run.
-      checkpoint: of --checkpoint, which one of the run.
-      weights: of --weights, a file or a name that weights.download knows.
-      categories: of --categories, what the labels of the weights mean; None means COCO's.
 
     Returns:
       The model in evaluation mode, and what its labels mean.
@@ -83,11 +89,14 @@ def load_model(
     Raises:
       UserError: when the config, the checkpoint and the categories do not fit each other.
     """
-    if workdir is not None:
-        return restore_model(workdir, config.model, which=checkpoint)
-    known = Categories.load(categories) if categories else Categories.coco(config.data.contiguous_labels)
+    options = flags.FLAGS
+    if options.workdir is not None:
+        return restore_model(options.workdir, config.model, which=options.checkpoint)
+    known = Categories.coco(config.data.contiguous_labels)
+    if options.categories:
+        known = Categories.load(options.categories)
     model = MaskRCNN(known.num_classes, **config.model, rngs=nnx.Rngs(0))
-    print(load_weights(model, read_arrays(resolve(weights)), source=weights))
+    print(load_weights(model, read_arrays(resolve(options.weights)), source=options.weights))
     model.eval()
     return model, known
 

@@ -4,8 +4,8 @@
     python tools/compare_torch.py --workdir=runs/r50 --images=DIR [--dtype=float64]
 
 Both sides get the same weights (seeded random ones if none are given) and the same images. Of a run of train.py its
-AP is compared too. Prints a table, writes it
-as --json and --html, and exits with status 1 if something is further away than its tolerance.
+AP is compared too. Prints a table, writes it as --json and --html, and exits with status 1 if something is further
+away than its tolerance.
 """
 
 import sys
@@ -21,11 +21,12 @@ from absl import flags
 
 from configs import torchvision_r50_fpn, torchvision_r50_fpn_v2
 from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.download import resolve
 from maskrcnn_jax.weights.files import read_arrays
-from maskrcnn_jax.weights.torchvision import modern_names
+from maskrcnn_jax.weights.torchvision import modern_names, without_counterpart
 from tools.comparison.ap import compare_ap
 from tools.comparison.detections import compare_detections
 from tools.comparison.pair import TOLERANCES, Pair, make_targets, read_images, to_torch
@@ -46,8 +47,8 @@ def compare(
     dtype: str = "float32",
     weights: Mapping[str, np.ndarray] | None = None,
     batch_size: int = 2,
-    min_size: int = 800,
-    max_size: int = 1333,
+    min_size: int = 256,
+    max_size: int = 416,
     num_steps: int = 10,
     seed: int = 0,
 ) -> Comparison:
@@ -93,10 +94,10 @@ flags.DEFINE_string("weights", None, "State dict (.pth, .safetensors) or a name;
 flags.DEFINE_string("workdir", None, "Compare the model of this run of train.py instead, and its AP.")
 flags.DEFINE_string("images", None, "Folder of images.", required=True)
 flags.DEFINE_enum("dtype", "float32", sorted(TOLERANCES), "Of both sides.")
-flags.DEFINE_integer("num_images", 4, "Images to compare on.", lower_bound=1)
+flags.DEFINE_integer("num_images", 2, "Images to compare on.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 2, "Images in each forward pass.", lower_bound=1)
-flags.DEFINE_integer("min_size", 800, "Shorter side after resizing, pixels; of a run, its own.", lower_bound=32)
-flags.DEFINE_integer("max_size", 1333, "Longer side after resizing, pixels, at most; likewise.", lower_bound=32)
+flags.DEFINE_integer("min_size", 256, "Shorter side after resizing, pixels; of a run, its own.", lower_bound=32)
+flags.DEFINE_integer("max_size", 416, "Longer side after resizing, pixels, at most; likewise.", lower_bound=32)
 flags.DEFINE_integer("steps", 10, "Of SGD and AdamW (float64); 0 leaves losses and gradients out too.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Of weights, objects and sampling.")
 flags.DEFINE_string("json", None, "File for all rows.")
@@ -109,6 +110,10 @@ def main() -> None:
     common = {"dtype": FLAGS.dtype, "batch_size": FLAGS.batch_size, "num_steps": FLAGS.steps, "seed": FLAGS.seed}
     if FLAGS.workdir:
         config = load_config(FLAGS.workdir)
+        others = without_counterpart(config.model)
+        if others:
+            raise UserError(f"{FLAGS.workdir} has {', '.join(others)}, which torchvision lacks; compare another run")
+        config.model.dtype = "float32"
         model, categories = restore_model(FLAGS.workdir, config.model)
         arrays, count = to_torchvision(model), categories.num_classes
         sizes = {"min_size": config.data.short_side, "max_size": config.data.long_side}

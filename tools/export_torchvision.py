@@ -14,21 +14,12 @@ from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.files import write_arrays
+from maskrcnn_jax.weights.torchvision import without_counterpart
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
 flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
 flags.DEFINE_string("output", None, "File to write, .pth or .safetensors.", required=True)
-
-# Options that change no weight but what they find, with torchvision's only value.
-WITHOUT_COUNTERPART = {
-    "stride_in_1x1": False,
-    "exact_anchors": False,
-    "roi_aligned": False,
-    "roi_sampling_ratio": 2,
-    "rpn_min_size": 1e-3,
-    "box_min_size": 1e-2,
-}
 
 
 def main() -> None:
@@ -37,7 +28,7 @@ def main() -> None:
     arrays = to_torchvision(model)
     write_arrays(FLAGS.output, arrays)
     print(f"{len(arrays)} arrays written to {FLAGS.output}")
-    others = [f"{name}={options[name]}" for name, value in WITHOUT_COUNTERPART.items() if options[name] != value]
+    others = without_counterpart(options)
     if others:
         print(f"torchvision's own model will find something else with them, because of {', '.join(others)}")
 

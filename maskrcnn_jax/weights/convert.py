@@ -22,8 +22,6 @@ IGNORED = (
     "pixel_std",
     "proposal_generator.anchor_generator.cell_anchors.*",
 )
-
-
 RESNET = "a ResNet, for the backbone"
 
 
@@ -75,7 +73,13 @@ def load_weights(
     reinitialised = []
     if not partial and family == RESNET:
         raise UserError(f"{source} holds only a backbone, which finds nothing; train with it first")
-    if partial and _num_classes(entries, arrays) != _num_classes(entries, None, state):
+    other_classes = any(
+        entry.path == ("box_head", "cls_score", "bias")
+        and entry.key in arrays
+        and arrays[entry.key].shape != state[entry.path].shape
+        for entry in entries
+    )
+    if partial and other_classes:
         reinitialised = [entry for entry in entries if entry.per_class and entry.key in arrays]
         entries = [entry for entry in entries if not entry.per_class]
     known = {entry.key for entry in (*entries, *reinitialised)}
@@ -91,7 +95,7 @@ def load_weights(
             problems.append(f"{entry.key} has shape {arrays[entry.key].shape} instead of {wanted}")
     if problems:
         advice = "use the config that these weights belong to"
-        if _num_classes(entries, arrays) != _num_classes(entries, None, state):
+        if other_classes:
             advice = "they are for another number of classes: fine-tune them with train.py first, or " + advice
         listed = "\n  ".join(problems)
         raise UserError(f"{source}: {len(problems)} arrays do not fit the model; {advice}\n  {listed}")
@@ -143,13 +147,3 @@ def _is_ignored(key: str) -> bool:
 def _foreign_shape(entry: Entry, state: dict) -> tuple[int, ...]:
     # A view of one number: only its shape matters.
     return entry.layout.write(np.broadcast_to(np.float32(0), state[entry.path].shape)).shape
-
-
-def _num_classes(entries: list[Entry], arrays: dict | None, state: dict | None = None) -> int | None:
-    """Return the classes, background included, of a checkpoint or of the model; None of a mere backbone."""
-    for entry in entries:
-        if entry.path == ("box_head", "cls_score", "bias"):
-            if arrays is None:
-                return state[entry.path].shape[0]
-            return len(arrays[entry.key]) if entry.key in arrays else None
-    return None

@@ -5,6 +5,7 @@ maskrcnn_resnet50_fpn. The first version's published weights carry older names, 
 """
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from flax import nnx
@@ -13,6 +14,15 @@ from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.weights.layout import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
+# Options of MaskRCNN that change no weight but what is found with it, and the only value that torchvision has.
+_FIXED_OPTIONS = {
+    "stride_in_1x1": False,
+    "exact_anchors": False,
+    "rpn_min_size": 1e-3,
+    "roi_aligned": False,
+    "box_min_size": 1e-2,
+    "mask_targets_binary": False,
+}
 # Of the names before torchvision 0.13.
 _RENAMED = (
     (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
@@ -20,9 +30,13 @@ _RENAMED = (
 )
 
 
+def without_counterpart(options: Mapping) -> list[str]:
+    """Return the options of a MaskRCNN with which torchvision's model, of the same weights, finds something else."""
+    return [f"{name}={options[name]}" for name, value in _FIXED_OPTIONS.items() if options[name] != value]
+
+
 def entries(model: MaskRCNN) -> list[Entry]:
     """Return the counterpart of every array of a model."""
-    state = nnx.to_flat_state(nnx.state(model))
     return [
         Entry(
             path,
@@ -30,7 +44,7 @@ def entries(model: MaskRCNN) -> list[Entry]:
             module_layout(path, variable.ndim, BOX_POOL_SIZE),
             per_class=path[1] in ("cls_score", "bbox_pred", "logits_kernel", "logits_bias") and path[0] != "rpn",
         )
-        for path, variable in state
+        for path, variable in nnx.to_flat_state(nnx.state(model))
     ]
 
 

@@ -39,7 +39,6 @@ def options_of(version: str, **changes) -> dict:
 
 def compare_on(coco_dir, options, dtype, num_images=2, **settings):
     images = read_images(coco_dir / "val2017", num_images)
-    # The packages of both sides warn of things of their own under float64; what counts is compared.
     with jax.enable_x64(dtype == "float64"):
         return compare(options, images, dtype=dtype, **settings)
 
@@ -67,8 +66,7 @@ def test_a_narrow_resnet50_agrees_in_float64_through_ten_steps(coco_dir, version
 @pytest.mark.parametrize(("version", "gradients"), [("v1", True), ("v2", False)])
 def test_the_full_network_agrees_in_float32(coco_dir, version, gradients):
     """Of version 2 a few gradients depend on which side of zero single ReLUs round to, see docs/numerics.md."""
-    settings = {"num_steps": int(gradients), "min_size": 256, "max_size": 416}
-    result = compare_on(coco_dir, options_of(version), "float32", **settings)
+    result = compare_on(coco_dir, options_of(version), "float32", num_steps=int(gradients))
     assert result.ok, result.table()
 
 

@@ -175,5 +175,5 @@ def _compare_sets(result: Comparison, section: str, ours: np.ndarray, wanted: np
     result.add(
         section, "proposals: share without counterpart", moved.mean(), 0.0, PROPOSALS_MOVED[pair.dtype], absolute=True
     )
-    scale = np.abs(wanted).max()
-    result.add(section, "proposals: distance of the others", nearest[~moved].max() / scale, 0.0, pair.tolerances.stage)
+    scale, distance_left = np.abs(wanted).max(), nearest[~moved].max(initial=0)
+    result.add(section, "proposals: distance of the others", distance_left / scale, 0.0, pair.tolerances.stage)
