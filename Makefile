@@ -5,6 +5,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 RUNTIME = $(VENV)/.runtime-installed
 DEV = $(VENV)/.dev-installed
+# Most of a test's time is compiling, which takes one core. Free workers take over from busy ones.
+PARALLEL = --numprocesses=2 --dist=worksteal
 
 .PHONY: train test test-fast lint
 
@@ -14,10 +16,10 @@ train: $(RUNTIME)
 	$(RUN) predict.py --workdir=runs/shapes --input=data/shapes/val2017 --output=runs/shapes/pictures
 
 test: $(DEV)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 test-fast: $(DEV)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(DEV)
 	$(RUN) -m ruff check .
