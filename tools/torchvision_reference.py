@@ -70,16 +70,18 @@ def import_torchvision():
 def greedy_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Return the indices that greedy suppression keeps, best first; as nms_kernel.cpp."""
     order = torch.sort(scores, stable=True, descending=True).indices
-    boxes = boxes[order]
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    alive = torch.ones(len(boxes), dtype=torch.bool)
-    for i in range(len(boxes)):
-        if alive[i]:
-            rest = boxes[i + 1 :]
-            sides = (torch.minimum(boxes[i, 2:], rest[:, 2:]) - torch.maximum(boxes[i, :2], rest[:, :2])).clamp(min=0)
-            intersection = sides[:, 0] * sides[:, 1]
-            alive[i + 1 :] &= ~(intersection / (areas[i] + areas[i + 1 :] - intersection) > iou_threshold)
-    return order[alive]
+    # In numpy, whose calls on so few numbers cost a fraction of torch's: a slow reference would flatter our timings.
+    x1, y1, x2, y2 = boxes.detach()[order].T.contiguous().numpy()
+    areas = (x2 - x1) * (y2 - y1)
+    alive = np.ones(len(areas), bool)
+    with np.errstate(divide="ignore", invalid="ignore"):  # empty boxes
+        for i in range(len(areas)):
+            if alive[i]:
+                width = np.minimum(x2[i], x2[i + 1 :]) - np.maximum(x1[i], x1[i + 1 :])
+                height = np.minimum(y2[i], y2[i + 1 :]) - np.maximum(y1[i], y1[i + 1 :])
+                intersection = np.maximum(width, 0) * np.maximum(height, 0)
+                alive[i + 1 :] &= ~(intersection / (areas[i] + areas[i + 1 :] - intersection) > iou_threshold)
+    return order[torch.from_numpy(alive)]
 
 
 ROI_CHUNK = 64  # RoIs pooled at once, which bounds the memory

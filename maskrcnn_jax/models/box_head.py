@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import ConvNorm, conv_of_small_maps, kaiming_normal, parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, kaiming_normal, parameter_dtype
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
@@ -47,7 +47,6 @@ class BoxHead(nnx.Module):
                     3,
                     norm=norm,
                     kernel_init=kaiming_normal,
-                    conv_general_dilated=conv_of_small_maps,
                     dtype=dtype,
                     rngs=rngs,
                 )

@@ -1,7 +1,4 @@
-"""Convolutions and normalisations that every part of the network is built from.
-
-Padding is explicit and symmetric, as in PyTorch: XLA's SAME pads a strided convolution differently.
-"""
+"""Convolutions and normalisations that every part of the network is built from."""
 
 from collections.abc import Callable
 
@@ -10,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.ops.convolution import conv2d
 
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 kaiming_uniform = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -20,68 +18,31 @@ def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def conv(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    *,
-    stride: int = 1,
-    use_bias: bool = True,
-    kernel_init: Callable = kaiming_uniform,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-    conv_general_dilated: Callable = jax.lax.conv_general_dilated,
-) -> nnx.Conv:
-    """Build a square convolution that keeps the size up to its stride."""
-    padding = (kernel_size - 1) // 2
-    return nnx.Conv(
-        in_channels,
-        out_channels,
-        kernel_size=(kernel_size, kernel_size),
-        strides=stride,
-        padding=((padding, padding), (padding, padding)),
-        use_bias=use_bias,
-        kernel_init=kernel_init,
-        dtype=dtype,
-        param_dtype=parameter_dtype(dtype),
-        rngs=rngs,
-        conv_general_dilated=conv_general_dilated,
-    )
+class Conv(nnx.Module):
+    """A square convolution that keeps the size up to its stride."""
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        use_bias: bool = True,
+        kernel_init: Callable = kaiming_uniform,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kept = parameter_dtype(dtype)
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, kept))
+        self.bias = nnx.Param(jnp.zeros(out_channels, kept)) if use_bias else None
+        self.stride, self.dtype = stride, dtype
 
-# Maps whose weight gradient is computed at once on a CPU: XLA treats the batch as the window of that convolution, and
-# is 6 times slower on a batch of 256 maps of 14 x 14 than on 16 batches of 16.
-GRADIENT_CHUNK = 16
-
-
-def conv_of_small_maps(x: jax.Array, kernel: jax.Array, *args, **options) -> jax.Array:
-    """Convolve a large batch of small maps: lax.conv_general_dilated with a weight gradient that is fast on CPUs."""
-
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, *args, **options)
-
-    def direct_gradient(x, gradient):
-        # The convolution is linear in the kernel: its values do not matter here, only its shape.
-        zeros = jnp.zeros(kernel.shape, kernel.dtype)
-        return jax.vjp(lambda k: convolve(x, k), zeros)[1](gradient)[0]
-
-    def chunked_gradient(x, gradient):
-        starts = range(0, x.shape[0], GRADIENT_CHUNK)
-        # Unrolled: inside a loop XLA's CPU convolutions run on one thread.
-        return sum(direct_gradient(x[i : i + GRADIENT_CHUNK], gradient[i : i + GRADIENT_CHUNK]) for i in starts)
-
-    @jax.custom_vjp
-    def apply(x, kernel):
-        return convolve(x, kernel)
-
-    def backward(x_and_kernel, gradient):
-        x, kernel = x_and_kernel
-        x_gradient = jax.vjp(lambda x: convolve(x, kernel), x)[1](gradient)[0]
-        kernel_gradient = jax.lax.platform_dependent(x, gradient, cpu=chunked_gradient, default=direct_gradient)
-        return x_gradient, kernel_gradient
-
-    apply.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
-    return apply(x, kernel)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to x [N, H, W, K] in the compute dtype."""
+        x = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 class BatchStatistics(nnx.Variable):
@@ -200,11 +161,10 @@ class ConvNorm(nnx.Module):
         norm_eps: float = 1e-5,
         norm_gain: float = 1.0,
         kernel_init: Callable = kaiming_uniform,
-        conv_general_dilated: Callable = jax.lax.conv_general_dilated,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.conv = conv(
+        self.conv = Conv(
             in_channels,
             out_channels,
             kernel_size,
@@ -213,7 +173,6 @@ class ConvNorm(nnx.Module):
             kernel_init=kernel_init,
             dtype=dtype,
             rngs=rngs,
-            conv_general_dilated=conv_general_dilated,
         )
         self.norm = make_norm(norm, out_channels, eps=norm_eps, gain=norm_gain, dtype=dtype)
 

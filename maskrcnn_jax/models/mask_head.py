@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import ConvNorm, conv_of_small_maps, kaiming_normal, parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, kaiming_normal, parameter_dtype
 
 
 class MaskHead(nnx.Module):
@@ -33,7 +33,6 @@ class MaskHead(nnx.Module):
                 3,
                 norm=norm,
                 kernel_init=kaiming_normal,
-                conv_general_dilated=conv_of_small_maps,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -62,14 +61,16 @@ class MaskHead(nnx.Module):
           labels: [...] int32.
           valid: [...] bool, the RoIs that batch statistics are taken of; all when not given.
         """
-        leading, (height, width, channels) = pooled.shape[:-3], pooled.shape[-3:]
-        x = pooled.reshape(-1, height, width, channels)
+        leading, (height, width) = pooled.shape[:-3], pooled.shape[-3:-1]
+        x = pooled.reshape(-1, *pooled.shape[-3:])
         for convolution in self.convs:
             x = nnx.relu(convolution(x, None if valid is None else valid.reshape(-1)))
         x = nnx.relu(
             self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1)
         )  # [R, h, w, 2, 2, K]
-        kernel = self.logits_kernel[...][labels.reshape(-1)].astype(self.dtype)
-        logits = jnp.einsum("nhwijk,nk->nhiwj", x, kernel, preferred_element_type=parameter_dtype(self.dtype))
-        logits = logits + self.logits_bias[...][labels.reshape(-1)][:, None, None, None, None]
-        return logits.reshape(*leading, 2 * height, 2 * width)
+        labels = labels.reshape(-1)
+        kernel = self.logits_kernel[...][labels].reshape(-1, 1, 1, 1, 1, x.shape[-1])
+        # A sum, which reads x as it lies: for a batch of products with vectors XLA would transpose it first.
+        logits = jnp.sum(x.astype(kernel.dtype) * kernel, axis=-1)
+        logits = logits + self.logits_bias[...][labels].reshape(-1, 1, 1, 1, 1)
+        return logits.swapaxes(2, 3).reshape(*leading, 2 * height, 2 * width)

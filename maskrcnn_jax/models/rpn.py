@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import ConvNorm, conv
+from maskrcnn_jax.models.layers import Conv, ConvNorm
 
 _small_normal = nnx.initializers.normal(0.01)
 
@@ -16,8 +16,8 @@ class RPNHead(nnx.Module):
         self.convs = nnx.List(
             ConvNorm(channels, channels, 3, kernel_init=_small_normal, dtype=dtype, rngs=rngs) for _ in range(depth)
         )
-        self.cls_logits = conv(channels, num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
-        self.bbox_pred = conv(channels, 4 * num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
+        self.cls_logits = Conv(channels, num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
+        self.bbox_pred = Conv(channels, 4 * num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Predict for every anchor of every level.

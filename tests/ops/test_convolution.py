@@ -1,0 +1,78 @@
+"""Convolutions beside lax.conv_general_dilated, with their gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrcnn_jax.ops import convolution, winograd
+from maskrcnn_jax.ops.convolution import conv2d
+from maskrcnn_jax.ops.winograd import conv3x3
+
+
+def direct(x, kernel, stride=1):
+    padding = (kernel.shape[0] - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((padding, padding),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def draw(shape, kernel_shape, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    scale = np.prod(kernel_shape[:3]) ** -0.5
+    return jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=kernel_shape) * scale, dtype)
+
+
+def assert_same(ours, reference, x, kernel, tolerance):
+    """Compare outputs and both gradients, relative to their largest values."""
+    (out, pull), (wanted, reference_pull) = jax.vjp(ours, x, kernel), jax.vjp(reference, x, kernel)
+    gradient = jnp.asarray(np.random.default_rng(1).normal(size=wanted.shape), wanted.dtype)
+    for a, b in zip((out, *pull(gradient)), (wanted, *reference_pull(gradient)), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
+
+
+# One map of several strips, several maps a strip with the last not full, sizes that tiles divide and do not.
+@pytest.mark.parametrize("shape", [(2, 70, 67, 3), (35, 14, 14, 4), (1, 1, 1, 2), (3, 4, 8, 5), (1, 3, 1100, 2)])
+def test_winograd_is_the_convolution(shape):
+    with jax.enable_x64(True):
+        assert_same(conv3x3, direct, *draw(shape, (3, 3, shape[-1], 6)), 1e-13)
+
+
+def test_winograd_rounds_little():
+    """In float32 2e-6 of the largest output, an eighth of what the textbook's points give."""
+    x, kernel = draw((1, 24, 24, 256), (3, 3, 256, 32), np.float32)
+    with jax.enable_x64(True):
+        exact = direct(jnp.asarray(x, jnp.float64), jnp.asarray(kernel, jnp.float64))
+        error = jnp.abs(conv3x3(x, kernel) - exact).max() / jnp.abs(exact).max()
+    assert error < 4e-6
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize("shape", [(2, 11, 14, 3), (40, 6, 5, 3)])
+def test_every_form_is_the_convolution(size, stride, shape, monkeypatch):
+    reference = functools.partial(direct, stride=stride)
+    with jax.enable_x64(True):
+        x, kernel = draw(shape, (size, size, 3, 4))
+        assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
+        monkeypatch.setattr(convolution, "_WINOGRAD_CHANNELS", 1)
+        assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
+
+
+def test_half_precision_and_narrow_convolutions_stay_direct(monkeypatch):
+    def refuse(x, kernel):
+        raise AssertionError("Winograd was used")
+
+    monkeypatch.setattr(convolution, "conv3x3", refuse)
+    conv2d(*draw((1, 4, 4, 16), (3, 3, 16, 16), np.float32))
+    conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), jnp.bfloat16))
+    with pytest.raises(AssertionError, match="Winograd"):
+        conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), np.float32))
+
+
+def test_a_wrong_transform_shows(monkeypatch):
+    monkeypatch.setattr(winograd, "_INPUT", winograd._INPUT[::-1])
+    with jax.enable_x64(True), pytest.raises(AssertionError):
+        assert_same(conv3x3, direct, *draw((2, 8, 8, 3), (3, 3, 3, 6)), 1e-13)
