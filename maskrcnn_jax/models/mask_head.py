@@ -69,8 +69,12 @@ class MaskHead(nnx.Module):
             self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1)
         )  # [R, h, w, 2, 2, K]
         labels = labels.reshape(-1)
-        kernel = self.logits_kernel[...][labels].reshape(-1, 1, 1, 1, 1, x.shape[-1])
-        # A sum, which reads x as it lies: for a batch of products with vectors XLA would transpose it first.
-        logits = jnp.sum(x.astype(kernel.dtype) * kernel, axis=-1)
+        # The axes stay in the order of x, which XLA would otherwise transpose as a whole.
+        logits = jnp.einsum(
+            "nhwijk,nk->nhwij",
+            x,
+            self.logits_kernel[...][labels].astype(self.dtype),
+            preferred_element_type=parameter_dtype(self.dtype),
+        )
         logits = logits + self.logits_bias[...][labels].reshape(-1, 1, 1, 1, 1)
         return logits.swapaxes(2, 3).reshape(*leading, 2 * height, 2 * width)

@@ -184,6 +184,27 @@ class MaskRCNN(nnx.Module):
             )
         )(features[:4], boxes)
 
+    def mask_logits(self, features: list[jax.Array], boxes, labels, valid: jax.Array, image_shape) -> jax.Array:
+        """Return the mask logits [B, F, 28, 28] of boxes [B, F, 4] for their labels [B, F].
+
+        The mask head is the most expensive part per box, and of its F slots ``valid`` [B, F] often has few, which come
+        first: one of three sizes is computed, the smallest that holds them all.
+        """
+        num_slots = boxes.shape[1]
+        sizes = sorted({-(-num_slots // 8), -(-num_slots // 3), num_slots})
+
+        def with_slots(size):
+            def run(mask_head):
+                pooled = self.pool(features, boxes[:, :size], image_shape, MASK_POOL_SIZE)
+                logits = mask_head(pooled, labels[:, :size], valid[:, :size])
+                return jnp.pad(logits, ((0, 0), (0, num_slots - size), (0, 0), (0, 0)))
+
+            return run
+
+        used = jnp.max(jnp.where(valid, jnp.arange(1, num_slots + 1), 0), initial=0)
+        branch = jnp.searchsorted(jnp.array(sizes), used)
+        return nnx.switch(branch, [with_slots(size) for size in sizes], self.mask_head)
+
     def match_anchors(self, anchors: list[jax.Array], gt: GroundTruth) -> jax.Array:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
         high, low = self.rpn_thresholds
@@ -264,8 +285,7 @@ class MaskRCNN(nnx.Module):
         num_mask = int(self.roi_sampling["size"] * self.roi_sampling["positive_fraction"])
         mask_rois = jax.tree.map(lambda x: x[:, :num_mask], rois)
         has_mask = foreground[:, :num_mask]
-        pooled = self.pool(features, mask_rois.boxes, image_shape, MASK_POOL_SIZE)
-        mask_logits = self.mask_head(pooled, mask_rois.labels, has_mask)
+        mask_logits = self.mask_logits(features, mask_rois.boxes, mask_rois.labels, has_mask, image_shape)
         mask_target = self.mask_targets(mask_rois, batch)
         terms = {
             "loss_classifier": losses.classification_loss(logits, rois.labels, rois.valid),
@@ -317,5 +337,5 @@ class MaskRCNN(nnx.Module):
         boxes, scores, labels, valid = jax.vmap(lambda c, d, p, s: select_detections(c, d, p, s, **self.selection))(
             logits, deltas, proposals, sizes
         )
-        mask_logits = self.mask_head(self.pool(features, boxes, image_shape, MASK_POOL_SIZE), labels)
+        mask_logits = self.mask_logits(features, boxes, labels, valid, image_shape)
         return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)

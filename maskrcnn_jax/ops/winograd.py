@@ -100,24 +100,33 @@ def _constant(matrix, like):
 
 
 class _Strips:
-    """How [N, H, W, ...] divides into strips of tiles: of a part of the rows of one map, or of several whole maps."""
+    """How maps [N, H, W, ...] divide into strips of tiles: some rows of all maps, or some maps as a whole.
+
+    The maps lie as [group, member, ...] and a strip takes one member of each group. So where the maps are shared out
+    to devices each of them has a part of every strip, and XLA need not bring strips together.
+    """
 
     def __init__(self, shape: tuple[int, ...]):
         self.shape = shape[:3]
         num_maps, height, width = self.shape
         rows, self.columns = -(-height // TILE), -(-width // TILE)
-        self.rows = min(rows, max(1, _STRIP_TILES // self.columns))
-        strips_per_map = -(-rows // self.rows)
-        self.rows = -(-rows // strips_per_map)  # evenly
-        self.maps = 1 if strips_per_map > 1 else min(num_maps, max(1, _STRIP_TILES // (rows * self.columns)))
-        groups = -(-num_maps // self.maps)
-        self.padded = (groups * self.maps, strips_per_map * self.rows * TILE, self.columns * TILE)
-        first_maps, first_rows = np.arange(groups) * self.maps, np.arange(strips_per_map) * self.rows * TILE
-        self.starts = jnp.array([(n, y, 0, 0) for n in first_maps for y in first_rows], jnp.int32)  # [strips, 4]
+        self.groups = min(num_maps, max(1, _STRIP_TILES // (rows * self.columns)))
+        if self.groups == 1:
+            self.groups = num_maps  # large maps: strips of rows
+        members = -(-num_maps // self.groups)
+        strips_per_map = -(-rows // max(1, _STRIP_TILES // (self.groups * self.columns)))
+        self.rows = -(-rows // strips_per_map)
+        self.padded = (self.groups, members, strips_per_map * self.rows * TILE, self.columns * TILE)
+        self.starts = jnp.array(
+            [(0, m, y * self.rows * TILE, 0, 0) for m in range(members) for y in range(strips_per_map)], jnp.int32
+        )  # [strips, 5]
 
     def pad_output(self, x, around=0):
-        n, height, width = (padded - size for padded, size in zip(self.padded, self.shape, strict=True))
-        return jnp.pad(x, ((0, n), (around, height + around), (around, width + around), (0, 0)))
+        """Return x [N, H, W, K] as [groups, members, rows, columns, K]."""
+        groups, members, height, width = self.padded
+        fill = (groups * members - x.shape[0], height - x.shape[1], width - x.shape[2])
+        x = jnp.pad(x, ((0, fill[0]), (around, fill[1] + around), (around, fill[2] + around), (0, 0)))
+        return x.reshape(groups, members, *x.shape[1:])
 
     def pad_input(self, x):
         return self.pad_output(x, around=1)
@@ -125,11 +134,11 @@ class _Strips:
     def transform_input(self, padded, start):
         """Return the transformed tiles [36, tiles, K] of a strip of a padded input."""
         channels = padded.shape[-1]
-        height, width = self.rows * TILE, self.columns * TILE
-        strip = jax.lax.dynamic_slice(padded, start, (self.maps, height + 2, width + 2, channels))
+        strip = self._slice(padded, start, around=1)
+        height, width = strip.shape[1] - _WINDOW, strip.shape[2] - _WINDOW
         parts = [
             jax.lax.slice(
-                strip, (0, i, j, 0), (self.maps, i + height - 3, j + width - 3, channels), (1, TILE, TILE, 1)
+                strip, (0, i, j, 0), (self.groups, i + height + 1, j + width + 1, channels), (1, TILE, TILE, 1)
             )
             for i in range(_WINDOW)
             for j in range(_WINDOW)
@@ -139,18 +148,23 @@ class _Strips:
 
     def tile_output(self, padded, start):
         """Return the tiles [16, tiles * C] of a strip of a padded output."""
-        channels = padded.shape[-1]
-        size = (self.maps, self.rows * TILE, self.columns * TILE, channels)
-        strip = jax.lax.dynamic_slice(padded, start, size)
-        tiles = strip.reshape(self.maps, self.rows, TILE, self.columns, TILE, channels)
+        strip = self._slice(padded, start, around=0)
+        tiles = strip.reshape(self.groups, self.rows, TILE, self.columns, TILE, padded.shape[-1])
         return tiles.transpose(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
 
     def untile(self, tiles, channels):
-        """Return the strip [maps, rows, columns, C] of tiles [16, tiles * C]."""
-        tiles = tiles.reshape(TILE, TILE, self.maps, self.rows, self.columns, channels)
-        return tiles.transpose(2, 3, 0, 4, 1, 5).reshape(self.maps, self.rows * TILE, self.columns * TILE, channels)
+        """Return the strip [groups, rows, columns, C] of tiles [16, tiles * C]."""
+        tiles = tiles.reshape(TILE, TILE, self.groups, self.rows, self.columns, channels)
+        return tiles.transpose(2, 3, 0, 4, 1, 5).reshape(self.groups, self.rows * TILE, self.columns * TILE, channels)
 
     def crop(self, strips):
-        """Return [N, H, W, C] of all strips [strips, maps, rows, columns, C]."""
+        """Return [N, H, W, C] of all strips [strips, groups, rows, columns, C]."""
         num_maps, height, width = self.shape
-        return strips.reshape(*self.padded, strips.shape[-1])[:num_maps, :height, :width]
+        groups, members, padded_height, padded_width = self.padded
+        maps = strips.swapaxes(0, 1).reshape(groups * members, padded_height, padded_width, strips.shape[-1])
+        return maps[:num_maps, :height, :width]
+
+    def _slice(self, padded, start, around):
+        height, width = self.rows * TILE + 2 * around, padded.shape[3]
+        size = (self.groups, 1, height, width, padded.shape[-1])
+        return jax.lax.dynamic_slice(padded, start, size)[:, 0]

@@ -137,9 +137,9 @@ def test_epochs_differ_and_seeds_differ_and_the_same_seed_repeats():
 
 def test_cocos_training_set_is_planned_in_well_under_a_second():
     plan, _ = plan_of(118_287, shuffle=True)
-    start = time.perf_counter()
+    start = time.process_time()
     plan.step(plan.steps_per_epoch * 7)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_smaller_training_subsets_are_part_of_larger_ones(index):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from maskrcnn_jax.models.proposals import select_proposals
 from maskrcnn_jax.ops.anchors import grid_anchors
@@ -184,3 +185,20 @@ def test_images_of_a_batch_do_not_influence_each_other(tiny_functions):
     for a, e in zip(swapped, both, strict=True):
         # The position in the batch may change how a convolution is blocked.
         np.testing.assert_allclose(np.asarray(a)[::-1], e, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", [0, 1, 2, 3, 6])
+def test_masks_of_used_slots_do_not_depend_on_how_many_are_computed(tiny, used):
+    rng = np.random.default_rng(0)
+    features = [jnp.asarray(rng.normal(size=(2, SIDE // s, SIDE // s, 16)), jnp.float32) for s in (4, 8, 16, 32)]
+    corner = rng.uniform(0, SIDE / 2, (2, 6, 2))
+    boxes = jnp.asarray(np.concatenate([corner, corner + SIDE / 3], axis=-1), jnp.float32)
+    labels = jnp.asarray(rng.integers(1, 5, (2, 6)), jnp.int32)
+    valid = np.zeros((2, 6), bool)
+    valid[0, :used] = valid[1, : used // 2] = True
+    graphdef, state = nnx.split(tiny)
+    run = jax.jit(
+        lambda state, valid: nnx.merge(graphdef, state).mask_logits(features, boxes, labels, valid, (64, 64))
+    )
+    some, everything = run(state, valid), run(state, np.ones((2, 6), bool))
+    np.testing.assert_allclose(some[valid], everything[valid], rtol=0, atol=1e-5)

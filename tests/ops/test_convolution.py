@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskrcnn_jax.ops import convolution, winograd
 from maskrcnn_jax.ops.convolution import conv2d
@@ -43,10 +44,10 @@ def test_winograd_is_the_convolution(shape):
 
 def test_winograd_rounds_little():
     """In float32 2e-6 of the largest output, an eighth of what the textbook's points give."""
-    x, kernel = draw((1, 24, 24, 256), (3, 3, 256, 32), np.float32)
     with jax.enable_x64(True):
-        exact = direct(jnp.asarray(x, jnp.float64), jnp.asarray(kernel, jnp.float64))
-        error = jnp.abs(conv3x3(x, kernel) - exact).max() / jnp.abs(exact).max()
+        x, kernel = draw((1, 24, 24, 256), (3, 3, 256, 32), np.float32)
+        exact = direct(x.astype(jnp.float64), kernel.astype(jnp.float64))
+        error = float(jnp.abs(conv3x3(x, kernel) - exact).max() / jnp.abs(exact).max())
     assert error < 4e-6
 
 
@@ -70,6 +71,20 @@ def test_half_precision_and_narrow_convolutions_stay_direct(monkeypatch):
     conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), jnp.bfloat16))
     with pytest.raises(AssertionError, match="Winograd"):
         conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(8, 70, 64, 8), (256, 14, 14, 8)])
+def test_devices_that_share_the_maps_exchange_none_of_them(shape):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x, kernel = draw(shape, (3, 3, 8, 8), np.float32)
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
+    def gradients(x, kernel):
+        return jax.grad(lambda x, kernel: jnp.sum(jnp.square(conv3x3(x, kernel))), (0, 1))(x, kernel)
+
+    program = jax.jit(gradients).lower(x, jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))).compile()
+    assert "all-gather" not in program.as_text()
+    assert "all-reduce" in program.as_text(), "the gradient of the kernel is a sum over the devices"
 
 
 def test_a_wrong_transform_shows(monkeypatch):

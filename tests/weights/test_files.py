@@ -381,7 +381,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_pickle_cannot_fill_the_memory_or_take_forever(tmp_path, name):
     path = write(tmp_path / "a.pkl", in_dict(BOMBS[name], 4))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may be busy
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match="cannot be read as weights"):
@@ -389,7 +389,7 @@ def test_a_pickle_cannot_fill_the_memory_or_take_forever(tmp_path, name):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert peak < 8 * path.stat().st_size + 30e6
 
 
