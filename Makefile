@@ -1,4 +1,4 @@
-# The two commands: `make train` and `make test`. Each sets up .venv first.
+# `make train`, `make test` and `make bench`; each sets up .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ DEV = $(VENV)/.dev-installed
 # Most of a test's time is compiling, which takes one core. Free workers take over from busy ones.
 PARALLEL = --numprocesses=2 --dist=worksteal
 
-.PHONY: train test test-fast lint
+.PHONY: train test test-fast bench lint
 
 train: $(RUNTIME)
 	$(RUN) -m maskrcnn_jax.data.shapes data/shapes --train=4000 --val=200
@@ -20,6 +20,11 @@ test: $(DEV)
 
 test-fast: $(DEV)
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
+
+bench: $(DEV)
+	mkdir -p runs/bench
+	set -e; for subject in inference train ops eval compile memory scaling; do \
+	  $(RUN) tools/benchmark.py $$subject --against=torchvision --json=runs/bench/$$subject.json; done
 
 lint: $(DEV)
 	$(RUN) -m ruff check .

@@ -49,15 +49,11 @@ flags.DEFINE_bool("narrow", False, "A network a hundredth of the size, to try th
 
 def main() -> None:
     subject = FLAGS.subject
+    common = ("images", "coco_dir", "num_images", "height", "width", "batch_size", "rounds", "dtype", "seed")
     settings = Settings(
         against=FLAGS.against is not None,
         options=NARROW if FLAGS.narrow else {},
-        **{
-            name: FLAGS[name].value
-            for name in (
-                *("images", "coco_dir", "num_images", "height", "width", "batch_size", "rounds", "dtype", "seed"),
-            )
-        },
+        **{name: FLAGS[name].value for name in common},
     )
     use_all_cores(settings.batch_size or CPU_BATCH.get(subject, 1))
     rows = run(subject, settings)

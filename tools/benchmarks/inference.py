@@ -8,7 +8,7 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.inference import make_detect
-from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE, MaskRCNN
+from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.structures import Detections
 from tools.benchmarks.inputs import Settings, default_dtype, make_model, on_gpu, pad_images, read_photos
@@ -108,11 +108,11 @@ def our_stages(model: MaskRCNN, images: jax.Array, sizes: jax.Array) -> dict[str
         lambda m, x, boxes: m.box_head(m.pool(x, boxes, shape, BOX_POOL_SIZE)),
         *(levels, proposals.boxes),
     )
-    boxes, _, labels, _ = stage("detections from the box head", select, logits, offsets, proposals, sizes)
+    boxes, _, labels, valid = stage("detections from the box head", select, logits, offsets, proposals, sizes)
     stage(
         "mask head with RoIAlign",
-        lambda m, x, boxes, labels: jax.nn.sigmoid(m.mask_head(m.pool(x, boxes, shape, MASK_POOL_SIZE), labels)),
-        *(levels, boxes, labels),
+        lambda m, x, *detected: jax.nn.sigmoid(m.mask_logits(x, *detected, shape)),
+        *(levels, boxes, labels, valid),
     )
     return functions
 
