@@ -32,19 +32,27 @@ def run(subject: str, settings: Settings) -> list[Row]:
 
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("against", None, ["torchvision"], "Measure the reference too, in turns.")
-flags.DEFINE_string("json", None, "File for all rows.")
-flags.DEFINE_string("html", None, "File for the plots of scaling.")
-flags.DEFINE_string("images", "", "Folder of images; synthetic shapes if not given.")
-flags.DEFINE_string("coco_dir", os.environ.get("COCO_DIR", ""), "COCO-format dataset with val2017, for data.")
-flags.DEFINE_integer("num_images", 0, "Images of data and eval; 0 means the subject's own number.", lower_bound=0)
-flags.DEFINE_integer("height", 0, "Of the resized images before padding; 0 means the subject's own.", lower_bound=0)
-flags.DEFINE_integer("width", 0, "Likewise.", lower_bound=0)
-flags.DEFINE_integer("batch_size", 0, "Images in each pass; 0 means the subject's own.", lower_bound=0)
-flags.DEFINE_integer("rounds", 0, "Timed calls of each side; 0 means the subject's own number.", lower_bound=0)
-flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Default: float32 on a CPU, bfloat16 on a GPU.")
-flags.DEFINE_integer("seed", 0, "Of weights, images and objects.")
-flags.DEFINE_bool("narrow", False, "A network a hundredth of the size, to try the tool.")
+
+
+def define_flags() -> None:
+    """Define the options; only where this is the program, since other tools have options of the same names."""
+    flags.DEFINE_enum("against", None, ["torchvision"], "Measure the reference too, in turns.")
+    flags.DEFINE_string("json", None, "File for all rows.")
+    flags.DEFINE_string("html", None, "File for the plots of scaling.")
+    flags.DEFINE_string("images", "", "Folder of images; synthetic shapes if not given.")
+    flags.DEFINE_string("coco_dir", os.environ.get("COCO_DIR", ""), "COCO-format dataset with val2017, for data.")
+    flags.DEFINE_integer("num_images", 0, "Images of data and eval; 0 means the subject's own number.", lower_bound=0)
+    flags.DEFINE_integer(
+        "height", 0, "Of the resized images before padding; 0 means the subject's own.", lower_bound=0
+    )
+    flags.DEFINE_integer("width", 0, "Likewise.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 0, "Images in each pass; 0 means the subject's own.", lower_bound=0)
+    flags.DEFINE_integer("rounds", 0, "Timed calls of each side; 0 means the subject's own number.", lower_bound=0)
+    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Default: float32 on a CPU, bfloat16 on a GPU.")
+    flags.DEFINE_integer("seed", 0, "Of weights, images and objects.")
+    flags.DEFINE_bool("narrow", False, "A network a hundredth of the size, to try the tool.")
+    # run_app takes options only, so that the subject becomes one.
+    flags.DEFINE_enum("subject", None, SUBJECTS, "What to measure; may be given as the first word.", required=True)
 
 
 def main() -> None:
@@ -67,8 +75,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # run_app takes options only, so that the subject becomes one.
-    flags.DEFINE_enum("subject", None, SUBJECTS, "What to measure; may be given as the first word.", required=True)
+    define_flags()
     if len(sys.argv) > 1 and sys.argv[1] in SUBJECTS:
         sys.argv[1] = f"--subject={sys.argv[1]}"
     run_app(main)
