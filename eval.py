@@ -14,7 +14,6 @@ from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_ap
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.sharding import use_all_cores
 
 FLAGS = flags.FLAGS
 define_model_flags()
@@ -28,7 +27,6 @@ def main() -> None:
     if FLAGS.weights and not FLAGS.output:
         raise UserError("--weights needs --output, a folder for the results")
     config = find_config()
-    use_all_cores(config.eval_batch_size)
     model, categories = load_model(config)
     data = config.data.unlock()
     data.coco_dir = FLAGS.coco_dir or data.coco_dir

@@ -10,7 +10,6 @@ from ml_collections import config_flags
 from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.sharding import use_all_cores
 from maskrcnn_jax.training.loop import train
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.download import resolve
@@ -25,7 +24,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     config = FLAGS.config
-    use_all_cores(config.batch_size)
 
     def make_evaluate(categories):
         if not config.eval_every:

@@ -1,23 +1,10 @@
 """How arrays lie on the devices: batches split along their first axis, everything else on every device."""
 
-import os
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskrcnn_jax.structures import Batch
-
-
-def use_all_cores(batch_size: int) -> None:
-    """Present the CPU as several devices, as many as it has cores and ``batch_size`` can be divided among.
-
-    XLA runs many operations on one core; a device per core trains 1.5 times as fast on two. Without effect where the
-    computation runs on GPUs or TPUs. To be called before JAX starts computing.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
 
 
 def make_mesh() -> Mesh:

@@ -17,12 +17,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the reference runs on one
 from absl import flags
 
 from maskrcnn_jax.cli import run_app
-from maskrcnn_jax.sharding import use_all_cores
 from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.timing import Row, table, write_json
 
 SUBJECTS = ("inference", "train", "ops", "data", "eval", "compile", "memory", "scaling")
-CPU_BATCH = {"train": 2}  # images a step that a CPU's cores can share
 
 
 def run(subject: str, settings: Settings) -> list[Row]:
@@ -63,7 +61,6 @@ def main() -> None:
         options=NARROW if FLAGS.narrow else {},
         **{name: FLAGS[name].value for name in common},
     )
-    use_all_cores(settings.batch_size or CPU_BATCH.get(subject, 1))
     rows = run(subject, settings)
     print(table(rows))
     if FLAGS.json:

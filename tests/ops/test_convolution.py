@@ -52,7 +52,7 @@ def test_winograd_rounds_little():
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
-@pytest.mark.parametrize("shape", [(2, 11, 14, 3), (40, 6, 5, 3)])
+@pytest.mark.parametrize("shape", [(2, 11, 14, 3), (37, 6, 5, 3)])
 def test_every_form_is_the_convolution(size, stride, shape, monkeypatch):
     reference = functools.partial(direct, stride=stride)
     with jax.enable_x64(True):
@@ -60,6 +60,20 @@ def test_every_form_is_the_convolution(size, stride, shape, monkeypatch):
         assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
         monkeypatch.setattr(convolution, "_WINOGRAD_CHANNELS", 1)
         assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
+def test_gradients_inside_a_conditional_have_the_layout_of_the_fast_kernel(size, stride):
+    x, kernel = draw((40, 20, 20, 8), (size, size, 8, 8), np.float32)
+
+    def loss(x, kernel, double):
+        convolve = functools.partial(conv2d, stride=stride)
+        return jnp.sum(jnp.square(jax.lax.cond(double, lambda: convolve(2 * x, kernel), lambda: convolve(x, kernel))))
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel, True).compile().as_text()
+    convolutions = [line for line in text.splitlines() if " convolution(" in line]
+    assert len(convolutions) >= 4
+    assert all("dim_labels=b01f_01io->b01f" in line and "rhs_reversal" not in line for line in convolutions)
 
 
 def test_half_precision_and_narrow_convolutions_stay_direct(monkeypatch):

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from maskrcnn_jax.evaluation.inference import make_detect
-from maskrcnn_jax.sharding import use_all_cores
 from tools.benchmarks import train
 from tools.benchmarks.child import run_child
 from tools.benchmarks.inputs import (
@@ -43,7 +42,6 @@ def run(settings: Settings) -> list[Row]:
 
 def time_train(settings: Settings) -> dict:
     """Time the compilation of the training step."""
-    use_all_cores(settings.batch_size)
     photos = read_photos(settings, settings.batch_size)
     rng = np.random.default_rng(settings.seed)
     batch = make_batch(photos, [random_objects(settings, train.ORDINARY, rng) for _ in photos])
@@ -52,7 +50,6 @@ def time_train(settings: Settings) -> dict:
 
 def time_inference(settings: Settings) -> dict:
     """Time the compilation of detection."""
-    use_all_cores(settings.batch_size)
     detect = make_detect(make_model(settings))
     inputs = jax.device_put(pad_images(read_photos(settings, settings.batch_size)))
     return {"seconds": _first_call(lambda: detect(*inputs))}

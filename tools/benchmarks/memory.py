@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from maskrcnn_jax.sharding import use_all_cores
 from tools.benchmarks import train
 from tools.benchmarks.child import peak_memory, run_child
 from tools.benchmarks.inputs import Objects, Settings, make_batch, make_model, on_gpu, read_photos
@@ -62,7 +61,6 @@ def _read_inputs(settings: Settings, folder: str) -> tuple[dict | None, list[Obj
 
 def measure_ours(settings: Settings, folder: str) -> dict:
     """Train some steps; returns the peak and what the libraries took before, in MB."""
-    use_all_cores(settings.batch_size)
     wait_for(jax.numpy.zeros(1) + 1)
     libraries = 0.0 if on_gpu() else peak_memory()
     arrays, objects = _read_inputs(settings, folder)
