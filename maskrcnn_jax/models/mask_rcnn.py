@@ -188,10 +188,10 @@ class MaskRCNN(nnx.Module):
         """Return the mask logits [B, F, 28, 28] of boxes [B, F, 4] for their labels [B, F].
 
         The mask head is the most expensive part per box, and of its F slots ``valid`` [B, F] often has few, which come
-        first: one of three sizes is computed, the smallest that holds them all.
+        first: a quarter is computed if that holds them all.
         """
         num_slots = boxes.shape[1]
-        sizes = sorted({-(-num_slots // 8), -(-num_slots // 3), num_slots})
+        few = -(-num_slots // 4)
 
         def with_slots(size):
             def run(mask_head):
@@ -199,11 +199,10 @@ class MaskRCNN(nnx.Module):
                 logits = mask_head(pooled, labels[:, :size], valid[:, :size])
                 return jnp.pad(logits, ((0, 0), (0, num_slots - size), (0, 0), (0, 0)))
 
-            return run
+            # Recomputed in the gradient, which would otherwise keep what each branch leaves for it, used or not.
+            return nnx.remat(run)
 
-        used = jnp.max(jnp.where(valid, jnp.arange(1, num_slots + 1), 0), initial=0)
-        branch = jnp.searchsorted(jnp.array(sizes), used)
-        return nnx.switch(branch, [with_slots(size) for size in sizes], self.mask_head)
+        return nnx.cond(jnp.any(valid[:, few:]), with_slots(num_slots), with_slots(few), self.mask_head)
 
     def match_anchors(self, anchors: list[jax.Array], gt: GroundTruth) -> jax.Array:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""

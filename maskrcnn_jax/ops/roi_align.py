@@ -194,7 +194,10 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
 def _weighted_rows(table, index, weight):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
     total = jnp.zeros((*index.shape[1:], table.shape[1]), _wide(table.dtype))
-    return _add_rows(total, table, index, weight).astype(table.dtype)
+    # In two steps of a loop: XLA would merge the sum into what uses it, with all T arrays of rows waiting in memory.
+    halves = [array.reshape(2, -1, *array.shape[1:]) for array in (index, weight)]
+    total, _ = jax.lax.scan(lambda total, half: (_add_rows(total, table, *half), None), total, halves)
+    return total.astype(table.dtype)
 
 
 def _wide(dtype):
