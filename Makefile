@@ -24,7 +24,8 @@ test-fast: $(DEV)
 bench: $(DEV)
 	mkdir -p runs/bench
 	set -e; for subject in inference train ops eval compile memory scaling; do \
-	  $(RUN) tools/benchmark.py $$subject --against=torchvision --json=runs/bench/$$subject.json; done
+	  $(RUN) tools/benchmark.py $$subject --against=torchvision --json=runs/bench/$$subject.json \
+	    --docs=docs/benchmarks.md; done
 
 lint: $(DEV)
 	$(RUN) -m ruff check .

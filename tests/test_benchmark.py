@@ -9,6 +9,7 @@ import pytest
 from tools import benchmark
 from tools.benchmarks import scaling
 from tools.benchmarks.inputs import NARROW, Settings
+from tools.benchmarks.report import write_docs
 from tools.benchmarks.timing import Row, Spread, compare, measure, table, write_json
 
 TINY = Settings(height=96, width=96, rounds=2, options=NARROW, num_classes=7, dtype="float32")
@@ -76,6 +77,27 @@ def test_rows_are_written_with_where_they_were_measured(tmp_path):
     assert (first["ours_low_s"], first["reference_high_s"]) == (0.001, 5)
     assert (second["ours_mb"], second["reference_mb"], second["ratio"]) == (7, None, None)
     assert "2 ms (1..3)" in table(rows)
+
+
+def test_rows_of_a_subject_replace_those_that_the_document_has(tmp_path):
+    document = tmp_path / "benchmarks.md"
+    document.write_text("# B\n\n### CPU\n\n#### ops\n\nold\n\n#### data\n\nkept\n\n### GPU\n\nnot run\n")
+    where = {"hardware": {"cpu": "Z80", "cores": 2, "gpu": None}, "versions": {"jax": "1"}, "commit": "c", "date": "d"}
+    for seconds in (7, 0.002):
+        rows = [Row("x", Spread(seconds, seconds, seconds), Spread(4, 3, 5), "torchvision"), Row("y", Spread(3, 3, 3))]
+        write_docs(document, "ops", rows, where)
+        write_docs(document, "train", rows, where)
+    text = document.read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# B",
+        "### CPU",
+        "#### ops",
+        "#### data",
+        "#### train",
+        "### GPU",
+    ]
+    assert text.count("| x | 2 ms (2..2) | 4 s (3..5) | 2000.00 |") == text.count("| y | 3 s (3..3) | – | – |") == 2
+    assert "old" not in text and "7 s" not in text and "kept" in text and "Z80, 2 cores; jax 1." in text
 
 
 def measured(subject: str, settings: Settings) -> dict[str, Row]:

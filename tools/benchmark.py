@@ -1,7 +1,7 @@
 """Time this project, beside torchvision where wanted: python tools/benchmark.py SUBJECT [--against=torchvision].
 
 Subjects: inference, train, ops, data, eval, compile, memory, scaling; docs/benchmarks.md says what each row means.
-Both sides get the same weights and images and take turns in one process. Prints a table and writes it as --json.
+Both sides get the same weights and images and take turns in one process. Prints a table; --json and --docs keep it.
 """
 
 import importlib
@@ -18,7 +18,8 @@ from absl import flags
 
 from maskrcnn_jax.cli import run_app
 from tools.benchmarks.inputs import NARROW, Settings
-from tools.benchmarks.timing import Row, table, write_json
+from tools.benchmarks.report import write_docs
+from tools.benchmarks.timing import Row, environment, table, write_json
 
 SUBJECTS = ("inference", "train", "ops", "data", "eval", "compile", "memory", "scaling")
 
@@ -36,6 +37,7 @@ def define_flags() -> None:
     """Define the options; only where this is the program, since other tools have options of the same names."""
     flags.DEFINE_enum("against", None, ["torchvision"], "Measure the reference too, in turns.")
     flags.DEFINE_string("json", None, "File for all rows.")
+    flags.DEFINE_string("docs", None, "Document whose rows of this subject and device these replace.")
     flags.DEFINE_string("html", None, "File for the plots of scaling.")
     flags.DEFINE_string("images", "", "Folder of images; synthetic shapes if not given.")
     flags.DEFINE_string("coco_dir", os.environ.get("COCO_DIR", ""), "COCO-format dataset with val2017, for data.")
@@ -65,6 +67,8 @@ def main() -> None:
     print(table(rows))
     if FLAGS.json:
         write_json(FLAGS.json, subject, rows)
+    if FLAGS.docs:
+        write_docs(FLAGS.docs, subject, rows, environment())
     if FLAGS.html and subject == "scaling":
         from tools.benchmarks.scaling import write_html
 

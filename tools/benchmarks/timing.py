@@ -114,12 +114,13 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"{'':58} {'ours':>27} {'reference':>27} {'ratio':>6}"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        cells = f"{_cell(row.ours, row.unit):>27} {_cell(row.reference, row.unit):>27} {ratio:>6}"
+        cells = f"{cell(row.ours, row.unit):>27} {cell(row.reference, row.unit):>27} {ratio:>6}"
         lines.append(f"{row.name[:58]:58} {cells}  {row.reference_name}".rstrip())
     return "\n".join(lines)
 
 
-def _cell(spread: Spread | None, unit: str) -> str:
+def cell(spread: Spread | None, unit: str) -> str:
+    """Return a median with its quartiles, in a readable unit; nothing where nothing was measured."""
     if spread is None:
         return ""
     if unit == "s" and spread.median < 1:
