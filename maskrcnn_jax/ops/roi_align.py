@@ -195,7 +195,7 @@ def _weighted_rows(table, index, weight):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
     total = jnp.zeros((*index.shape[1:], table.shape[1]), _wide(table.dtype))
     # In two steps of a loop: XLA would merge the sum into what uses it, with all T arrays of rows waiting in memory.
-    halves = [array.reshape(2, -1, *array.shape[1:]) for array in (index, weight)]
+    halves = [array.reshape(2, len(array) // 2, *array.shape[1:]) for array in (index, weight)]
     total, _ = jax.lax.scan(lambda total, half: (_add_rows(total, table, *half), None), total, halves)
     return total.astype(table.dtype)
 
