@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from maskrcnn_jax.models.layers import FrozenStatistics
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from tests.models.tiny import NUM_CLASSES, SIDE, all_finite, compiled, tiny_batch, tiny_model
+from tests.programs import collectives_in_loops
 
 TERMS = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
 
@@ -138,7 +139,9 @@ def test_eight_devices_compute_the_losses_and_gradients_of_one(tiny_functions, k
     everywhere = NamedSharding(mesh, PartitionSpec())
     sharded_batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     arguments = jax.device_put((params, rest), everywhere)
-    terms, metrics, gradients = jitted(*arguments, sharded_batch, jax.device_put(key, everywhere))
+    program = jitted.lower(*arguments, sharded_batch, jax.device_put(key, everywhere)).compile()
+    assert collectives_in_loops(program.as_text()) == [], "devices with too few threads could wait for ever"
+    terms, metrics, gradients = program(*arguments, sharded_batch, jax.device_put(key, everywhere))
     for name in TERMS:
         # Sums over the batch are added in another order.
         np.testing.assert_allclose(terms[name], expected[0][name], rtol=1e-5)
