@@ -97,15 +97,22 @@ def _kernel_gradient(x, gradient):
         tiles = strips.tile_output(padded_gradient, start)  # [16, tiles * C]
         products = (_constant(_OUTPUT.T, x) @ tiles).reshape(_WINDOW**2, -1, gradient.shape[-1])
         inputs = strips.transform_input(padded, start)
-        return total + jnp.einsum("pdtk,pdtc->dpkc", apart(inputs), apart(products)), None
+        return total + jnp.einsum("pdtk,pdtc->pdkc", apart(inputs), apart(products)), None
 
-    zeros = jnp.zeros((parts, _WINDOW**2, x.shape[-1], gradient.shape[-1]), x.dtype)
-    total = jax.lax.scan(add, zeros, strips.starts)[0].sum(axis=0)
+    zeros = jnp.zeros((_WINDOW**2, parts, x.shape[-1], gradient.shape[-1]), x.dtype)
+    total = jax.lax.scan(add, zeros, strips.starts)[0].sum(axis=1)
     return (_constant(_KERNEL.T, x) @ total.reshape(len(total), -1)).reshape(3, 3, *total.shape[1:])
 
 
 def _constant(matrix, like):
     return jnp.asarray(matrix, like.dtype)
+
+
+def _tiled(strip):
+    """Return [TILE, TILE, groups, rows, columns, K] of a strip of whole tiles."""
+    groups, height, width, channels = strip.shape
+    tiles = strip.reshape(groups, height // TILE, TILE, width // TILE, TILE, channels)
+    return tiles.transpose(2, 4, 0, 1, 3, 5)
 
 
 class _Strips:
@@ -130,29 +137,29 @@ class _Strips:
             [(0, m, y * self.rows * TILE, 0, 0) for m in range(members) for y in range(strips_per_map)], jnp.int32
         )  # [strips, 5]
 
-    def pad_output(self, x, before=0, after=0):
+    def pad_output(self, x, around=0):
         """Return x [N, H, W, K] as [groups, members, rows, columns, K]."""
         groups, members, height, width = self.padded
-        fill = (groups * members - x.shape[0], height - x.shape[1] + after, width - x.shape[2] + after)
-        x = jnp.pad(x, ((0, fill[0]), (before, fill[1]), (before, fill[2]), (0, 0)))
+        fill = (groups * members - x.shape[0], height - x.shape[1], width - x.shape[2])
+        x = jnp.pad(x, ((0, fill[0]), (around, fill[1] + around), (around, fill[2] + around), (0, 0)))
         return x.reshape(groups, members, *x.shape[1:])
 
     def pad_input(self, x):
-        """Return x [N, H, W, K] with a row and a column of tiles more, of which windows use the first cells."""
-        return self.pad_output(x, before=1, after=TILE - 1)
+        return self.pad_output(x, around=1)
 
     def transform_input(self, padded, start):
         """Return the transformed windows [36, tiles, K] of a strip of a padded input."""
-        tiles = self._tiles(padded, start, self.rows + 1)
-        beyond = _WINDOW - TILE  # a window is a tile and the first cells of the next, in both directions
-        tall = jnp.concatenate([tiles[:, :, :, :-1], tiles[:beyond, :, :, 1:]], axis=0)
-        windows = jnp.concatenate([tall[..., :-1, :], tall[:, :beyond, ..., 1:, :]], axis=1)
+        strip = self._slice(padded, start, around=1)
+        rest = TILE - (_WINDOW - TILE)  # to whole tiles; a window is one of them and the first cells of the next
+        tiles = _tiled(jnp.pad(strip, ((0, 0), (0, rest), (0, rest), (0, 0))))
+        tall = jnp.concatenate([tiles[:, :, :, :-1], tiles[: _WINDOW - TILE, :, :, 1:]], axis=0)
+        windows = jnp.concatenate([tall[..., :-1, :], tall[:, : _WINDOW - TILE, ..., 1:, :]], axis=1)
         flat = windows.reshape(_WINDOW**2, -1)
         return (_constant(_INPUT, padded) @ flat).reshape(_WINDOW**2, -1, padded.shape[-1])
 
     def tile_output(self, padded, start):
         """Return the tiles [16, tiles * C] of a strip of a padded output."""
-        return self._tiles(padded, start, self.rows).reshape(TILE**2, -1)
+        return _tiled(self._slice(padded, start, around=0)).reshape(TILE**2, -1)
 
     def untile(self, tiles, channels):
         """Return the strip [groups, rows, columns, C] of tiles [16, tiles * C]."""
@@ -166,8 +173,7 @@ class _Strips:
         maps = strips.swapaxes(0, 1).reshape(groups * members, padded_height, padded_width, strips.shape[-1])
         return maps[:num_maps, :height, :width]
 
-    def _tiles(self, padded, start, rows):
-        """Return [TILE, TILE, groups, rows, columns, K] from ``rows`` rows of tiles of a padded array."""
-        size = (self.groups, 1, rows * TILE, *padded.shape[3:])
-        strip = jax.lax.dynamic_slice(padded, start, size)
-        return strip.reshape(self.groups, rows, TILE, -1, TILE, padded.shape[-1]).transpose(2, 4, 0, 1, 3, 5)
+    def _slice(self, padded, start, around):
+        height, width = self.rows * TILE + 2 * around, padded.shape[3]
+        size = (self.groups, 1, height, width, padded.shape[-1])
+        return jax.lax.dynamic_slice(padded, start, size)[:, 0]
