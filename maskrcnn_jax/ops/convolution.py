@@ -64,6 +64,7 @@ def _backward(stride, residuals, gradient):
 
 
 _conv2d.defvjp(_forward, _backward)
+_conv2d = jax.jit(_conv2d, static_argnums=2)
 
 
 def _input_gradient(x, kernel, gradient, stride):

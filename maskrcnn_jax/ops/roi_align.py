@@ -177,17 +177,21 @@ def _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned)
 
 def _table_rows(rows, columns, starts, widths, sampling_ratio):
     """Combine both axes into table indices and weights [T, R, output_size^2], T = 4 sampling_ratio^2 terms a bin."""
-    indices, weights = [], []
-    for i in range(sampling_ratio):
-        for j in range(sampling_ratio):
-            for row, row_weight in ((rows[0], rows[2]), (rows[1], rows[3])):
-                for column, column_weight in ((columns[0], columns[2]), (columns[1], columns[3])):
-                    cell = row[:, :, None, i] * widths[:, None, None] + column[:, None, :, j]
-                    indices.append(starts[:, None, None] + cell)
-                    weights.append(row_weight[:, :, None, i] * column_weight[:, None, :, j] / sampling_ratio**2)
-    num_rois, num_bins = rows[0].shape[0], rows[0].shape[1] * columns[0].shape[1]
-    shape = (len(indices), num_rois, num_bins)
-    return jnp.stack(indices).reshape(shape), jnp.stack(weights).reshape(shape)
+
+    # Axes: sample and neighbour of y and x, RoI, bin of y and x. Those that an array does not depend on are 1.
+    def along_y(low, high):
+        return jnp.expand_dims(jnp.stack([low, high]).transpose(3, 0, 1, 2), (1, 3, 6))
+
+    def along_x(low, high):
+        return jnp.expand_dims(jnp.stack([low, high]).transpose(3, 0, 1, 2), (0, 2, 5))
+
+    def of_roi(array):
+        return jnp.expand_dims(array, (0, 1, 2, 3, 5, 6))
+
+    index = of_roi(starts) + along_y(rows[0], rows[1]) * of_roi(widths) + along_x(columns[0], columns[1])
+    weight = along_y(rows[2], rows[3]) * along_x(columns[2], columns[3]) / sampling_ratio**2
+    shape = (4 * sampling_ratio**2, len(starts), rows[0].shape[1] * columns[0].shape[1])
+    return index.reshape(shape), weight.reshape(shape)
 
 
 @functools.partial(jax.custom_vjp)
