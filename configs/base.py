@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.log_every = 20  # steps between lines of metrics.jsonl; 0 means only with checkpoints
     config.eval_every = 1  # epochs between evaluations; the last step is evaluated too; 0 means never
     config.eval_batch_size = 8  # images a step of evaluation
+    config.eval_workers = 0  # extra processes that encode masks, for accelerators that are faster than one core at it
     config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations and the last; 0 means none
     config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP
 
@@ -63,6 +64,7 @@ def get_config() -> ConfigDict:
     model.box_detections_per_img = 100
     model.mask_channels = 256
     model.mask_targets_binary = False  # 0 or 1 (detectron2), or the share of the object in each cell (torchvision)
+    model.remat = False  # compute the backbone again in the gradient, on accelerators: less memory, more time
     model.dtype = "float32"  # of the convolutions and matrix products: float32, bfloat16, float64
 
     config.optim = ConfigDict()

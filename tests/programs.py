@@ -1,6 +1,9 @@
-"""What a compiled program does, read from its text."""
+"""Compiled programs: how to get them quickly, and what they do, read from their text."""
 
 import re
+
+# XLA_FLAGS of processes that compile far longer than they compute.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
 
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 _CALLED = re.compile(

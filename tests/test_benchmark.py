@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.programs import QUICK_COMPILATION
 from tools import benchmark
 from tools.benchmarks import scaling
 from tools.benchmarks.inputs import NARROW, Settings
@@ -153,7 +154,8 @@ def test_loading_is_timed_on_real_images(coco_dir, against):
 
 
 @pytest.mark.slow
-def test_memory_and_compilation_are_measured_in_processes_of_their_own(against):
+def test_memory_and_compilation_are_measured_in_processes_of_their_own(against, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILATION)
     rows = measured("memory", dataclasses.replace(against, batch_size=1))
     assert all(row.ours.median > 0 and row.reference.median > 0 for row in rows.values())
     rows = measured("compile", dataclasses.replace(TINY, rounds=1, batch_size=1))

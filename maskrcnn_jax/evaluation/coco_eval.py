@@ -1,16 +1,18 @@
-"""COCO's box and mask AP by pycocotools, as a dictionary, a table and files.
+"""COCO's box and mask AP, as a dictionary, a table and files.
 
-The numbers are what pycocotools gives for the written ``detections.json``, also in one point where detectron2 and
-torchvision's training scripts differ: a result that holds both a box and a mask is counted as small, medium or large
-by the area of its box. They remove the box before they evaluate masks; this moves segm_APs, segm_APm and segm_APl
-a little and leaves segm_AP as it is.
+faster-coco-eval computes them where it is installed, in a fraction of the time, pycocotools where it is not: the same
+numbers to the last digit. They are what pycocotools gives for the written ``detections.json``, also in one point where
+detectron2 and torchvision's training scripts differ: a result that holds both a box and a mask is counted as small,
+medium or large by the area of its box. They remove the box before they evaluate masks; this moves segm_APs, segm_APm
+and segm_APl a little and leaves segm_AP as it is.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +86,12 @@ def evaluate(
             "evaluate with the annotations of the split that was detected on"
         )
     metrics = {}
+    coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
-        detected = _load_results(coco, results)
+        truth = _make_coco(coco_class, coco.dataset)
+        detected = _load_results(truth, results)
         for kind in ("bbox", "segm"):
-            evaluation = COCOeval(coco, detected, kind)
+            evaluation = evaluation_class(truth, detected, kind)
             if image_ids is not None:
                 evaluation.params.imgIds = sorted({int(image_id) for image_id in image_ids})
             evaluation.evaluate()
@@ -140,14 +144,29 @@ def write_json(path: Path, content, *, indent: int | None = None) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def _library() -> tuple[Callable, Callable]:
+    """Return ``COCO`` and ``COCOeval`` of the fastest library that is installed."""
+    try:
+        import faster_coco_eval
+    except ImportError:
+        return COCO, COCOeval
+    silent = functools.partial(faster_coco_eval.COCOeval_faster, print_function=lambda *_: None)
+    return faster_coco_eval.COCO, silent
+
+
+def _make_coco(coco_class: Callable, dataset: dict) -> COCO:
+    coco = coco_class()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
+
+
 def _load_results(coco: COCO, results: list[dict]) -> COCO:
     """As ``COCO.loadRes``, which fails on an empty list and writes into the dicts it is given."""
     if results:
         return coco.loadRes([dict(result) for result in results])
-    empty = COCO()
-    empty.dataset = {"images": coco.dataset["images"], "categories": coco.dataset["categories"], "annotations": []}
-    empty.createIndex()
-    return empty
+    nothing = {"images": coco.dataset["images"], "categories": coco.dataset["categories"], "annotations": []}
+    return _make_coco(type(coco), nothing)
 
 
 def _per_category(coco: COCO, evaluation: COCOeval) -> dict[str, float]:

@@ -80,6 +80,7 @@ class Evaluator:
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
             num_images=len(self._rows),
             aligned_masks=self._config.model.roi_aligned,
+            workers=self._config.eval_workers,
         )
         metrics = evaluate(self._coco, results, image_ids=self._index.image_ids[self._rows].tolist())
         return Evaluation(metrics, results, self._draw(results))

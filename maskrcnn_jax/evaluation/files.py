@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import write_json
-from maskrcnn_jax.evaluation.inference import Detect, Instances, detect_ahead, to_coco_results, unpad
+from maskrcnn_jax.evaluation.inference import Detect, detect_ahead
+from maskrcnn_jax.evaluation.results import Instances, to_coco_results, unpad
 from maskrcnn_jax.evaluation.visualize import MIN_SIDE, draw_instances, write_picture
 from maskrcnn_jax.structures import Batch
 

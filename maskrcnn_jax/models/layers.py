@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
@@ -43,6 +44,17 @@ class Conv(nnx.Module):
         """Apply to x [N, H, W, K] in the compute dtype."""
         x = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+def apply_together(convolutions: list[Conv], x: jax.Array) -> list[jax.Array]:
+    """Apply convolutions of the same form to one input, as one, so that the input is read once."""
+    first = convolutions[0]
+    kernel = jnp.concatenate([convolution.kernel[...] for convolution in convolutions], axis=-1)
+    bias = jnp.concatenate([convolution.bias[...] for convolution in convolutions])
+    outputs = conv2d(x.astype(first.dtype), kernel.astype(first.dtype), stride=first.stride)
+    outputs = outputs + bias.astype(first.dtype).reshape(1, 1, 1, -1)
+    ends = np.cumsum([convolution.bias.shape[0] for convolution in convolutions])
+    return jnp.split(outputs, ends[:-1], axis=-1)
 
 
 class BatchStatistics(nnx.Variable):

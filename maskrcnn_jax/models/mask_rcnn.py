@@ -77,6 +77,7 @@ class MaskRCNN(nnx.Module):
         box_detections_per_img: int = 100,
         mask_channels: int = 256,
         mask_targets_binary: bool = False,
+        remat: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
@@ -134,6 +135,7 @@ class MaskRCNN(nnx.Module):
             norm=norm,
             norm_eps=norm_eps,
             stride_in_1x1=stride_in_1x1,
+            remat=remat,
             **common,
         )
         self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)

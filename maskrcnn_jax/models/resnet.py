@@ -94,6 +94,7 @@ class ResNet(nnx.Module):
         norm: str = "batch",
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
+        remat: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -108,6 +109,7 @@ class ResNet(nnx.Module):
           norm: "batch" or "frozen".
           norm_eps: added to its variance.
           stride_in_1x1: put the stride of a bottleneck in its first convolution (MSRA's original weights).
+          remat: compute each block again in the gradient instead of keeping what is inside it.
           dtype: compute dtype.
           rngs: for the initial values.
 
@@ -133,13 +135,14 @@ class ResNet(nnx.Module):
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
         self.out_channels = tuple(stage[-1].out_channels for stage in stages)
+        self.remat = remat
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, 3]."""
         x = max_pool(nnx.relu(self.stem(images)))
-        outputs = []
+        outputs, run = [], nnx.remat(Block.__call__) if self.remat else Block.__call__
         for stage in self.stages:
             for block in stage:
-                x = block(x)
+                x = run(block, x)
             outputs.append(x)
         return outputs

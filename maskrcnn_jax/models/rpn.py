@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import Conv, ConvNorm
+from maskrcnn_jax.models.layers import Conv, ConvNorm, apply_together
 
 _small_normal = nnx.initializers.normal(0.01)
 
@@ -34,8 +34,8 @@ class RPNHead(nnx.Module):
             hidden = feature
             for convolution in self.convs:
                 hidden = nnx.relu(convolution(hidden))
-            batch = feature.shape[0]
-            wide = jnp.promote_types(hidden.dtype, jnp.float32)
-            objectness.append(self.cls_logits(hidden).reshape(batch, -1).astype(wide))
-            deltas.append(self.bbox_pred(hidden).reshape(batch, -1, 4).astype(wide))
+            logits, offsets = apply_together([self.cls_logits, self.bbox_pred], hidden)
+            batch, wide = len(feature), jnp.promote_types(hidden.dtype, jnp.float32)
+            objectness.append(logits.reshape(batch, -1).astype(wide))
+            deltas.append(offsets.reshape(batch, -1, 4).astype(wide))
         return objectness, deltas

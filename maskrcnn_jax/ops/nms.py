@@ -1,5 +1,6 @@
-"""Non-maximum suppression with static shapes: both forms return exactly what the greedy algorithm keeps."""
+"""Non-maximum suppression with static shapes: every form returns exactly what the greedy algorithm keeps."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,13 @@ def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Arra
     """
     if boxes.shape[0] == 0:
         return valid
+    forms = {"cpu": nms_one_by_one, "default": nms_in_rounds}
+    forms = {name: functools.partial(form, iou_threshold=iou_threshold) for name, form in forms.items()}
+    return jax.lax.platform_dependent(boxes, valid, **forms)
+
+
+def nms_one_by_one(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
+    """As :func:`nms`, N steps of N overlaps: little work and much waiting, right where steps are cheap."""
     position = jnp.arange(boxes.shape[0])
 
     def visit(i, keep):
@@ -39,6 +47,27 @@ def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Arra
         return keep & ~(suppressed & keep[i])
 
     return jax.lax.fori_loop(0, boxes.shape[0], visit, valid)
+
+
+def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
+    """As :func:`nms`, all N^2 overlaps at once and then a few rounds over all boxes: for accelerators.
+
+    A round keeps the boxes that no better box of the round before suppresses. What is kept of the best k boxes is
+    right after k rounds at the latest; usually all is after a handful, and then nothing changes any more.
+    """
+    position = jnp.arange(boxes.shape[0])
+    overlaps = jax.vmap(functools.partial(_overlaps, iou_threshold=iou_threshold), (0, None))(boxes, boxes)
+    suppresses = overlaps & (position[:, None] < position[None, :])  # [N, N]: whether the row's box is the better
+
+    def changed(state):
+        return state[1]
+
+    def play_round(state):
+        before, _ = state
+        keep = valid & ~jnp.any(suppresses & before[:, None], axis=0)
+        return keep, jnp.any(keep != before)
+
+    return jax.lax.while_loop(changed, play_round, (valid, jnp.any(valid)))[0]
 
 
 class Picks(NamedTuple):

@@ -21,7 +21,7 @@ from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
-from maskrcnn_jax.training.step import create_train_state, make_train_step
+from maskrcnn_jax.training.step import TrainStep, create_train_state
 
 
 class Evaluation(Protocol):
@@ -100,7 +100,7 @@ def train(
             return
 
         # 4. Step
-        train_step = make_train_step(graphdef, optimizer, mesh)
+        train_step = TrainStep(graphdef, optimizer, mesh)
         key = jax.random.key(config.seed)
         batches = iter(_make_loader(config, index, start, num_steps))
 

@@ -1,6 +1,7 @@
 """The metrics are pycocotools' own, and what is written can be checked with pycocotools alone."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -32,6 +33,16 @@ def result(image_id, category_id, box, score):
     rle = rectangle_rle(*box)
     bbox = [float(value) for value in box]
     return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score, "segmentation": rle}
+
+
+@pytest.fixture(params=["faster_coco_eval", "pycocotools"], autouse=True)
+def library(request, monkeypatch):
+    """Each test runs with both libraries that can compute the numbers."""
+    if request.param == "pycocotools":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)  # as if it were not installed
+    else:
+        pytest.importorskip(request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every image is detected once, in the pixels of its file, whatever pads the batch."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +10,12 @@ import pytest
 from flax import nnx
 from pycocotools import mask as coco_mask
 
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation import inference
 from maskrcnn_jax.evaluation.coco_eval import evaluate
-from maskrcnn_jax.evaluation.inference import (
-    Instances,
-    detect_ahead,
-    make_detect,
-    run_detection,
-    to_coco_results,
-    unpad,
-)
+from maskrcnn_jax.evaluation.inference import detect_ahead, make_detect, run_detection
 from maskrcnn_jax.structures import Batch, Detections
-
-MAX_DETECTIONS = 5
-
-
-def make_detections(per_image):
-    """Packs per-image lists of (box, score, label) into padded arrays; padding rows hold garbage."""
-    number = len(per_image)
-    boxes = np.full((number, MAX_DETECTIONS, 4), 1e9, np.float32)
-    scores = np.full((number, MAX_DETECTIONS), 0.99, np.float32)
-    labels = np.full((number, MAX_DETECTIONS), 1, np.int32)
-    masks = np.ones((number, MAX_DETECTIONS, 28, 28), np.float32)
-    valid = np.zeros((number, MAX_DETECTIONS), bool)
-    for image, objects in enumerate(per_image):
-        for row, (box, score, label) in enumerate(objects):
-            boxes[image, row], scores[image, row], labels[image, row], valid[image, row] = box, score, label, True
-    return Detections(boxes, scores, labels, masks, valid)
+from tests.evaluation.detections import make_detections
 
 
 def make_batch(sizes, original_sizes, image_index, valid, padded=(64, 64)):
@@ -45,58 +26,15 @@ def make_batch(sizes, original_sizes, image_index, valid, padded=(64, 64)):
     return Batch(images, *arrays, np.array(valid, bool), None)
 
 
-def test_boxes_are_scaled_per_axis_and_cut_at_the_image():
-    detections = make_detections([[([10, 10, 20, 40], 0.9, 3), ([0, 0, 50, 40.2], 0.8, 1)], []])
-    first, second = unpad(detections, np.array([[40, 50], [40, 50]]), np.array([[80, 200], [40, 50]]))
-    np.testing.assert_array_equal(first.boxes, np.float32([[40, 20, 80, 80], [0, 0, 200, 80]]))
-    np.testing.assert_array_equal(first.scores, np.float32([0.9, 0.8]))
-    assert first.labels.tolist() == [3, 1]
-    assert first.masks.shape == (2, 28, 28)
-    assert [len(rows) for rows in second] == [0, 0, 0, 0]
-
-
-def test_boxes_survive_resizing_and_scaling_back():
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.uniform(0, 1, (MAX_DETECTIONS, 2, 2)), 1).reshape(MAX_DETECTIONS, 4)
-    original, resized = np.array([427, 640]), np.array([800, 1199])
-    boxes = (corners * np.tile(original[::-1], 2)).astype(np.float32)
-    at_input = boxes * np.tile((resized / original)[::-1], 2).astype(np.float32)
-    detections = make_detections([[(box, 0.9, 1) for box in at_input]])
-    # Two roundings of float32 at 1200 pixels.
-    np.testing.assert_allclose(unpad(detections, resized[None], original[None])[0].boxes, boxes, rtol=0, atol=2e-4)
-
-
-def test_a_result_holds_what_coco_wants_as_plain_numbers():
-    instances = Instances(
-        np.float32([[2, 3, 10, 23]]), np.float32([0.7]), np.int32([2]), np.ones((1, 28, 28), np.float32)
-    )
-    (result,) = to_coco_results(instances, image_id=2**40, image_size=(30, 20), category_ids={2: 18})
-    assert json.loads(json.dumps(result)) == result
-    rle = result.pop("segmentation")
-    assert result == {
-        "image_id": 2**40,
-        "category_id": 18,
-        "bbox": [2.0, 3.0, 8.0, 20.0],
-        "score": float(np.float32(0.7)),
-    }
-    assert rle["size"] == [30, 20]
-    assert 100 < coco_mask.area(rle) < 300
-
-
-def test_labels_that_stand_for_no_category_are_left_out():
-    instances = Instances(np.ones((2, 4), np.float32), np.ones(2), np.int32([12, 13]), np.ones((2, 28, 28)))
-    results = to_coco_results(instances, image_id=1, image_size=(30, 20), category_ids={13: 13})
-    assert [result["category_id"] for result in results] == [13]
-
-
 def fake_detect(images, sizes):
     """One detection an image, whose score tells which image it was made for; padding rows get one as well."""
     return make_detections([[([4, 4, 20, 20], (index + 1) / 256, 1)] for index in images[:, 0, 0, 0]])
 
 
-def run(batches, num_images, image_ids=None):
+def run(batches, num_images, image_ids=None, workers=0):
     image_ids = np.arange(100, 100 + num_images) if image_ids is None else image_ids
-    return run_detection(fake_detect, batches, image_ids=image_ids, category_ids={1: 1}, num_images=num_images)
+    options = {"category_ids": {1: 1}, "num_images": num_images, "workers": workers}
+    return run_detection(fake_detect, batches, image_ids=image_ids, **options)
 
 
 def test_every_image_is_counted_once_and_padding_rows_not_at_all():
@@ -117,6 +55,25 @@ def test_padding_rows_change_no_result():
     plain = run([make_batch(size, size, [0], [True])], 1)
     padded = run([make_batch(size * 3, size + [[1, 1], [0, 0]], [0, -1, -1], [True, False, False])], 1)
     assert padded == plain
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_results_in_the_same_order():
+    size = [[32, 32]] * 2
+    batches = [make_batch(size, size, [2 * i, 2 * i + 1], [True, True]) for i in range(15)]
+    assert run(batches, 30, workers=2) == run(batches, 30)
+
+
+def exit_at_once(**arguments):
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(inference, "to_coco_results", exit_at_once)
+    size = [[32, 32]]
+    with pytest.raises(UserError, match="died.*eval_workers"):
+        run([make_batch(size, size, [0], [True])], 1, workers=1)
 
 
 def test_an_image_that_comes_twice_is_an_error():

@@ -1,5 +1,7 @@
 """Non-maximum suppression against hand-computed results and a plain greedy loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,12 @@ import pytest
 from maskrcnn_jax.ops import nms as ops
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.
-nms = jax.jit(ops.nms, static_argnames="iou_threshold")
 class_nms = jax.jit(ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "max_picks"))
+
+
+@pytest.fixture(params=[ops.nms, ops.nms_one_by_one, ops.nms_in_rounds], ids=lambda form: form.__name__)
+def nms(request):
+    return jax.jit(request.param, static_argnames="iou_threshold")
 
 
 def random_boxes(seed, *shape):
@@ -35,7 +41,7 @@ def greedy(boxes, threshold):
     return kept
 
 
-def test_only_boxes_that_overlap_a_kept_box_go():
+def test_only_boxes_that_overlap_a_kept_box_go(nms):
     boxes = jnp.array(
         [
             [0.0, 0.0, 10.0, 10.0],
@@ -48,37 +54,37 @@ def test_only_boxes_that_overlap_a_kept_box_go():
     np.testing.assert_array_equal(keep, [True, False, True, True])
 
 
-def test_an_overlap_of_exactly_the_threshold_is_kept():
+def test_an_overlap_of_exactly_the_threshold_is_kept(nms):
     boxes = jnp.array([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0]])  # IoU 0.5, exact in binary
     valid = jnp.ones(2, bool)
     np.testing.assert_array_equal(nms(boxes, valid, iou_threshold=0.5), [True, True])
     np.testing.assert_array_equal(nms(boxes, valid, iou_threshold=0.4999), [True, False])
 
 
-def test_invalid_boxes_are_never_kept_and_suppress_nothing():
+def test_invalid_boxes_are_never_kept_and_suppress_nothing(nms):
     boxes = jnp.array([[0.0, 0.0, 10.0, 10.0]] * 3)
     keep = nms(boxes, jnp.array([False, True, True]), iou_threshold=0.5)
     np.testing.assert_array_equal(keep, [False, True, False])
     np.testing.assert_array_equal(nms(boxes, jnp.zeros(3, bool), iou_threshold=0.5), [False] * 3)
 
 
-def test_boxes_without_area_do_not_suppress_each_other():
+def test_boxes_without_area_do_not_suppress_each_other(nms):
     boxes = jnp.zeros((3, 4))
     np.testing.assert_array_equal(nms(boxes, jnp.ones(3, bool), iou_threshold=0.5), [True] * 3)
 
 
 def test_no_boxes_give_an_empty_mask():
-    assert nms(jnp.zeros((0, 4)), jnp.zeros(0, bool), iou_threshold=0.5).shape == (0,)
+    assert ops.nms(jnp.zeros((0, 4)), jnp.zeros(0, bool), iou_threshold=0.5).shape == (0,)
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
-def test_the_kept_boxes_are_those_of_the_greedy_loop(threshold):
+def test_the_kept_boxes_are_those_of_the_greedy_loop(nms, threshold):
     boxes = random_boxes(0, 120)
     keep = nms(jnp.asarray(boxes), jnp.ones(120, bool), iou_threshold=threshold)
     np.testing.assert_array_equal(np.flatnonzero(keep), greedy(boxes, threshold))
 
 
-def test_shifted_and_scaled_boxes_keep_the_same_rows():
+def test_shifted_and_scaled_boxes_keep_the_same_rows(nms):
     boxes = random_boxes(1, 60)
     valid = jnp.ones(60, bool)
     expected = nms(jnp.asarray(boxes), valid, iou_threshold=0.5)
@@ -86,16 +92,22 @@ def test_shifted_and_scaled_boxes_keep_the_same_rows():
     np.testing.assert_array_equal(nms(jnp.asarray(boxes + 16), valid, iou_threshold=0.5), expected)
 
 
+@pytest.mark.parametrize("form", [ops.nms_one_by_one, ops.nms_in_rounds])
 @pytest.mark.slow
-def test_nms_compiled_equals_eager_and_vmap_equals_a_loop():
+def test_nms_compiled_equals_eager_and_vmap_equals_a_loop(form):
     boxes, valid = jnp.asarray(random_boxes(2, 3, 30)), jnp.asarray(np.random.default_rng(0).random((3, 30)) > 0.3)
-
-    def function(boxes, valid):
-        return ops.nms(boxes, valid, iou_threshold=0.4)
-
+    function = functools.partial(form, iou_threshold=0.4)
     loop = jnp.stack([function(b, v) for b, v in zip(boxes, valid, strict=True)])
     np.testing.assert_array_equal(jax.jit(function)(boxes[0], valid[0]), loop[0])
     np.testing.assert_array_equal(jax.vmap(function)(boxes, valid), loop)
+
+
+def test_rounds_go_on_as_long_as_the_longest_chain(nms):
+    # Each box overlaps its neighbours only: the second goes, so that the third stays, so that the fourth goes, ...
+    left = jnp.arange(40.0)
+    boxes = jnp.stack([left * 6, jnp.zeros(40), left * 6 + 10, jnp.full(40, 10.0)], axis=1)
+    keep = nms(boxes, jnp.ones(40, bool), iou_threshold=0.2)
+    np.testing.assert_array_equal(np.flatnonzero(keep), np.arange(0, 40, 2))
 
 
 def full_class_nms(boxes, scores, iou_threshold, score_threshold, max_picks):

@@ -12,7 +12,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
 from maskrcnn_jax.training.loop import train
-from maskrcnn_jax.training.step import make_train_step
+from maskrcnn_jax.training.step import TrainStep
 
 
 class FakeEvaluation(NamedTuple):
@@ -102,12 +102,12 @@ def test_the_step_compiles_once(config, tmp_path, monkeypatch):
     steps = []
 
     def remember(*args):
-        steps.append(make_train_step(*args))
+        steps.append(TrainStep(*args))
         return steps[-1]
 
-    monkeypatch.setattr("maskrcnn_jax.training.loop.make_train_step", remember)
+    monkeypatch.setattr("maskrcnn_jax.training.loop.TrainStep", remember)
     train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
-    assert steps[0]._cache_size() == 1
+    assert len(steps[0].programs) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """COCO's evaluation: ours beside pycocotools on the same results, and the host's part of detecting."""
 
 import contextlib
-import importlib.util
 import io
-import logging
-from collections.abc import Callable
+import os
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -33,21 +31,15 @@ def run(settings: Settings) -> list[Row]:
         coco = COCO()
         coco.dataset = dataset
         coco.createIndex()
-    contenders = {"pycocotools": lambda: _statistics(COCO, COCOeval, dataset, results)}
+    contenders = {"pycocotools": lambda: _statistics(dataset, results)}
     wanted = contenders["pycocotools"]()
     _check("evaluate()", _of(evaluate(coco, results)), wanted)
     said = {"images": settings.num_images, "detections": len(results)}
     name = f"COCO box and mask AP, {settings.num_images} images"
-    rows = [compare(name, lambda: evaluate(coco, results), contenders, settings.rounds, **said)]
-    if importlib.util.find_spec("faster_coco_eval"):
-        import faster_coco_eval as faster
-
-        def call():
-            return _statistics(faster.COCO, faster.COCOeval_faster, dataset, results)
-
-        _check("faster-coco-eval", call(), wanted)
-        rows.append(compare(f"{name}, by faster-coco-eval itself", call, contenders, settings.rounds, **said))
-    return [*rows, _host_part(settings, rng)]
+    return [
+        compare(name, lambda: evaluate(coco, results), contenders, settings.rounds, **said),
+        *(_host_part(settings, rng, workers) for workers in (0, os.cpu_count())),
+    ]
 
 
 def make_results(rng: np.random.Generator, num_images: int) -> tuple[dict, list[dict]]:
@@ -79,22 +71,20 @@ def _region(box: np.ndarray) -> dict:
     return {"bbox": bbox, "segmentation": encode_rle((x**2 + y**2 <= 1.1).astype(np.uint8), int(y1), int(x1), SIZE)}
 
 
-def _statistics(coco_class: Callable, evaluation_class: Callable, dataset: dict, results: list[dict]) -> list[float]:
-    """Return COCO's twelve numbers for boxes, then for masks, by one of the libraries."""
+def _statistics(dataset: dict, results: list[dict]) -> list[float]:
+    """Return COCO's twelve numbers for boxes, then for masks, by pycocotools."""
     numbers = []
-    logging.disable(logging.INFO)  # where faster-coco-eval writes its tables, which pycocotools prints
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = coco_class()
+        coco = COCO()
         coco.dataset = dataset
         coco.createIndex()
         detected = coco.loadRes([dict(result) for result in results])
         for kind in ("bbox", "segm"):
-            evaluation = evaluation_class(coco, detected, kind)
+            evaluation = COCOeval(coco, detected, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            numbers += [float(value) for value in evaluation.stats[: len(STATISTICS)]]
-    logging.disable(logging.NOTSET)
+            numbers += [float(value) for value in evaluation.stats]
     return numbers
 
 
@@ -107,7 +97,7 @@ def _check(name: str, numbers: list[float], wanted: list[float]) -> None:
         raise UserError(f"{name} gives other numbers than pycocotools: {numbers} and {wanted}")
 
 
-def _host_part(settings: Settings, rng: np.random.Generator) -> Row:
+def _host_part(settings: Settings, rng: np.random.Generator, workers: int) -> Row:
     """Time what the host does with detections that are there: scaling boxes, pasting, encoding."""
     boxes, masks = random_boxes(rng, SIZE, BATCH, DETECTIONS), random_masks(rng, BATCH * DETECTIONS)
     found = Detections(
@@ -128,10 +118,10 @@ def _host_part(settings: Settings, rng: np.random.Generator) -> Row:
     def call():
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             ids = np.arange(number)
-            return run_detection(
-                lambda images, sizes: found, batches(), image_ids=ids, category_ids={1: 1}, num_images=number
-            )
+            options = {"image_ids": ids, "category_ids": {1: 1}, "num_images": number, "workers": workers}
+            return run_detection(lambda images, sizes: found, batches(), **options)
 
     time = measure({OURS: call}, settings.rounds)[OURS]
-    name = f"host part of detecting, {number} images of {DETECTIONS} detections"
+    where = f"{workers} processes" if workers else "one process"
+    name = f"host part of detecting, {number} images of {DETECTIONS} detections, {where}"
     return Row(name, time, settings={"images_per_s": number / time.median, "rounds": settings.rounds})

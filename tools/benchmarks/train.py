@@ -9,7 +9,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.sharding import replicated, shard_batch
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import make_optimizer
-from maskrcnn_jax.training.step import create_train_state, make_train_step
+from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tools.benchmarks.inputs import (
     Objects,
     Settings,
@@ -126,7 +126,7 @@ class OurTraining:
         graphdef, self.state = create_train_state(model, optimizer, mesh)
         self._mesh, self.key = mesh, jax.device_put(jax.random.key(0), replicated(mesh))
         self.load(batch)
-        self._step = make_train_step(graphdef, optimizer, mesh)
+        self._step = TrainStep(graphdef, optimizer, mesh)
 
         def loss(params, variables, batch, key):
             return sum(nnx.merge(graphdef, params, variables, copy=True).losses(batch, key)[0].values())
