@@ -64,7 +64,7 @@ def _backward(stride, residuals, gradient):
 
 
 _conv2d.defvjp(_forward, _backward)
-_conv2d = jax.jit(_conv2d, static_argnums=2)
+_conv2d = jax.jit(_conv2d, static_argnums=2)  # so that layers of one shape are traced once
 
 
 def _input_gradient(x, kernel, gradient, stride):
