@@ -8,12 +8,11 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from flax import nnx
 from ml_collections import ConfigDict, config_flags
 
 from maskrcnn_jax.data.coco import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.download import resolve
@@ -95,7 +94,7 @@ def load_model(config: ConfigDict) -> tuple[MaskRCNN, Categories]:
     known = Categories.coco(config.data.contiguous_labels)
     if options.categories:
         known = Categories.load(options.categories)
-    model = MaskRCNN(known.num_classes, **config.model, rngs=nnx.Rngs(0))
+    model = make_unfilled(known.num_classes, **config.model)
     print(load_weights(model, read_arrays(resolve(options.weights)), source=options.weights))
     model.eval()
     return model, known

@@ -5,6 +5,7 @@ Each stage is a method, so that a comparison can feed the intermediate result of
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -340,3 +341,15 @@ class MaskRCNN(nnx.Module):
         )
         mask_logits = self.mask_logits(features, boxes, labels, valid, image_shape)
         return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)
+
+
+def make_unfilled(num_classes: int, **options) -> MaskRCNN:
+    """Build a network of zeros to read weights into: drawing the initial values takes many seconds.
+
+    Args:
+      num_classes: C + 1, background included.
+      options: of MaskRCNN.
+    """
+    model = nnx.eval_shape(lambda: MaskRCNN(num_classes, **options, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), nnx.state(model)))
+    return model

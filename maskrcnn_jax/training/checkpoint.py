@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from maskrcnn_jax.data.coco import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.step import TrainState
 
 BEST_METRIC = "segm_AP"
@@ -180,7 +180,7 @@ def restore_model(workdir: str | Path, options: Mapping, *, which: str = "latest
                 f"{workdir} has no checkpoint {which!r}; there are: {checkpoints.steps or 'none'}. Train longer or "
                 "choose one of these with --checkpoint"
             )
-        model = MaskRCNN(categories.num_classes, **options, rngs=nnx.Rngs(0))
+        model = make_unfilled(categories.num_classes, **options)
         checkpoints.restore_model(step, model)
     finally:
         checkpoints.close()

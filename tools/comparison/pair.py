@@ -11,7 +11,7 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.files import list_images
-from maskrcnn_jax.models.mask_rcnn import IMAGE_MEAN, IMAGE_STD, MaskRCNN
+from maskrcnn_jax.models.mask_rcnn import IMAGE_MEAN, IMAGE_STD, make_unfilled
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.torchvision import entries
 
@@ -38,7 +38,7 @@ class Pair:
 
     def __init__(self, reference: torch.nn.Module, options: dict, num_classes: int, dtype: str):
         self.reference, self.dtype = reference, dtype
-        self.model = MaskRCNN(num_classes, **(options | {"dtype": dtype}), rngs=nnx.Rngs(0))
+        self.model = make_unfilled(num_classes, **(options | {"dtype": dtype}))
         arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
         load_weights(self.model, arrays, source="torchvision's model")
         self.entries = entries(self.model)
