@@ -1,7 +1,7 @@
 """COCO's box and mask AP, as a dictionary, a table and files.
 
-faster-coco-eval computes them where it is installed, in a fraction of the time, pycocotools where it is not: the same
-numbers to the last digit. They are what pycocotools gives for the written ``detections.json``, also in one point where
+faster-coco-eval computes them where it is installed, in less time, pycocotools where it is not: the same numbers to
+the last digit. They are what pycocotools gives for the written ``detections.json``, also in one point where
 detectron2 and torchvision's training scripts differ: a result that holds both a box and a mask is counted as small,
 medium or large by the area of its box. They remove the box before they evaluate masks; this moves segm_APs, segm_APm
 and segm_APl a little and leaves segm_AP as it is.
