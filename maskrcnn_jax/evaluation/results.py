@@ -1,6 +1,6 @@
 """From a batch's detections to the detections of each image file, in its pixels, and to COCO results.
 
-Without JAX, so that processes which only paste and encode masks start quickly.
+Without JAX, of which processes that only paste and encode masks have no use.
 """
 
 from collections.abc import Mapping

@@ -55,6 +55,6 @@ def test_labels_that_stand_for_no_category_are_left_out():
     assert [result["category_id"] for result in results] == [13]
 
 
-def test_processes_that_encode_masks_need_not_wait_for_jax():
+def test_encoding_masks_does_without_jax():
     code = "import sys, maskrcnn_jax.evaluation.results; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
