@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import ConvNorm, kaiming_normal, parameter_dtype
+from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
+from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
@@ -54,11 +55,11 @@ class BoxHead(nnx.Module):
             channels = out_channels
         fcs, features = [], channels * pool_size**2
         for out_features in fc_channels:
-            fcs.append(linear(features, out_features, nnx.initializers.he_uniform()))
+            fcs.append(linear(features, out_features, kaiming_uniform(2.0)))
             features = out_features
         self.convs, self.fcs = nnx.List(convs), nnx.List(fcs)
-        self.cls_score = linear(features, num_classes, nnx.initializers.normal(0.01))
-        self.bbox_pred = linear(features, 4 * num_classes, nnx.initializers.normal(0.001))
+        self.cls_score = linear(features, num_classes, normal(0.01))
+        self.bbox_pred = linear(features, 4 * num_classes, normal(0.001))
 
     def __call__(self, pooled: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Return class logits [..., C + 1] and offsets [..., C + 1, 4], float32 or wider.

@@ -1,17 +1,15 @@
 """Convolutions and normalisations that every part of the network is built from."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d
 
-kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-kaiming_uniform = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+default_init = kaiming_uniform(1.0)
 
 
 def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -30,7 +28,7 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         use_bias: bool = True,
-        kernel_init: Callable = kaiming_uniform,
+        kernel_init: Initializer = default_init,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -172,7 +170,7 @@ class ConvNorm(nnx.Module):
         norm: str = "none",
         norm_eps: float = 1e-5,
         norm_gain: float = 1.0,
-        kernel_init: Callable = kaiming_uniform,
+        kernel_init: Initializer = default_init,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.models.layers import ConvNorm, kaiming_normal, parameter_dtype
+from maskrcnn_jax.models.initializers import kaiming_normal, normal
+from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype
 
 
 class MaskHead(nnx.Module):
@@ -42,14 +43,14 @@ class MaskHead(nnx.Module):
         self.deconv = nnx.LinearGeneral(
             channels,
             (2, 2, channels),
-            kernel_init=nnx.initializers.normal((2.0 / channels) ** 0.5),
+            kernel_init=normal((2.0 / channels) ** 0.5),
             dtype=dtype,
             param_dtype=kept,
             use_bias=False,
             rngs=rngs,
         )
         self.deconv_bias = nnx.Param(jnp.zeros(channels, kept))
-        self.logits_kernel = nnx.Param(nnx.initializers.normal(0.001)(rngs.params(), (num_classes, channels), kept))
+        self.logits_kernel = nnx.Param(normal(0.001)(rngs.params(), (num_classes, channels), kept))
         self.logits_bias = nnx.Param(jnp.zeros(num_classes, kept))
         self.dtype = dtype
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.layers import ConvNorm, kaiming_normal
+from maskrcnn_jax.models.initializers import kaiming_normal
+from maskrcnn_jax.models.layers import ConvNorm
 
 # Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
 ARCHITECTURES = {

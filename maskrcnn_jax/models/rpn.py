@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maskrcnn_jax.models.initializers import normal
 from maskrcnn_jax.models.layers import Conv, ConvNorm, apply_together
 
-_small_normal = nnx.initializers.normal(0.01)
+_small_normal = normal(0.01)
 
 
 class RPNHead(nnx.Module):
