@@ -21,6 +21,10 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.step import TrainState
 
 BEST_METRIC = "segm_AP"
+# By default every device that holds a copy writes a slice of it, and a program is compiled for every slice.
+_ONE_WRITER = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
+)
 
 
 def _metric(metrics: dict) -> float:
@@ -43,7 +47,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             epath.Path(Path(workdir).absolute() / "checkpoints"),
             # Named here, because a manager that has not saved yet cannot tell how its items were written.
-            item_handlers={name: ocp.StandardCheckpointHandler() for name in ("model", "training")},
+            item_handlers={
+                name: ocp.PyTreeCheckpointHandler(type_handler_registry=_ONE_WRITER) for name in ("model", "training")
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, best_fn=_metric, cleanup_tmp_directories=True
             ),
@@ -73,7 +79,7 @@ class Checkpoints:
         """
         self._manager.save(
             int(state.step),
-            args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}),
+            args=ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}),
             metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics else None,
             force=True,
         )
@@ -108,7 +114,12 @@ class Checkpoints:
         abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in like.items()}
         return self._manager.restore(
             step,
-            args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}),
+            args=ocp.args.Composite(
+                **{
+                    name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+                    for name, tree in abstract.items()
+                }
+            ),
         )
 
 
