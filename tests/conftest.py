@@ -21,6 +21,16 @@ flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture
+def quick_compilation():
+    """Compile without optimizing, here and in child processes: for programs that compile far longer than they run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def key() -> jax.Array:
     """A random key, the same for every test."""
     return jax.random.key(0)

@@ -1,9 +1,6 @@
-"""Compiled programs: how to get them quickly, and what they do, read from their text."""
+"""What compiled programs do, read from their text."""
 
 import re
-
-# XLA_FLAGS of processes that compile far longer than they compute.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0"
 
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 _CALLED = re.compile(

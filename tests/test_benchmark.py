@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from tests.programs import QUICK_COMPILATION
 from tools import benchmark
 from tools.benchmarks import scaling
 from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.report import write_docs
 from tools.benchmarks.timing import Row, Spread, compare, measure, table, write_json
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = Settings(height=96, width=96, rounds=2, options=NARROW, num_classes=7, dtype="float32")
 
 
@@ -154,8 +154,7 @@ def test_loading_is_timed_on_real_images(coco_dir, against):
 
 
 @pytest.mark.slow
-def test_memory_and_compilation_are_measured_in_processes_of_their_own(against, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILATION)
+def test_memory_and_compilation_are_measured_in_processes_of_their_own(against):
     rows = measured("memory", dataclasses.replace(against, batch_size=1))
     assert all(row.ours.median > 0 and row.reference.median > 0 for row in rows.values())
     rows = measured("compile", dataclasses.replace(TINY, rounds=1, batch_size=1))

@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax.data.shapes import write_dataset
-from tests.programs import QUICK_COMPILATION
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 
 TINY = """
@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 
 
 def run(script, *args):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILATION}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 

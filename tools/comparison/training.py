@@ -180,7 +180,12 @@ def compare_steps(
         common = {"weight_decay": 1e-4, "decay_norm_and_bias": True, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0}
         optimizer = make_optimizer(lambda _, rate=rate: rate, **common, **options)
         opt_state = optimizer.init(params)
-        update = jax.jit(optimizer.update)
+
+        @jax.jit
+        def update(params, opt_state, gradients, optimizer=optimizer):
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
         theirs = make_torch(pair.reference.parameters())
         for step in tqdm(range(num_steps), desc=section, unit="step", leave=False):
             theirs.zero_grad()
@@ -188,8 +193,7 @@ def compare_steps(
             sum(losses.values()).backward()
             theirs.step()
             _, variables, gradients = gradient(params, variables, ours, drawn)
-            updates, opt_state = update(gradients, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params, opt_state = update(params, opt_state, gradients)
         tolerance = pair.tolerances.step
         after = pair.torch_layout(params) | pair.torch_layout(variables)
         for name, wanted in pair.reference.state_dict().items():
