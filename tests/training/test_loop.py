@@ -86,16 +86,15 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
 
 
 def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
-    config.keep_checkpoints = 1
-    config.epochs = 3
-    train(config, tmp_path, make_evaluate=scores(0.1, 0.9, 0.3))
+    config.keep_checkpoints = config.checkpoint_every = 1
+    train(config, tmp_path, make_evaluate=scores(0.9, 0.3))
     checkpoints = Checkpoints(tmp_path, keep=1)
-    assert checkpoints.steps == [4, 6]
-    assert (checkpoints.best_step, checkpoints.latest_step) == (4, 6)
+    assert checkpoints.steps == [2, 4]
+    assert (checkpoints.best_step, checkpoints.latest_step) == (2, 4)
     checkpoints.close()
     restore_model(tmp_path, config.model, which="best")
-    with pytest.raises(UserError, match=r"no checkpoint '2'; there are: \[4, 6\]"):
-        restore_model(tmp_path, config.model, which="2")
+    with pytest.raises(UserError, match=r"no checkpoint '3'; there are: \[2, 4\]"):
+        restore_model(tmp_path, config.model, which="3")
 
 
 def test_the_step_compiles_once(config, tmp_path, monkeypatch):
@@ -134,9 +133,8 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_refused(config, tmp_path):
     config.eval_every = 0
-    config.max_steps = 1
     train(config, tmp_path, make_evaluate=lambda categories: None)
-    config.max_steps = 2
+    config.epochs = 3
     config.model.stem_channels = 16
     with pytest.raises(UserError, match="of another architecture"):
         train(config, tmp_path, make_evaluate=lambda categories: None)
@@ -144,11 +142,10 @@ def test_a_checkpoint_of_another_architecture_is_refused(config, tmp_path):
 
 def test_a_dataset_with_other_categories_is_refused(config, tmp_path):
     config.eval_every = 0
-    config.max_steps = 1
     train(config, tmp_path, make_evaluate=lambda categories: None)
     path = tmp_path / "categories.json"
     path.write_text(path.read_text().replace("circle", "wheel"))
-    config.max_steps = 2
+    config.epochs = 3
     with pytest.raises(UserError, match="was trained on other categories"):
         train(config, tmp_path, make_evaluate=lambda categories: None)
 
@@ -157,7 +154,6 @@ def test_an_evaluation_that_fails_loses_no_step(config, tmp_path):
     def failing(model):
         raise OSError("the disk is full")
 
-    config.epochs = 1
     with pytest.raises(OSError, match="the disk is full"):
         train(config, tmp_path, make_evaluate=lambda categories: failing)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
