@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     model.box_detections_per_img = 100
     model.mask_channels = 256
     model.mask_targets_binary = False  # 0 or 1 (detectron2), or the share of the object in each cell (torchvision)
+    model.classification_loss = "cross_entropy"  # or focal: sigmoid focal loss (paper, Sec. 3.2)
+    model.box_loss = "smooth_l1"  # of the box head; or iou, giou (paper, Sec. 3.2)
+    model.mask_loss = "bce"  # or dice (paper, Sec. 3.2)
     model.remat = False  # compute the backbone again in the gradient, on accelerators: less memory, more time
     model.dtype = "float32"  # of the convolutions and matrix products: float32, bfloat16, float64
 

@@ -6,6 +6,9 @@ from pathlib import Path
 # Read when JAX is first imported. Programs that use one device are unaffected.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Likewise torch: a thread that waits for one of another test process keeps its core busy.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -48,6 +48,36 @@ def test_mask_loss_is_the_mean_over_the_pixels_of_foreground_rois():
     assert losses.mask_loss(logits, targets, foreground) == pytest.approx(LOG2, rel=1e-6)
 
 
+def test_focal_loss_of_a_sure_class_is_less_than_that_of_an_undecided_one():
+    # One RoI of class 1, one of background; two classes. Undecided: p = 1/2, so (1 - p)^2 = 1/4.
+    labels, valid = jnp.array([[1, 0]]), jnp.ones((1, 2), bool)
+    undecided = 0.25 * LOG2 * (0.25 + 0.75 + 2 * 0.75)  # alpha for the class that is there, 1 - alpha for the others
+    assert losses.focal_loss(jnp.zeros((1, 2, 3)), labels, valid) == pytest.approx(undecided, rel=1e-6)
+    p = 1 / (1 + np.exp(-2))
+    logits = jnp.array([[[9.0, 2.0, -2.0], [-9.0, -2.0, -2.0]]])  # that of background counts for nothing
+    expected = (1 - p) ** 2 * -np.log(p) * (0.25 + 0.75 + 2 * 0.75)
+    assert losses.focal_loss(logits, labels, valid) == pytest.approx(expected, rel=1e-5)
+
+
+def test_iou_and_giou_loss_of_half_overlapping_and_of_separate_boxes():
+    boxes = jnp.array([[[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 9.0, 9.0]]])
+    targets = jnp.array([[[1.0, 0.0, 3.0, 2.0], [3.0, 0.0, 4.0, 1.0], [7.0, 7.0, 8.0, 8.0]]])
+    foreground = jnp.array([[True, True, False]])
+    # IoU 2 / 6 and 0; in the hull of the second pair, 4 x 1, half is covered by neither.
+    assert losses.iou_loss(boxes, targets, foreground) == pytest.approx((2 / 3 + 1) / 2, rel=1e-6)
+    assert losses.giou_loss(boxes, targets, foreground) == pytest.approx((2 / 3 + 1.5) / 2, rel=1e-6)
+    gradient = jax.grad(losses.giou_loss)(boxes, targets, foreground)
+    assert float(gradient[0, 1, 2]) < 0, "the right side of the separate box is pulled towards its target"
+
+
+def test_dice_loss_of_a_half_covered_mask():
+    targets = jnp.zeros((1, 2, 2, 2)).at[0, 0, 0].set(1.0)
+    logits = jnp.full((1, 2, 2, 2), -50.0).at[0, 0, :, 0].set(50.0)
+    # One of two pixels each: (2 * 1 + 1) / (2 + 2 + 1). An empty mask found empty costs nothing.
+    assert losses.dice_loss(logits, targets, jnp.array([[True, False]])) == pytest.approx(1 - 3 / 5, rel=1e-6)
+    assert losses.dice_loss(logits, targets, jnp.array([[False, True]])) == pytest.approx(0, abs=1e-6)
+
+
 def arguments(rng, rows):
     """Return the inputs of every loss with ``rows`` samples in each of two images."""
 
@@ -57,10 +87,18 @@ def arguments(rng, rows):
     def flag():
         return rng.random((2, rows)) > 0.4
 
+    def boxes():
+        corner = rng.random((2, rows, 2), np.float32)
+        return np.concatenate([corner, corner + rng.random((2, rows, 2), np.float32)], axis=-1)
+
     return {
         "objectness_loss": (normal(2, rows), flag(), flag()),
         "box_loss": (normal(2, rows, 4), normal(2, rows, 4), flag(), flag()),
         "classification_loss": (normal(2, rows, 6), rng.integers(0, 6, (2, rows)).astype(np.int32), flag()),
+        "focal_loss": (normal(2, rows, 6), rng.integers(0, 6, (2, rows)).astype(np.int32), flag()),
+        "iou_loss": (boxes(), boxes(), flag()),
+        "giou_loss": (boxes(), boxes(), flag()),
+        "dice_loss": (normal(2, rows, 4, 4), rng.random((2, rows, 4, 4), np.float32), flag()),
         "mask_loss": (normal(2, rows, 4, 4), rng.random((2, rows, 4, 4), np.float32), flag()),
     }
 

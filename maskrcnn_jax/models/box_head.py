@@ -26,14 +26,16 @@ class BoxHead(nnx.Module):
         conv_channels: tuple[int, ...] = (),
         fc_channels: tuple[int, ...] = (1024, 1024),
         norm: str = "none",
+        class_bias: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        def linear(in_features, out_features, kernel_init):
+        def linear(in_features, out_features, kernel_init, bias=0.0):
             return nnx.Linear(
                 in_features,
                 out_features,
                 kernel_init=kernel_init,
+                bias_init=nnx.initializers.constant(bias),
                 dtype=dtype,
                 param_dtype=parameter_dtype(dtype),
                 rngs=rngs,
@@ -58,7 +60,7 @@ class BoxHead(nnx.Module):
             fcs.append(linear(features, out_features, kaiming_uniform(2.0)))
             features = out_features
         self.convs, self.fcs = nnx.List(convs), nnx.List(fcs)
-        self.cls_score = linear(features, num_classes, normal(0.01))
+        self.cls_score = linear(features, num_classes, normal(0.01), class_bias)
         self.bbox_pred = linear(features, 4 * num_classes, normal(0.001))
 
     def __call__(self, pooled: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

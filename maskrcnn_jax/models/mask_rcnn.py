@@ -3,6 +3,8 @@
 Each stage is a method, so that a comparison can feed the intermediate result of a reference into any of them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from maskrcnn_jax.models.proposals import RPN_BOX_WEIGHTS, sample_rois, select_p
 from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
-from maskrcnn_jax.ops.boxes import encode_boxes
+from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, match, sample_balanced
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
@@ -33,6 +35,14 @@ NUM_LEVELS = 5
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
 MASK_SIZE = 2 * MASK_POOL_SIZE
+# What the heads may be trained with (paper, Sec. 3.2): the first set and the second.
+LOSSES = {
+    "classification_loss": ("cross_entropy", "focal"),
+    "box_loss": ("smooth_l1", "iou", "giou"),
+    "mask_loss": ("bce", "dice"),
+}
+# Of a class that decides for itself, before training: otherwise the many that are absent would drown the one present.
+FOCAL_PRIOR = 0.01
 
 
 class MaskRCNN(nnx.Module):
@@ -78,6 +88,9 @@ class MaskRCNN(nnx.Module):
         box_detections_per_img: int = 100,
         mask_channels: int = 256,
         mask_targets_binary: bool = False,
+        classification_loss: str = "cross_entropy",
+        box_loss: str = "smooth_l1",
+        mask_loss: str = "bce",
         remat: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
@@ -95,6 +108,11 @@ class MaskRCNN(nnx.Module):
             raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
         if len(anchor_sizes) != NUM_LEVELS:
             raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
+        chosen = {"classification_loss": classification_loss, "box_loss": box_loss, "mask_loss": mask_loss}
+        for name, value in chosen.items():
+            if value not in LOSSES[name]:
+                raise UserError(f"{name} is {value!r}; use one of {', '.join(LOSSES[name])}")
+        self.classification_loss, self.box_loss, self.mask_loss = chosen.values()
         self.dtype = jnp.dtype(dtype)
         self.anchor_options = FrozenDict(
             sizes=tuple(anchor_sizes), aspect_ratios=tuple(aspect_ratios), exact=exact_anchors
@@ -148,6 +166,7 @@ class MaskRCNN(nnx.Module):
             conv_channels=tuple(box_conv_channels),
             fc_channels=tuple(box_fc_channels),
             norm=head_norm,
+            class_bias=math.log(FOCAL_PRIOR / (1 - FOCAL_PRIOR)) if classification_loss == "focal" else 0.0,
             **common,
         )
         self.mask_head = MaskHead(fpn_channels, mask_channels, num_classes, norm=head_norm, **common)
@@ -186,6 +205,16 @@ class MaskRCNN(nnx.Module):
                 f, b, image_shape=image_shape, output_size=output_size, **self.roi_pooling
             )
         )(features[:4], boxes)
+
+    def select(self, logits: jax.Array, deltas: jax.Array, proposals: Proposals, sizes: jax.Array) -> tuple:
+        """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
+        if self.classification_loss == "focal":
+            scores = jax.nn.sigmoid(logits[..., 1:])
+        else:
+            scores = jax.nn.softmax(logits, axis=-1)[..., 1:]
+        return jax.vmap(lambda c, d, p, s: select_detections(c, d, p, s, **self.selection))(
+            scores, deltas, proposals, sizes
+        )
 
     def mask_logits(self, features: list[jax.Array], boxes, labels, valid: jax.Array, image_shape) -> jax.Array:
         """Return the mask logits [B, F, 28, 28] of boxes [B, F, 4] for their labels [B, F].
@@ -280,19 +309,29 @@ class MaskRCNN(nnx.Module):
         foreground = rois.valid & (rois.labels > 0)
         logits, deltas = self.box_head(self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE), rois.valid)
         matched = jnp.take_along_axis(batch.gt.boxes, rois.gt_index[..., None], axis=1)
-        targets = encode_boxes(matched, rois.boxes, BOX_WEIGHTS)
         deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
+        if self.box_loss == "smooth_l1":
+            targets = encode_boxes(matched, rois.boxes, BOX_WEIGHTS)
+            box_term = losses.box_loss(deltas, targets, foreground, rois.valid)
+        else:
+            box_loss = losses.iou_loss if self.box_loss == "iou" else losses.giou_loss
+            box_term = box_loss(decode_boxes(deltas, rois.boxes, BOX_WEIGHTS), matched, foreground)
+        if self.classification_loss == "focal":
+            class_term = losses.focal_loss(logits, rois.labels, rois.valid)
+            logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not
+        else:
+            class_term = losses.classification_loss(logits, rois.labels, rois.valid)
 
         # Foreground comes first, so these slots hold all of it.
         num_mask = int(self.roi_sampling["size"] * self.roi_sampling["positive_fraction"])
         mask_rois = jax.tree.map(lambda x: x[:, :num_mask], rois)
         has_mask = foreground[:, :num_mask]
         mask_logits = self.mask_logits(features, mask_rois.boxes, mask_rois.labels, has_mask, image_shape)
-        mask_target = self.mask_targets(mask_rois, batch)
+        mask_loss = losses.dice_loss if self.mask_loss == "dice" else losses.mask_loss
         terms = {
-            "loss_classifier": losses.classification_loss(logits, rois.labels, rois.valid),
-            "loss_box_reg": losses.box_loss(deltas, targets, foreground, rois.valid),
-            "loss_mask": losses.mask_loss(mask_logits, mask_target, has_mask),
+            "loss_classifier": class_term,
+            "loss_box_reg": box_term,
+            "loss_mask": mask_loss(mask_logits, self.mask_targets(mask_rois, batch), has_mask),
         }
         correct = jnp.argmax(logits, axis=-1) == rois.labels
         metrics = {
@@ -336,9 +375,7 @@ class MaskRCNN(nnx.Module):
         objectness, deltas = self.rpn(features)
         proposals = self.propose(objectness, deltas, anchors, sizes, self.rpn_selection_test)
         logits, deltas = self.box_head(self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE))
-        boxes, scores, labels, valid = jax.vmap(lambda c, d, p, s: select_detections(c, d, p, s, **self.selection))(
-            logits, deltas, proposals, sizes
-        )
+        boxes, scores, labels, valid = self.select(logits, deltas, proposals, sizes)
         mask_logits = self.mask_logits(features, boxes, labels, valid, image_shape)
         return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)
 

@@ -10,7 +10,7 @@ from maskrcnn_jax.structures import Proposals
 
 
 def select_detections(
-    class_logits: jax.Array,
+    class_scores: jax.Array,
     deltas: jax.Array,
     proposals: Proposals,
     size: jax.Array,
@@ -23,7 +23,7 @@ def select_detections(
     """Decode a box for every class, suppress duplicates within each class, keep the best.
 
     Args:
-      class_logits: [N, C + 1].
+      class_scores: [N, C] probabilities, without background.
       deltas: [N, C + 1, 4].
       proposals: without batch axis.
       size: [2] (height, width) of the image inside the padding.
@@ -35,9 +35,8 @@ def select_detections(
     Returns:
       boxes [D, 4], scores [D], labels [D] and valid [D], best first.
     """
-    scores = jax.nn.softmax(class_logits, axis=-1)[:, 1:]
     boxes = clip_boxes(decode_boxes(deltas[:, 1:], proposals.boxes[:, None], BOX_WEIGHTS), size)  # [N, C, 4]
-    scores = jnp.where(proposals.valid[:, None] & is_large(boxes, min_size), scores, 0)
+    scores = jnp.where(proposals.valid[:, None] & is_large(boxes, min_size), class_scores, 0)
     picks = class_nms(
         boxes, scores, iou_threshold=nms_thresh, score_threshold=score_thresh, max_picks=detections_per_img
     )

@@ -22,12 +22,36 @@ def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Two boxes without area have overlap 0, where torchvision has NaN.
     """
-    top_left = jnp.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
-    bottom_right = jnp.minimum(a[:, None, 2:], b[None, :, 2:])
-    sides = jnp.maximum(bottom_right - top_left, 0)
+    return paired_iou(*jnp.broadcast_arrays(a[:, None], b[None, :]))
+
+
+def paired_iou(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the intersection over union [...] of boxes [..., 4] with boxes [..., 4], one by one."""
+    intersection, union = _intersection_and_union(a, b)
+    return _ratio(intersection, union)
+
+
+def paired_giou(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the generalised IoU [...], in -1..1, of boxes [..., 4] with boxes [..., 4], one by one.
+
+    The IoU less the share of the smallest box around both that neither covers. Source: Algorithm 1, Generalized
+    Intersection over Union.
+    """
+    intersection, union = _intersection_and_union(a, b)
+    around = jnp.concatenate([jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])], axis=-1)
+    hull = box_area(around)
+    return _ratio(intersection, union) - _ratio(hull - union, hull)
+
+
+def _intersection_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sides = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0)
     intersection = sides[..., 0] * sides[..., 1]
-    union = box_area(a)[:, None] + box_area(b)[None, :] - intersection
-    return jnp.where(union > 0, intersection / jnp.where(union > 0, union, 1), 0)
+    return intersection, box_area(a) + box_area(b) - intersection
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """Divide, with 0 for parts of nothing and a finite gradient there."""
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
 def encode_boxes(boxes: jax.Array, references: jax.Array, weights: tuple[float, ...]) -> jax.Array:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskrcnn_jax.models.layers import FrozenStatistics
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.structures import Proposals
 from tests.models.tiny import NUM_CLASSES, SIDE, all_finite, compiled, tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
 
@@ -162,6 +163,41 @@ def test_losses_and_detections_run_in_other_dtypes(dtype):
         detections = detect(batch.images, batch.sizes)
         assert detections.boxes.dtype == wide
         assert all_finite(detections)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("box_loss", ["iou", "giou"])
+def test_the_second_set_of_losses_trains_with_and_without_objects(box_loss, key):
+    model = tiny_model(classification_loss="focal", box_loss=box_loss, mask_loss="dice")
+    losses, detect, *_ = compiled(model)
+    batch = tiny_batch()
+    terms, _, gradients = losses(batch, key)
+    assert all(float(terms[name]) > 0 for name in TERMS)
+    assert all_finite((terms, gradients))
+    assert np.any(gradients["mask_head"]["logits_kernel"][...])
+    none = batch._replace(gt=batch.gt._replace(valid=np.zeros_like(batch.gt.valid)))
+    terms, _, gradients = losses(none, key)
+    assert all_finite((terms, gradients))
+    assert float(terms["loss_box_reg"]) == float(terms["loss_mask"]) == 0
+    # Classes that decide for themselves may all be likely at once.
+    images, sizes = jnp.asarray(batch.images), jnp.asarray(batch.sizes)
+    logits, deltas = jnp.full((2, 20, NUM_CLASSES), 3.0), jnp.zeros((2, 20, NUM_CLASSES, 4))
+    proposals = Proposals(
+        jnp.tile(jnp.array([4.0, 4, 40, 40]), (2, 20, 1)), jnp.ones((2, 20)), jnp.ones((2, 20), bool)
+    )
+    scores = model.select(logits, deltas, proposals, sizes)[1]
+    np.testing.assert_allclose(scores[:, : NUM_CLASSES - 1], jax.nn.sigmoid(3.0), rtol=1e-6)
+    assert all_finite(detect(images, sizes))
+
+
+def test_a_loss_that_does_not_exist_is_named_with_the_choices():
+    with pytest.raises(ValueError, match="box_loss is 'l2'; use one of smooth_l1, iou, giou"):
+        tiny_model(box_loss="l2")
+
+
+def test_the_focal_loss_starts_with_every_class_unlikely():
+    model = MaskRCNN(5, backbone="resnet18", box_fc_channels=(8, 8), classification_loss="focal", rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(jax.nn.sigmoid(model.box_head.cls_score.bias[...]), 0.01, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_detections_equal_torchvisions_postprocessing(detections_per_img, dtype)
         extra[:, 1] = 50
         select = jax.jit(
             lambda c, d, p: select_detections(
-                c,
+                jax.nn.softmax(c)[:, 1:],
                 d,
                 p,
                 jnp.array(size),
@@ -235,3 +235,23 @@ def test_rpn_losses_equal_torchvisions_with_the_same_anchors_sampled(dtype):
         return terms["loss_objectness"], terms["loss_rpn_box_reg"]
 
     assert_same_losses(ours, value_and_gradients(reference, [objectness, deltas]), [objectness, deltas], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_other_losses_equal_torchvisions_operators(dtype):
+    rng = np.random.default_rng(0)
+    labels, foreground = rng.integers(0, 5, (2, 20)), rng.random((2, 20)) < 0.6
+    logits = (rng.normal(size=(2, 20, 5)) * 3).astype(dtype)
+    boxes, targets = (random_boxes(rng, 40, 30, dtype).reshape(2, 20, 4) for _ in range(2))
+    one_hot = torch.nn.functional.one_hot(torch.tensor(labels), 5)[..., 1:].to(getattr(torch, dtype))
+    focal = torchvision.ops.sigmoid_focal_loss(torch.tensor(logits[..., 1:]), one_hot, reduction="sum")
+    pairs = torch.tensor(boxes[foreground]), torch.tensor(targets[foreground])
+    iou = 1 - torch.diagonal(torchvision.ops.box_iou(*pairs))
+    giou = torchvision.ops.generalized_box_iou_loss(*pairs)
+    with jax.enable_x64(dtype == "float64"):
+        ours = losses.focal_loss(jnp.asarray(logits), jnp.asarray(labels), jnp.ones((2, 20), bool))
+        np.testing.assert_allclose(ours, focal / (labels > 0).sum(), **TOLERANCES[dtype])
+        inputs = jnp.asarray(boxes), jnp.asarray(targets), jnp.asarray(foreground)
+        np.testing.assert_allclose(losses.iou_loss(*inputs), iou.mean(), **TOLERANCES[dtype])
+        # torchvision adds 1e-7 to what it divides by.
+        np.testing.assert_allclose(losses.giou_loss(*inputs), giou.mean(), rtol=1e-6)

@@ -9,7 +9,6 @@ from flax import nnx
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.inference import make_detect
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
-from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.structures import Detections
 from tools.benchmarks.inputs import Settings, default_dtype, make_model, on_gpu, pad_images, read_photos
 from tools.benchmarks.timing import OURS, Row, compare, measure
@@ -92,9 +91,6 @@ def our_stages(model: MaskRCNN, images: jax.Array, sizes: jax.Array) -> dict[str
         found[name] = functions[name]()
         return found[name]
 
-    def select(m, logits, deltas, proposals, sizes):
-        return jax.vmap(lambda *one: select_detections(*one, **m.selection))(logits, deltas, proposals, sizes)
-
     maps = stage("backbone", lambda m, x, s: m.backbone(m.normalize(x, s)), images, sizes)
     levels = stage("FPN", lambda m, x: m.fpn(x), maps)
     objectness, deltas = stage("RPN head", lambda m, x: m.rpn(x), levels)
@@ -108,7 +104,9 @@ def our_stages(model: MaskRCNN, images: jax.Array, sizes: jax.Array) -> dict[str
         lambda m, x, boxes: m.box_head(m.pool(x, boxes, shape, BOX_POOL_SIZE)),
         *(levels, proposals.boxes),
     )
-    boxes, _, labels, valid = stage("detections from the box head", select, logits, offsets, proposals, sizes)
+    boxes, _, labels, valid = stage(
+        "detections from the box head", lambda m, *outputs: m.select(*outputs), logits, offsets, proposals, sizes
+    )
     stage(
         "mask head with RoIAlign",
         lambda m, x, *detected: jax.nn.sigmoid(m.mask_logits(x, *detected, shape)),

@@ -200,7 +200,14 @@ def _detections(settings: Settings, rng, shape) -> Row:
     limit = options["box_detections_per_img"]
     select = jax.jit(
         lambda c, d, p, s: select_detections(
-            c, d, p, s, score_thresh=0.05, nms_thresh=0.5, min_size=1e-2, detections_per_img=limit
+            jax.nn.softmax(c)[:, 1:],
+            d,
+            p,
+            s,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            min_size=1e-2,
+            detections_per_img=limit,
         )
     )
     proposals = Proposals(boxes, np.zeros(number, np.float32), np.ones(number, bool))

@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from maskrcnn_jax.data.transforms import resize_image
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE, MaskRCNN
-from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.models.resnet import max_pool
 from maskrcnn_jax.structures import Proposals
 from tools.comparison.pair import Pair, channels_last, our_images, pad, to_torch
@@ -36,11 +35,7 @@ def compare_stages(result: Comparison, pair: Pair, batches: list[list[np.ndarray
         for size in (BOX_POOL_SIZE, MASK_POOL_SIZE)
     }
     box_head = pair.compiled(lambda m, pooled: m.box_head(pooled))
-    select = pair.compiled(
-        lambda m, c, d, p, sizes: jax.vmap(lambda c, d, p, s: select_detections(c, d, p, s, **m.selection))(
-            c, d, p, sizes
-        )
-    )
+    select = pair.compiled(lambda m, *outputs: m.select(*outputs))
     mask_head = pair.compiled(lambda m, pooled, labels: m.mask_head(pooled, labels))
     layers = pair.compiled(_layers)
 
