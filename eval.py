@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
+from configs import base
 from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
@@ -26,7 +27,7 @@ flags.DEFINE_string("output", None, "Folder for the results; the workdir if not 
 def main() -> None:
     if FLAGS.weights and not FLAGS.output:
         raise UserError("--weights needs --output, a folder for the results")
-    config = find_config()
+    config = find_config(base.get_config())
     model, categories = load_model(config)
     data = config.data.unlock()
     data.coco_dir = FLAGS.coco_dir or data.coco_dir

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import base
 from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
 from maskrcnn_jax.data.loader import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
@@ -52,7 +53,7 @@ def make_prepare(data: ConfigDict) -> Prepare:
 
 def main() -> None:
     paths = None if is_video(FLAGS.input) else list_images(FLAGS.input)
-    config = find_config()
+    config = find_config(base.get_config())
     model, categories = load_model(config)
     columns = zip(categories.labels, categories.ids, categories.names, strict=True)
     labels = {label: Label(category_id, name) for label, category_id, name in columns}

@@ -78,6 +78,9 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
     assert trained.stdout.splitlines()[-1] == f"box AP {written['bbox_AP']:.3f}  mask AP {written['segm_AP']:.3f}"
     assert (workdir / "predictions.jpg").stat().st_size > 1000
 
+    config = json.loads((workdir / "config.json").read_text())
+    del config["eval_workers"]  # as in runs from before this option
+    (workdir / "config.json").write_text(json.dumps(config))
     evaluated = run("eval.py", f"--workdir={workdir}", f"--output={place / 'evaluated'}")
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
     assert json.loads((place / "evaluated" / "metrics.json").read_text()) == written
