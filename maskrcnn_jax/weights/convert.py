@@ -66,40 +66,32 @@ def load_weights(
       What became of every array.
 
     Raises:
-      UserError: naming every array that is missing, unknown, or of another shape.
+      UserError: naming every array that is missing, unknown, of another shape or kind, or not finite.
     """
     family, arrays, entries = _recognise(model, arrays, source)
     state = dict(nnx.to_flat_state(nnx.state(model)))
     reinitialised = []
     if not partial and family == RESNET:
         raise UserError(f"{source} holds only a backbone, which finds nothing; train with it first")
-    other_classes = any(
-        entry.path == ("box_head", "cls_score", "bias")
-        and entry.key in arrays
-        and arrays[entry.key].shape != state[entry.path].shape
-        for entry in entries
-    )
-    if partial and other_classes:
-        reinitialised = [entry for entry in entries if entry.per_class and entry.key in arrays]
-        entries = [entry for entry in entries if not entry.per_class]
-    known = {entry.key for entry in (*entries, *reinitialised)}
+    more_classes = _more_classes(entries, arrays, state)
+    known = {entry.key for entry in entries}
     ignored = [key for key in arrays if key not in known and _is_ignored(key)]
-
     problems = [f"{key} is unknown" for key in arrays if key not in known and key not in ignored]
     for entry in entries:
         wanted = _foreign_shape(entry, state)
-        # Files of a torch without counters, and those of frozen norms, lack them.
-        if entry.key not in arrays and not _is_ignored(entry.key):
-            problems.append(f"{entry.key} is missing")
-        elif entry.key in arrays and arrays[entry.key].shape != wanted:
-            problems.append(f"{entry.key} has shape {arrays[entry.key].shape} instead of {wanted}")
+        if partial and entry.rows_per_class:
+            wanted = (wanted[0] + entry.rows_per_class * more_classes, *wanted[1:])
+        problems += _problems_of(entry.key, arrays.get(entry.key), wanted, state[entry.path].dtype)
     if problems:
         advice = "use the config that these weights belong to"
-        if other_classes:
+        if more_classes:
             advice = "they are for another number of classes: fine-tune them with train.py first, or " + advice
         listed = "\n  ".join(problems)
         raise UserError(f"{source}: {len(problems)} arrays do not fit the model; {advice}\n  {listed}")
 
+    if more_classes:
+        reinitialised = [entry for entry in entries if entry.rows_per_class]
+        entries = [entry for entry in entries if not entry.rows_per_class]
     entries = [entry for entry in entries if entry.key in arrays]
     for entry in entries:
         variable = state[entry.path]
@@ -138,6 +130,30 @@ def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[
         f"{source} holds no Mask R-CNN of torchvision or detectron2 and no ResNet (its arrays: "
         f"{', '.join(list(arrays)[:3]) or 'none'}); give one of these"
     )
+
+
+def _more_classes(entries: list[Entry], arrays: dict[str, np.ndarray], state: dict) -> int:
+    """Return how many classes more than the model's those of the file are, as its class scores say."""
+    for entry in entries:
+        if entry.path == ("box_head", "cls_score", "bias") and entry.key in arrays and arrays[entry.key].ndim == 1:
+            return len(arrays[entry.key]) - len(state[entry.path])
+    return 0
+
+
+def _problems_of(key: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> list[str]:
+    """Say why an array of a file, or its absence, does not fit one of the model's."""
+    if array is None:
+        # Files of a torch without counters, and those of frozen norms, lack them.
+        return [] if _is_ignored(key) else [f"{key} is missing"]
+    if array.shape != shape:
+        return [f"{key} has shape {array.shape} instead of {shape}"]
+    if np.issubdtype(dtype, np.integer):
+        return [] if array.dtype.kind in "iu" else [f"{key} has dtype {array.dtype} where whole numbers are needed"]
+    if array.dtype.kind != "f":
+        return [f"{key} has dtype {array.dtype} where floats are needed"]
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(dtype)).all()
+    return [] if finite else [f"{key} holds values that are not finite in {dtype}"]
 
 
 def _is_ignored(key: str) -> bool:

@@ -26,10 +26,11 @@ def _without_background(rows: int) -> Layout:
     return Layout(read, lambda x: x[rows:])
 
 
-_PER_CLASS = {
-    "cls_score": _BACKGROUND_FIRST,
-    "bbox_pred": _without_background(4),
-    "logits": _without_background(1),
+# Rows per class, and how the background lies among them.
+_PREDICTORS = {
+    "cls_score": (1, _BACKGROUND_FIRST),
+    "bbox_pred": (4, _without_background(4)),
+    "logits": (1, _without_background(1)),
 }
 
 
@@ -40,10 +41,12 @@ def entries(model: MaskRCNN) -> list[Entry]:
         layout = module_layout(path, variable.ndim, BOX_POOL_SIZE)
         if path == ("backbone", "stem", "conv", "kernel"):
             layout = then(_STEM, layout)
-        per_class = _PER_CLASS.get(path[1].removesuffix("_kernel").removesuffix("_bias")) if path[0] != "rpn" else None
-        if per_class:
+        rows_per_class = 0
+        name = path[1].removesuffix("_kernel").removesuffix("_bias")
+        if path[0] != "rpn" and name in _PREDICTORS:
+            rows_per_class, per_class = _PREDICTORS[name]
             layout = then(per_class, layout)
-        found.append(Entry(path, _key(path), layout, per_class=per_class is not None))
+        found.append(Entry(path, _key(path), layout, rows_per_class))
     return found
 
 

@@ -25,7 +25,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.weights.pickles import Budget, PickledArray, read_pickle
 
 _STATE_DICT_KEYS = ("model", "state_dict")
-_PLAIN_KINDS = "biufc"  # of dtypes: bool, int, unsigned, float, complex
+_PLAIN_KINDS = "biuf"  # of dtypes: bool, int, unsigned, float
 _MAX_GROWTH = 4  # arrays may take this many times the bytes of their file; bfloat16 takes 2
 
 
@@ -106,10 +106,10 @@ def _collect(tree: Any, convert: Callable[[Any], np.ndarray | None]) -> dict[str
 
 
 def _select_state_dict(tree: Any) -> Any:
-    for key in _STATE_DICT_KEYS:
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            return tree[key]
-    return tree
+    found = [key for key in _STATE_DICT_KEYS if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping)]
+    if len(found) > 1:
+        raise ValueError(f"it holds weights under {' and '.join(map(repr, found))}, and it is unclear which are meant")
+    return tree[found[0]] if found else tree
 
 
 def _to_plain(array: np.ndarray) -> np.ndarray | None:

@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     path: Path
     key: str  # in the foreign checkpoint
     layout: Layout
-    per_class: bool = False  # one row or more per class: of no use for other classes
+    rows_per_class: int = 0  # along the first axis of the foreign array; with any, it is of no use for other classes
 
 
 SAME = Layout(lambda x: x, lambda x: x)

@@ -169,7 +169,8 @@ class _Pickle:
             _expect(target, list).extend(items)
             return
         for key, value in zip(items[::2], items[1::2], strict=True):
-            _expect(target, dict)[_expect(key, str)] = value  # hashing nested tuples takes exponential time
+            # Only strings: hashing nested tuples takes exponential time.
+            _add(_expect(target, dict), _expect(key, str), value)
 
     def _call(self, function: Any, args: Any) -> Any:
         match _expect(function, _Global).name, _expect(args, tuple):
@@ -177,7 +178,10 @@ class _Pickle:
                 return {}
             case "OrderedDict", (list() as items,):  # of Python 2
                 self._budget.charge(100 * len(items))  # one list can be made a dict many times; arrays take more
-                return {_expect(key, str): value for key, value in items}
+                ordered = {}
+                for key, value in items:
+                    _add(ordered, _expect(key, str), value)
+                return ordered
             case "encode", (str() as text, "latin1" | "latin-1"):
                 return self._to_bytes(text)
             case "dtype", (str() as code, *_) if code in _DTYPES:
@@ -225,6 +229,12 @@ def _find_global(module: Any, name: Any) -> _Global:
     if full_name not in _GLOBALS:
         raise ValueError(f"it refers to {full_name[:80]!r}, which no array needs")
     return _Global(_GLOBALS[full_name])
+
+
+def _add(target: dict, key: str, value: Any) -> None:
+    if key in target:
+        raise ValueError(f"it has two entries named {key[:80]!r}")
+    target[key] = value
 
 
 def _expect(value: Any, kind: type) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.weights.layout import Entry, Path, module_and_leaf, module_layout
 
@@ -23,6 +24,7 @@ _FIXED_OPTIONS = {
     "box_min_size": 1e-2,
     "mask_targets_binary": False,
 }
+_ROWS_PER_CLASS = {"cls_score": 1, "bbox_pred": 4, "logits_kernel": 1, "logits_bias": 1}  # of the heads' predictors
 # Of the names before torchvision 0.13.
 _RENAMED = (
     (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
@@ -42,7 +44,7 @@ def entries(model: MaskRCNN) -> list[Entry]:
             path,
             _key(path, num_convs=len(model.box_head.convs)),
             module_layout(path, variable.ndim, BOX_POOL_SIZE),
-            per_class=path[1] in ("cls_score", "bbox_pred", "logits_kernel", "logits_bias") and path[0] != "rpn",
+            rows_per_class=0 if path[0] == "rpn" else _ROWS_PER_CLASS.get(path[1], 0),
         )
         for path, variable in nnx.to_flat_state(nnx.state(model))
     ]
@@ -58,7 +60,11 @@ def backbone_entries(model: MaskRCNN) -> list[Entry]:
 
 
 def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rename the keys of the first version's published weights as today's code has them."""
+    """Rename the keys of the first version's published weights as today's code has them.
+
+    Raises:
+      UserError: an array is there by its old name and by today's.
+    """
     renamed = {}
     for key, array in arrays.items():
         for old, new in _RENAMED:
@@ -69,6 +75,10 @@ def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             lambda m: f"roi_heads.mask_head.{int(m[1]) - 1}.0.{m[2]}",
             key,
         )
+        if key in renamed:
+            raise UserError(
+                f"the weights hold {key} twice, by its old name and by today's; remove the one that is wrong"
+            )
         renamed[key] = array
     return renamed
 

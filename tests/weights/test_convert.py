@@ -177,6 +177,42 @@ def test_other_classes_reinitialise_the_three_predictors_and_nothing_else():
     }
 
 
+def test_predictors_of_other_classes_must_be_whole_and_fit_each_other():
+    arrays = other_values(to_torchvision(narrow_model(num_classes=9)))
+    del arrays["roi_heads.mask_predictor.mask_fcn_logits.bias"]
+    arrays["roi_heads.box_predictor.bbox_pred.bias"] = np.zeros(35, np.float32)
+    with pytest.raises(UserError) as error:
+        load_weights(narrow_model(), arrays, partial=True)
+    said = str(error.value)
+    assert "2 arrays do not fit" in said
+    assert "roi_heads.mask_predictor.mask_fcn_logits.bias is missing" in said
+    assert "roi_heads.box_predictor.bbox_pred.bias has shape (35,) instead of (36,)" in said
+
+
+def test_an_array_by_its_old_and_its_new_name_is_refused():
+    arrays = other_values(to_torchvision(narrow_model()))
+    arrays["rpn.head.conv.weight"] = arrays["rpn.head.conv.0.0.weight"] + 1
+    with pytest.raises(UserError, match=r"rpn\.head\.conv\.0\.0\.weight twice"):
+        load_weights(narrow_model(), arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a * 1j, "dtype complex64 where floats"),
+        (lambda a: a.astype(np.int8), "dtype int8 where floats"),
+        (lambda a: np.full_like(a, np.nan), "not finite in float32"),
+        (lambda a: np.full(a.shape, 1e300), "not finite in float32"),
+    ],
+)
+def test_values_that_would_be_changed_are_refused(change, message):
+    model = narrow_model()
+    arrays = other_values(to_torchvision(model))
+    arrays["backbone.body.conv1.weight"] = change(arrays["backbone.body.conv1.weight"])
+    with pytest.raises(UserError, match=message):
+        load_weights(model, arrays)
+
+
 def test_a_backbone_fills_the_backbone_and_is_not_enough_to_detect_with():
     model = narrow_model()
     arrays = {

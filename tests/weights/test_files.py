@@ -181,6 +181,13 @@ def test_a_file_without_arrays_by_name_is_the_users_to_mend(tmp_path):
         read_arrays(tmp_path / "a.pth")
 
 
+def test_two_state_dicts_in_one_file_are_refused(tmp_path):
+    tree = {"model": {"x": WEIGHT}, "state_dict": {"x": WEIGHT + 1}}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(tree))
+    with pytest.raises(UserError, match="'model' and 'state_dict'"):
+        read_arrays(tmp_path / "a.pkl")
+
+
 def test_a_path_without_a_known_file_is_the_users_to_mend(tmp_path):
     (tmp_path / "folder.pth").mkdir()
     (tmp_path / "a.onnx").write_bytes(b"")
@@ -305,6 +312,7 @@ def test_a_hostile_pickle_does_nothing(tmp_path, extension):
         b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R",  # without its state
         pickled_array() + b"N}" + text("value") + b"Ns\x86b",
         pickled_array() + b"Nb",
+        b"}" + (text("a") + pickled_array() + b"s") * 2,  # one name twice
         pickled_array(dtype="O"),
         pickled_array(dtype="V8"),
         pickled_array(dtype="f4,f4"),
