@@ -87,6 +87,22 @@ def test_losses_have_five_finite_terms_and_gradients_reach_every_parameter(tiny_
     assert silent <= {("fpn", "layer", 3)}
 
 
+@pytest.mark.slow
+def test_the_losses_of_the_heads_do_not_train_the_rpn(tiny, key):
+    """Proposals are given to the second stage, as in torchvision; otherwise its box offsets would move them."""
+    graph, params, rest = nnx.split(tiny, nnx.Param, ...)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        terms, _ = nnx.merge(graph, params, rest).losses(batch, key)
+        return terms["loss_classifier"] + terms["loss_box_reg"] + terms["loss_mask"]
+
+    gradients = gradient(params, tiny_batch())
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(gradients["rpn"]))
+    assert all(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(gradients["box_head"]))
+
+
 def test_the_same_key_gives_the_same_bits_and_another_key_another_draw(tiny_functions, key):
     losses, batch = tiny_functions[0], tiny_batch()
     first, again, other = losses(batch, key)[0], losses(batch, key)[0], losses(batch, jax.random.key(1))[0]

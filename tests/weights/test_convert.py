@@ -304,6 +304,28 @@ def test_the_first_convolution_answers_to_bgr_less_its_mean_as_detectron2_feeds_
     np.testing.assert_allclose(ours, wanted.permute(0, 2, 3, 1), rtol=1e-4, atol=2e-2)
 
 
+def test_the_box_head_reads_pooled_maps_and_orders_its_outputs_as_detectron2s():
+    """Two linear layers on maps flattened channels first; scores with the background last; four offsets a class."""
+    torch = pytest.importorskip("torch")
+    linear, relu = torch.nn.functional.linear, torch.relu
+    model = narrow_model()
+    arrays = other_values(detectron2_arrays(model))
+    load_weights(model, arrays)
+    pooled = np.random.default_rng(4).normal(size=(5, 7, 7, 16)).astype(np.float32)
+    head = {
+        name: [torch.tensor(arrays[f"roi_heads.{name}.{leaf}"]) for leaf in ("weight", "bias")]
+        for name in ("box_head.fc1", "box_head.fc2", "box_predictor.cls_score", "box_predictor.bbox_pred")
+    }
+    x = torch.tensor(pooled).permute(0, 3, 1, 2).flatten(1)
+    x = relu(linear(relu(linear(x, *head["box_head.fc1"])), *head["box_head.fc2"]))
+    scores = linear(x, *head["box_predictor.cls_score"]).numpy()
+    offsets = linear(x, *head["box_predictor.bbox_pred"]).numpy().reshape(5, -1, 4)
+    logits, deltas = model.box_head(jnp.asarray(pooled))
+    np.testing.assert_allclose(logits[:, 0], scores[:, -1], rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(logits[:, 1:], scores[:, :-1], rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(deltas[:, 1:], offsets, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_a_narrow_pkl_of_detectron2_loads_from_a_file_and_runs(tmp_path):
     import pickle
