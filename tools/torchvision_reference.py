@@ -174,6 +174,7 @@ def build_reference(
     from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.models.detection.rpn import RPNHead
     from torchvision.ops import MultiScaleRoIAlign
+    from torchvision.ops.poolers import _setup_scales
 
     resnet = _build_resnet(options)
     fpn, mask = options["fpn_channels"], options["mask_channels"]
@@ -208,6 +209,10 @@ def build_reference(
         mask_predictor=MaskRCNNPredictor(mask, mask, num_classes),
         **{name: options[name] for name in _SAME_NAMES},
     )
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        # torchvision guesses them from the first batch it sees, wrongly where that is but a few cells high.
+        levels = [torch.empty(1, 1, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32)]
+        pool.scales, pool.map_levels = _setup_scales(levels, [(256, 256)], pool.canonical_scale, pool.canonical_level)
     return model.to(getattr(torch, dtype))
 
 

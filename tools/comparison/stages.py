@@ -74,7 +74,7 @@ def compare_stages(result: Comparison, pair: Pair, batches: list[list[np.ndarray
         proposals, _ = reference.rpn(image_list, pyramid)
         found = propose(scores, offsets, levels, images, sizes)
         for i, wanted in enumerate(proposals):
-            _compare_sets(result, section, found.boxes[i][found.valid[i]], wanted.numpy(), pair)
+            compare_sets(result, section, found.boxes[i][found.valid[i]], wanted.numpy(), pair)
 
         count = max(map(len, proposals))
         boxes, valid = (
@@ -162,7 +162,7 @@ def _layers(model: MaskRCNN, images: jax.Array, sizes: jax.Array) -> dict[str, j
     return {f"{i:02} {name.removeprefix('0 ')}": outputs[name] for i, name in enumerate(ordered)}
 
 
-def _compare_sets(result: Comparison, section: str, ours: np.ndarray, wanted: np.ndarray, pair: Pair) -> None:
+def compare_sets(result: Comparison, section: str, ours: np.ndarray, wanted: np.ndarray, pair: Pair) -> None:
     """Compare boxes in any order: which have no counterpart within 0.05 pixels, and how far the others are."""
     distance = np.abs(ours[:, None] - wanted[None]).max(axis=2)  # [N, M]
     nearest = np.concatenate([distance.min(axis=0), distance.min(axis=1)])
