@@ -80,7 +80,8 @@ def greedy_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) 
                 width = np.minimum(x2[i], x2[i + 1 :]) - np.maximum(x1[i], x1[i + 1 :])
                 height = np.minimum(y2[i], y2[i + 1 :]) - np.maximum(y1[i], y1[i + 1 :])
                 intersection = np.maximum(width, 0) * np.maximum(height, 0)
-                alive[i + 1 :] &= ~(intersection / (areas[i] + areas[i + 1 :] - intersection) > iou_threshold)
+                overlap = intersection / (areas[i] + areas[i + 1 :] - intersection)
+                alive[i + 1 :] &= ~(overlap > np.float64(iou_threshold))  # in float64, as the kernel
     return order[torch.from_numpy(alive)]
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskrcnn_jax.ops.boxes import box_area
 
@@ -17,7 +18,17 @@ def _overlaps(box: jax.Array, boxes: jax.Array, iou_threshold: float) -> jax.Arr
     intersection = sides[:, 0] * sides[:, 1]
     # Divided, as torchvision does: a product with the threshold would round differently at the border.
     union = box_area(box) + box_area(boxes) - intersection
-    return intersection / jnp.where(union > 0, union, 1) > iou_threshold
+    return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, boxes.dtype)
+
+
+def _rounded_down(threshold: float, dtype: jnp.dtype) -> np.ndarray:
+    """Return the largest number of a dtype that is not above a threshold.
+
+    torchvision compares float32 overlaps with a float64 threshold. An overlap of 3 / 10 is above 0.3 then, because in
+    float32 it is; 0.3 in float32 would be the same number, and not below it.
+    """
+    rounded = np.asarray(threshold, dtype)
+    return np.nextafter(rounded, np.asarray(-np.inf, dtype)) if float(rounded) > threshold else rounded
 
 
 def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:

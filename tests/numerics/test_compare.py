@@ -63,11 +63,13 @@ def test_a_narrow_resnet50_agrees_in_float64_through_ten_steps(coco_dir, version
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "gradients"), [("v1", True), ("v2", False)])
-def test_the_full_network_agrees_in_float32(coco_dir, version, gradients):
-    """Of version 2 a few gradients depend on which side of zero single ReLUs round to, see docs/numerics.md."""
-    result = compare_on(coco_dir, options_of(version), "float32", num_steps=int(gradients))
-    assert result.ok, result.table()
+@pytest.mark.parametrize(("version", "flips"), [("v1", 0), ("v2", 9)])
+def test_the_full_network_agrees_in_float32(coco_dir, version, flips):
+    """In version 2 single ReLUs round to either side of zero, see docs/numerics.md: in three channels, at most."""
+    result = compare_on(coco_dir, options_of(version), "float32", num_steps=1)
+    beyond = [row for row in result.rows if not row.ok]
+    assert len(beyond) <= flips, result.table()
+    assert all(row.section == "gradients" and row.max_rel < 1e-2 for row in beyond), result.table()
 
 
 @pytest.mark.slow
