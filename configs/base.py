@@ -37,7 +37,9 @@ def get_config() -> ConfigDict:
     model.fpn_channels = 256
     model.anchor_sizes = (32, 64, 128, 256, 512)  # pixels, one per level P2..P6
     model.aspect_ratios = (0.5, 1.0, 2.0)  # height / width
+    model.anchor_scales = (1.0,)  # each level has anchors of its size times each of these
     model.exact_anchors = False  # unrounded, at strides of powers of two (detectron2), or as torchvision has them
+    model.rpn_channels = 0  # of the RPN head's convolutions; 0: fpn_channels
     model.rpn_conv_depth = 1  # 3x3 convolutions of the RPN head
     model.rpn_fg_iou_thresh = 0.7
     model.rpn_bg_iou_thresh = 0.3
@@ -49,6 +51,9 @@ def get_config() -> ConfigDict:
     model.rpn_post_nms_top_n_test = 1000
     model.rpn_nms_thresh = 0.7
     model.rpn_min_size = 1e-3  # pixels; smaller proposals are dropped
+    model.train_proposals = "rpn"  # gt: annotated boxes alone; gt_then_rpn: up to min_proposals (paper, Sec. 2.2)
+    model.min_proposals = 15  # annotated boxes and the RPN's best together, with gt_then_rpn (paper, Sec. 3.2)
+    model.roi_operator = "align"  # or pool: RoIPool, which rounds to whole cells
     model.roi_sampling_ratio = 2  # samples per bin and axis; 0: one per feature cell (detectron2)
     model.roi_aligned = (
         False  # RoIAlign, mask targets and pasting exact to half a pixel (detectron2) or not (torchvision)
@@ -63,6 +68,7 @@ def get_config() -> ConfigDict:
     model.box_min_size = 1e-2  # pixels; smaller detections are dropped
     model.box_detections_per_img = 100
     model.mask_channels = 256
+    model.mask_deconv = True  # masks of 28x28; without it the five convolutions of the paper, Sec. 2.5, give 14x14
     model.mask_targets_binary = False  # 0 or 1 (detectron2), or the share of the object in each cell (torchvision)
     model.classification_loss = "cross_entropy"  # or focal: sigmoid focal loss (paper, Sec. 3.2)
     model.box_loss = "smooth_l1"  # of the box head; or iou, giou (paper, Sec. 3.2)
@@ -82,6 +88,7 @@ def get_config() -> ConfigDict:
     optim.b2 = 0.999
     optim.momentum = 0.9  # of SGD
     optim.clip_norm = 1.0  # global norm of the gradient; 0 does not clip
+    optim.frozen_stages = 0  # of the backbone, that keep their initial values: 1 the stem, 2 the first stage too, ...
 
     config.data = ConfigDict()
     data = config.data

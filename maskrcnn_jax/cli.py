@@ -66,7 +66,7 @@ def find_config(defaults: ConfigDict) -> ConfigDict:
     """Return the config of the model that the user named: --config, or that of the run in --workdir.
 
     Args:
-      defaults: values of the options that there were none of when the run was made.
+      defaults: as in :func:`.checkpoint.load_config`.
 
     Raises:
       UserError: when these options and --weights contradict each other.
@@ -76,12 +76,7 @@ def find_config(defaults: ConfigDict) -> ConfigDict:
         raise UserError("give either --workdir, a folder that train.py wrote, or --weights together with --config")
     if options.weights is not None and options.config is None:
         raise UserError("--weights needs the --config that they belong to, such as configs/torchvision_r50_fpn.py")
-    if options.config is not None:
-        return options.config
-    config = defaults.unlock()
-    with config.ignore_type():
-        config.update(load_config(options.workdir))
-    return config
+    return options.config or load_config(options.workdir, defaults)
 
 
 def load_model(config: ConfigDict) -> tuple[MaskRCNN, Categories]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from absl import flags
 
-from configs import torchvision_r50_fpn, torchvision_r50_fpn_v2
+from configs import base, torchvision_r50_fpn, torchvision_r50_fpn_v2
 from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
@@ -109,7 +109,7 @@ def main() -> None:
     images = read_images(FLAGS.images, FLAGS.num_images)
     common = {"dtype": FLAGS.dtype, "batch_size": FLAGS.batch_size, "num_steps": FLAGS.steps, "seed": FLAGS.seed}
     if FLAGS.workdir:
-        config = load_config(FLAGS.workdir)
+        config = load_config(FLAGS.workdir, base.get_config())
         others = without_counterpart(config.model)
         if others:
             raise UserError(f"{FLAGS.workdir} has {', '.join(others)}, which torchvision lacks; compare another run")

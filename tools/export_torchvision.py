@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 from absl import flags
 
+from configs import base
 from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import to_torchvision
@@ -23,14 +24,14 @@ flags.DEFINE_string("output", None, "File to write, .pth or .safetensors.", requ
 
 
 def main() -> None:
-    options = load_config(FLAGS.workdir).model
+    options = load_config(FLAGS.workdir, base.get_config()).model
     model, _ = restore_model(FLAGS.workdir, options, which=FLAGS.checkpoint)
     arrays = to_torchvision(model)
     write_arrays(FLAGS.output, arrays)
     print(f"{len(arrays)} arrays written to {FLAGS.output}")
     others = without_counterpart(options)
     if others:
-        print(f"torchvision's own model will find something else with them, because of {', '.join(others)}")
+        print(f"torchvision's own model refuses them or finds something else, because of {', '.join(others)}")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ def build_reference(
         norm_layer=norm,
     )
     anchors = AnchorGenerator(
-        tuple((size,) for size in options["anchor_sizes"]), (tuple(options["aspect_ratios"]),) * 5
+        tuple(tuple(size * scale for scale in options["anchor_scales"]) for size in options["anchor_sizes"]),
+        (tuple(options["aspect_ratios"]),) * 5,
     )
     convs, fcs = tuple(options["box_conv_channels"]), tuple(options["box_fc_channels"])
     box_head = FastRCNNConvFCHead((fpn, 7, 7), convs, fcs, norm) if convs else TwoMLPHead(fpn * 49, fcs[0])

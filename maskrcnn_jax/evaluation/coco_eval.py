@@ -89,7 +89,7 @@ def evaluate(
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _make_coco(coco_class, coco.dataset)
-        detected = _load_results(truth, results)
+        detected = load_results(truth, results)
         for kind in ("bbox", "segm"):
             evaluation = evaluation_class(truth, detected, kind)
             if image_ids is not None:
@@ -161,7 +161,7 @@ def _make_coco(coco_class: Callable, dataset: dict) -> COCO:
     return coco
 
 
-def _load_results(coco: COCO, results: list[dict]) -> COCO:
+def load_results(coco: COCO, results: list[dict]) -> COCO:
     """As ``COCO.loadRes``, which fails on an empty list and writes into the dicts it is given."""
     if results:
         return coco.loadRes([dict(result) for result in results])

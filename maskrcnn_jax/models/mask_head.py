@@ -1,4 +1,4 @@
-"""Mask head: a 28x28 mask of every RoI from its pooled 14x14 features."""
+"""Mask head: a 28x28 mask of every RoI from its pooled 14x14 features, or a 14x14 one without deconvolution."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype
 
 
 class MaskHead(nnx.Module):
-    """Four 3x3 convolutions, a 2x2 deconvolution, and one 1x1 filter per class.
+    """Four 3x3 convolutions, a 2x2 deconvolution unless left out, and one 1x1 filter per class.
 
     Only the mask of one class per RoI is ever looked at (the true class in training, the predicted one in testing),
     so only that one is computed. Source: Fig. 4 (right), Mask R-CNN.
@@ -21,6 +21,7 @@ class MaskHead(nnx.Module):
         channels: int,
         num_classes: int,
         *,
+        deconv: bool = True,
         norm: str = "none",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -39,23 +40,25 @@ class MaskHead(nnx.Module):
             )
             for k in inputs
         )
-        # A 2x2 kernel with stride 2 does not overlap: each input cell gives its own 2x2 block, a matrix product.
-        self.deconv = nnx.LinearGeneral(
-            channels,
-            (2, 2, channels),
-            kernel_init=normal((2.0 / channels) ** 0.5),
-            dtype=dtype,
-            param_dtype=kept,
-            use_bias=False,
-            rngs=rngs,
-        )
-        self.deconv_bias = nnx.Param(jnp.zeros(channels, kept))
+        if deconv:
+            # A 2x2 kernel with stride 2 does not overlap: each input cell gives its own 2x2 block, a matrix product.
+            self.deconv = nnx.LinearGeneral(
+                channels,
+                (2, 2, channels),
+                kernel_init=normal((2.0 / channels) ** 0.5),
+                dtype=dtype,
+                param_dtype=kept,
+                use_bias=False,
+                rngs=rngs,
+            )
+            self.deconv_bias = nnx.Param(jnp.zeros(channels, kept))
+        self.has_deconv = deconv
         self.logits_kernel = nnx.Param(normal(0.001)(rngs.params(), (num_classes, channels), kept))
         self.logits_bias = nnx.Param(jnp.zeros(num_classes, kept))
         self.dtype = dtype
 
     def __call__(self, pooled: jax.Array, labels: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Return the mask logits [..., 28, 28] of the given classes, float32 or wider.
+        """Return the mask logits [..., 28, 28] of the given classes, or [..., 14, 14], float32 or wider.
 
         Args:
           pooled: [..., 14, 14, K].
@@ -66,9 +69,11 @@ class MaskHead(nnx.Module):
         x = pooled.reshape(-1, *pooled.shape[-3:])
         for convolution in self.convs:
             x = nnx.relu(convolution(x, None if valid is None else valid.reshape(-1)))
-        x = nnx.relu(
-            self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1)
-        )  # [R, h, w, 2, 2, K]
+        if self.has_deconv:
+            x = nnx.relu(self.deconv(x) + self.deconv_bias[...].astype(self.dtype).reshape(1, 1, 1, 1, 1, -1))
+        else:
+            x = x[:, :, :, None, None]
+        # [R, h, w, 2, 2, K], or a single cell instead of 2x2
         labels = labels.reshape(-1)
         # The axes stay in the order of x, which XLA would otherwise transpose as a whole.
         logits = jnp.einsum(
@@ -78,4 +83,4 @@ class MaskHead(nnx.Module):
             preferred_element_type=parameter_dtype(self.dtype),
         )
         logits = logits + self.logits_bias[...][labels].reshape(-1, 1, 1, 1, 1)
-        return logits.swapaxes(2, 3).reshape(*leading, 2 * height, 2 * width)
+        return logits.swapaxes(2, 3).reshape(*leading, height * x.shape[3], width * x.shape[4])

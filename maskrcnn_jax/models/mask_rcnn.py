@@ -3,6 +3,7 @@
 Each stage is a method, so that a comparison can feed the intermediate result of a reference into any of them.
 """
 
+import functools
 import math
 
 import jax
@@ -17,7 +18,13 @@ from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
 from maskrcnn_jax.models.postprocess import select_detections
-from maskrcnn_jax.models.proposals import RPN_BOX_WEIGHTS, sample_rois, select_proposals
+from maskrcnn_jax.models.proposals import (
+    RPN_BOX_WEIGHTS,
+    TRAIN_PROPOSALS,
+    limit_proposals,
+    sample_rois,
+    select_proposals,
+)
 from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
@@ -25,21 +32,23 @@ from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, match, sample_balanced
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
+from maskrcnn_jax.ops.roi_pool import multiscale_roi_pool
 from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, RoISamples
 
 # Of ImageNet's images scaled to 0..1, the statistics that pretrained backbones expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-DTYPES = ("float32", "bfloat16", "float64")
 NUM_LEVELS = 5
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
-MASK_SIZE = 2 * MASK_POOL_SIZE
-# What the heads may be trained with (paper, Sec. 3.2): the first set and the second.
-LOSSES = {
+# Of options that are a choice. The losses of the heads: the paper's first set and its second (Sec. 3.2).
+CHOICES = {
+    "train_proposals": TRAIN_PROPOSALS,
+    "roi_operator": ("align", "pool"),
     "classification_loss": ("cross_entropy", "focal"),
     "box_loss": ("smooth_l1", "iou", "giou"),
     "mask_loss": ("bce", "dice"),
+    "dtype": ("float32", "bfloat16", "float64"),
 }
 # Of a class that decides for itself, before training: otherwise the many that are absent would drown the one present.
 FOCAL_PRIOR = 0.01
@@ -63,7 +72,9 @@ class MaskRCNN(nnx.Module):
         fpn_channels: int = 256,
         anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512),
         aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        anchor_scales: tuple[float, ...] = (1.0,),
         exact_anchors: bool = False,
+        rpn_channels: int = 0,
         rpn_conv_depth: int = 1,
         rpn_fg_iou_thresh: float = 0.7,
         rpn_bg_iou_thresh: float = 0.3,
@@ -75,6 +86,9 @@ class MaskRCNN(nnx.Module):
         rpn_post_nms_top_n_test: int = 1000,
         rpn_nms_thresh: float = 0.7,
         rpn_min_size: float = 1e-3,
+        train_proposals: str = "rpn",
+        min_proposals: int = 15,
+        roi_operator: str = "align",
         roi_sampling_ratio: int = 2,
         roi_aligned: bool = False,
         box_conv_channels: tuple[int, ...] = (),
@@ -87,6 +101,7 @@ class MaskRCNN(nnx.Module):
         box_min_size: float = 1e-2,
         box_detections_per_img: int = 100,
         mask_channels: int = 256,
+        mask_deconv: bool = True,
         mask_targets_binary: bool = False,
         classification_loss: str = "cross_entropy",
         box_loss: str = "smooth_l1",
@@ -104,18 +119,19 @@ class MaskRCNN(nnx.Module):
         Raises:
           UserError: for an option that cannot be.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+        chosen = (train_proposals, roi_operator, classification_loss, box_loss, mask_loss, dtype)
+        for (name, choices), value in zip(CHOICES.items(), chosen, strict=True):
+            if value not in choices:
+                raise UserError(f"{name} is {value!r}; use one of {', '.join(choices)}")
         if len(anchor_sizes) != NUM_LEVELS:
             raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
-        chosen = {"classification_loss": classification_loss, "box_loss": box_loss, "mask_loss": mask_loss}
-        for name, value in chosen.items():
-            if value not in LOSSES[name]:
-                raise UserError(f"{name} is {value!r}; use one of {', '.join(LOSSES[name])}")
-        self.classification_loss, self.box_loss, self.mask_loss = chosen.values()
+        self.classification_loss, self.box_loss, self.mask_loss = classification_loss, box_loss, mask_loss
         self.dtype = jnp.dtype(dtype)
         self.anchor_options = FrozenDict(
-            sizes=tuple(anchor_sizes), aspect_ratios=tuple(aspect_ratios), exact=exact_anchors
+            sizes=tuple(anchor_sizes),
+            aspect_ratios=tuple(aspect_ratios),
+            exact=exact_anchors,
+            scales=tuple(anchor_scales),
         )
         self.rpn_thresholds = (rpn_fg_iou_thresh, rpn_bg_iou_thresh)
         # FrozenDict, because the structure of a model must be hashable for jax.jit to recognise it.
@@ -132,7 +148,9 @@ class MaskRCNN(nnx.Module):
             nms_thresh=rpn_nms_thresh,
             min_size=rpn_min_size,
         )
-        self.roi_pooling = FrozenDict(sampling_ratio=roi_sampling_ratio, aligned=roi_aligned)
+        self.roi_operator, self.roi_aligned = roi_operator, roi_aligned
+        self.roi_sampling_ratio = roi_sampling_ratio
+        self.proposal_source = FrozenDict(source=train_proposals, min_proposals=min_proposals)
         self.roi_sampling = FrozenDict(
             size=box_batch_size_per_image,
             positive_fraction=box_positive_fraction,
@@ -158,7 +176,13 @@ class MaskRCNN(nnx.Module):
             **common,
         )
         self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)
-        self.rpn = RPNHead(fpn_channels, len(aspect_ratios), depth=rpn_conv_depth, **common)
+        self.rpn = RPNHead(
+            fpn_channels,
+            rpn_channels or fpn_channels,
+            len(aspect_ratios) * len(anchor_scales),
+            depth=rpn_conv_depth,
+            **common,
+        )
         self.box_head = BoxHead(
             fpn_channels,
             BOX_POOL_SIZE,
@@ -169,7 +193,10 @@ class MaskRCNN(nnx.Module):
             class_bias=math.log(FOCAL_PRIOR / (1 - FOCAL_PRIOR)) if classification_loss == "focal" else 0.0,
             **common,
         )
-        self.mask_head = MaskHead(fpn_channels, mask_channels, num_classes, norm=head_norm, **common)
+        self.mask_head = MaskHead(
+            fpn_channels, mask_channels, num_classes, deconv=mask_deconv, norm=head_norm, **common
+        )
+        self.mask_size = MASK_POOL_SIZE * (2 if mask_deconv else 1)
 
     # Stages
 
@@ -200,11 +227,13 @@ class MaskRCNN(nnx.Module):
 
     def pool(self, features: list[jax.Array], boxes: jax.Array, image_shape, output_size: int) -> jax.Array:
         """Pool boxes [B, R, 4] from P2..P5 to [B, R, output_size, output_size, K]."""
-        return jax.vmap(
-            lambda f, b: multiscale_roi_align(
-                f, b, image_shape=image_shape, output_size=output_size, **self.roi_pooling
-            )
-        )(features[:4], boxes)
+        options = {"image_shape": image_shape, "output_size": output_size}
+        if self.roi_operator == "pool":
+            operator = functools.partial(multiscale_roi_pool, **options)
+        else:
+            options |= {"sampling_ratio": self.roi_sampling_ratio, "aligned": self.roi_aligned}
+            operator = functools.partial(multiscale_roi_align, **options)
+        return jax.vmap(operator)(features[:4], boxes)
 
     def select(self, logits: jax.Array, deltas: jax.Array, proposals: Proposals, sizes: jax.Array) -> tuple:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
@@ -217,7 +246,7 @@ class MaskRCNN(nnx.Module):
         )
 
     def mask_logits(self, features: list[jax.Array], boxes, labels, valid: jax.Array, image_shape) -> jax.Array:
-        """Return the mask logits [B, F, 28, 28] of boxes [B, F, 4] for their labels [B, F].
+        """Return the mask logits [B, F, M, M] of boxes [B, F, 4] for their labels [B, F]; M is 28, or 14.
 
         The mask head is the most expensive part per box, and of its F slots ``valid`` [B, F] often has few, which come
         first: a quarter is computed if that holds them all.
@@ -252,7 +281,8 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(lambda k, m: sample_balanced(k, m >= 0, m == BACKGROUND, **self.rpn_sampling))(keys, matches)
 
     def sample_rois(self, key: jax.Array, proposals: Proposals, gt: GroundTruth) -> RoISamples:
-        """Draw the RoIs that the heads are trained on."""
+        """Draw the RoIs that the heads are trained on from the annotated boxes and some or all of the proposals."""
+        proposals = jax.vmap(lambda p, g: limit_proposals(p, g, **self.proposal_source))(proposals, gt)
         keys = jax.random.split(key, proposals.boxes.shape[0])
         return jax.vmap(lambda k, p, g: sample_rois(k, p, g, **self.roi_sampling))(keys, proposals, gt)
 
@@ -342,7 +372,7 @@ class MaskRCNN(nnx.Module):
         return terms, metrics
 
     def mask_targets(self, rois: RoISamples, batch: Batch) -> jax.Array:
-        """Return the mask targets [B, F, 28, 28] of foreground RoIs."""
+        """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
         targets = jax.vmap(
             lambda packed, boxes, index, mask_size, size: mask_targets(
                 packed,
@@ -351,8 +381,8 @@ class MaskRCNN(nnx.Module):
                 mask_size=mask_size,
                 image_size=size,
                 max_size=batch.images.shape[1:3],
-                output_size=MASK_SIZE,
-                aligned=self.roi_pooling["aligned"],
+                output_size=self.mask_size,
+                aligned=self.roi_aligned,
             )
         )(batch.gt.masks, rois.boxes, rois.gt_index, batch.gt.mask_sizes, batch.sizes)
         return (targets >= 0.5).astype(targets.dtype) if self.mask_targets_binary else targets

@@ -9,6 +9,9 @@ from maskrcnn_jax.ops.nms import nms
 from maskrcnn_jax.structures import GroundTruth, Proposals, RoISamples
 
 RPN_BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+# What the heads are trained on beside the annotated boxes (paper, Sec. 2.2): all that the RPN proposes; nothing; or as
+# much as is missing to a minimum.
+TRAIN_PROPOSALS = ("rpn", "gt", "gt_then_rpn")
 
 
 def select_proposals(
@@ -56,6 +59,25 @@ def select_proposals(
     scores, index = jax.lax.top_k(flat_scores, min(post_nms_top_n, flat_scores.shape[0]))
     valid = jnp.isfinite(scores)
     return Proposals(boxes.reshape(-1, 4)[index], jnp.where(valid, scores, 0), valid)
+
+
+def limit_proposals(proposals: Proposals, gt: GroundTruth, *, source: str, min_proposals: int) -> Proposals:
+    """Keep of one image's proposals those that its heads are trained on beside its annotated boxes.
+
+    Args:
+      proposals: of one image, without batch axis, best first.
+      gt: of one image, without batch axis.
+      source: one of TRAIN_PROPOSALS.
+      min_proposals: with "gt_then_rpn", how many annotated boxes and proposals there are together at least; without
+        annotated boxes all of them are proposals.
+
+    Returns:
+      The proposals, fewer of them valid. Source: Sec. 2.2 and 3.2 of the paper.
+    """
+    if source == "rpn":
+        return proposals
+    wanted = 0 if source == "gt" else jnp.maximum(min_proposals - jnp.sum(gt.valid), 0)
+    return proposals._replace(valid=proposals.valid & (jnp.arange(proposals.valid.shape[0]) < wanted))
 
 
 def sample_rois(

@@ -13,9 +13,12 @@ _small_normal = normal(0.01)
 class RPNHead(nnx.Module):
     """3x3 convolutions shared by all levels, then two 1x1 convolutions. Source: Sec. 3.1, Faster R-CNN."""
 
-    def __init__(self, channels: int, num_anchors: int, *, depth: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, in_channels: int, channels: int, num_anchors: int, *, depth: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        inputs = (in_channels, *[channels] * (depth - 1))
         self.convs = nnx.List(
-            ConvNorm(channels, channels, 3, kernel_init=_small_normal, dtype=dtype, rngs=rngs) for _ in range(depth)
+            ConvNorm(k, channels, 3, kernel_init=_small_normal, dtype=dtype, rngs=rngs) for k in inputs
         )
         self.cls_logits = Conv(channels, num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
         self.bbox_pred = Conv(channels, 4 * num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)

@@ -10,20 +10,22 @@ import math
 import numpy as np
 
 
-def cell_anchors(size: float, aspect_ratios: tuple[float, ...], exact: bool = False) -> np.ndarray:
-    """Return anchors [len(aspect_ratios), 4] of area size^2 centred at the origin.
+def cell_anchors(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...], exact: bool = False) -> np.ndarray:
+    """Return anchors [len(aspect_ratios) * len(sizes), 4] of areas size^2 centred at the origin.
 
     Args:
-      size: square root of the area, pixels.
+      sizes: square roots of the areas, pixels.
       aspect_ratios: height / width.
-      exact: do not round them to integers.
+      exact: do not round them to integers. Then all ratios of a size follow each other, as in detectron2; otherwise
+        all sizes of a ratio, as in torchvision.
 
     Example: size 32, ratio 0.5 has sides 45.25 x 22.63 and gives [-23, -11, 23, 11].
     """
     # torch rounds halves to even, as numpy does; torchvision in float32, and a half must fall the same way.
     dtype = np.float64 if exact else np.float32
-    ratios = np.sqrt(np.asarray(aspect_ratios, dtype))
-    half = np.stack([dtype(size) / ratios, dtype(size) * ratios], axis=-1) / 2  # (width, height)
+    ratios, sizes = np.sqrt(np.asarray(aspect_ratios, dtype))[:, None], np.asarray(sizes, dtype)
+    half = np.stack([sizes / ratios, sizes * ratios], axis=-1) / 2  # [ratio, size, (width, height)]
+    half = (half.swapaxes(0, 1) if exact else half).reshape(-1, 2)
     corners = np.concatenate([-half, half], axis=-1)
     return (corners if exact else np.round(corners)).astype(np.float32)
 
@@ -34,6 +36,7 @@ def grid_anchors(
     sizes: tuple[float, ...],
     aspect_ratios: tuple[float, ...],
     exact: bool = False,
+    scales: tuple[float, ...] = (1.0,),
 ) -> list[np.ndarray]:
     """Place the cell anchors at every cell of every level.
 
@@ -43,10 +46,11 @@ def grid_anchors(
       sizes: anchor size per level.
       aspect_ratios: shared by all levels.
       exact: detectron2's rules instead of torchvision's.
+      scales: every level has anchors of its size times each of these.
 
     Returns:
-      Per level [H_l * W_l * len(aspect_ratios), 4] float32, ordered by row, column, aspect ratio: the order in which
-      the RPN's outputs flatten.
+      Per level [H_l * W_l * len(aspect_ratios) * len(scales), 4] float32, ordered by row, column, and as
+      :func:`cell_anchors` has them: the order in which the RPN's outputs flatten.
     """
     anchors = []
     for (height, width), size in zip(feature_shapes, sizes, strict=True):
@@ -54,7 +58,9 @@ def grid_anchors(
         x = np.arange(width, dtype=np.float32) * _stride(image_shape[1], width, exact)
         y, x = np.meshgrid(y, x, indexing="ij")
         shifts = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
-        anchors.append((shifts + cell_anchors(size, aspect_ratios, exact)).reshape(-1, 4))
+        anchors.append(
+            (shifts + cell_anchors([size * scale for scale in scales], aspect_ratios, exact)).reshape(-1, 4)
+        )
     return anchors
 
 

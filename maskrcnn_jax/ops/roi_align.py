@@ -12,12 +12,13 @@ a cell of the border takes the border's value. Unlike there, adaptive sampling i
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
 
 # RoIs whose gradient is scattered at once: few enough that the updates stay in cache. Also those that share the
 # number of steps of adaptive sampling: few enough to need similar numbers.
@@ -53,8 +54,8 @@ def roi_align(
 
     Source: Sec. 3, Mask R-CNN.
     """
-    levels = jnp.zeros(boxes.shape[0], jnp.int32)
-    return _pool([features], boxes, levels, (spatial_scale,), output_size, sampling_ratio, aligned)
+    placed = place_on_level(features, boxes, spatial_scale)
+    return _pool(placed, features.shape[:2], output_size, sampling_ratio, aligned)
 
 
 def multiscale_roi_align(
@@ -74,30 +75,14 @@ def multiscale_roi_align(
       image_shape: (H, W) of the padded network input, from which the levels' scales follow.
       output_size: side of the pooled grid.
       sampling_ratio: points per bin and axis, 0 for adaptive sampling, as in :func:`roi_align`.
-      aligned: as in :func:`roi_align`; also selects the rule of :func:`assign_levels`.
+      aligned: as in :func:`roi_align`; also selects the rule of :func:`.pyramid.assign_levels`.
 
     Returns:
       [R, output_size, output_size, K].
     """
-    # Scales are powers of two even where the grid was rounded up.
-    scales = tuple(2.0 ** round(math.log2(feature.shape[0] / image_shape[0])) for feature in features)
-    finest, coarsest = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
-    levels = assign_levels(boxes, finest=finest, coarsest=coarsest, aligned=aligned) - finest
-    return _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned)
-
-
-def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int, aligned: bool = False) -> jax.Array:
-    """Return the pyramid level [R] of boxes [R, 4]: 224^2 pixels map to level 4, twice the side to the next.
-
-    Source: Eqn. 1, Feature Pyramid Networks; the small constant is torchvision's, or detectron2's where ``aligned``.
-    """
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    side = jnp.sqrt(jnp.maximum(area, 0))
-    if aligned:
-        level = jnp.floor(4 + jnp.log2(side / 224 + 1e-8))
-    else:
-        level = jnp.floor(4 + jnp.log2(jnp.maximum(side, 1e-6) / 224) + 1e-6)
-    return jnp.clip(level, finest, coarsest).astype(jnp.int32)
+    placed = place_on_pyramid(features, boxes, image_shape=image_shape, aligned=aligned)
+    largest = tuple(max(feature.shape[axis] for feature in features) for axis in (0, 1))
+    return _pool(placed, largest, output_size, sampling_ratio, aligned)
 
 
 def sample_points(start: jax.Array, bin_size: jax.Array, output_size: int, sampling_ratio: int) -> jax.Array:
@@ -141,28 +126,18 @@ def interpolation_corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array
     return low.astype(jnp.int32), high.astype(jnp.int32), low_weight, high_weight
 
 
-def _pool(features, boxes, levels, scales, output_size, sampling_ratio, aligned):
-    """Gather the sample points of all boxes from the levels, laid end to end as one table."""
-    heights = jnp.array([feature.shape[0] for feature in features], jnp.int32)[levels]
-    widths = jnp.array([feature.shape[1] for feature in features], jnp.int32)[levels]
-    starts, cells = [], 0
-    for feature in features:
-        starts.append(cells)
-        cells += feature.shape[0] * feature.shape[1]
-    starts = jnp.array(starts, jnp.int32)[levels]
-    table = jnp.concatenate([feature.reshape(-1, feature.shape[-1]) for feature in features])
-
-    scale = jnp.array(scales, boxes.dtype)[levels]
-    x1, y1, x2, y2 = (boxes * scale[:, None] - (0.5 if aligned else 0.0)).T
+def _pool(placed: Placed, largest: tuple[int, int], output_size: int, sampling_ratio: int, aligned: bool) -> jax.Array:
+    """Gather the sample points of all boxes from the table; ``largest`` is the (height, width) of the finest level."""
+    table, boxes, starts, heights, widths = placed
+    x1, y1, x2, y2 = (boxes - (0.5 if aligned else 0.0)).T
     width, height = x2 - x1, y2 - y1
     if not aligned:
         width, height = jnp.maximum(width, 1), jnp.maximum(height, 1)
     if sampling_ratio == 0:
-        max_height, max_width = (max(feature.shape[axis] for feature in features) for axis in (0, 1))
         rois = _RoIs(
             *(starts, heights, widths, y1, x1, height / output_size, width / output_size),
-            num_y=_sample_counts(height, heights, max_height, output_size),
-            num_x=_sample_counts(width, widths, max_width, output_size),
+            num_y=_sample_counts(height, heights, largest[0], output_size),
+            num_x=_sample_counts(width, widths, largest[1], output_size),
         )
         pooled = _adaptive_samples(table, rois, output_size)
     else:

@@ -199,15 +199,26 @@ def restore_model(workdir: str | Path, options: Mapping, *, which: str = "latest
     return model, categories
 
 
-def load_config(workdir: str | Path) -> ConfigDict:
-    """Read the config of a run; a UserError says so when the folder holds none."""
+def load_config(workdir: str | Path, defaults: ConfigDict) -> ConfigDict:
+    """Read the config of a run.
+
+    Args:
+      workdir: folder that train.py wrote.
+      defaults: values of the options that there were none of when the run was made.
+
+    Raises:
+      UserError: when the folder holds none.
+    """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} holds no trained model ({path} is missing); give the --workdir of train.py")
+    config = defaults.unlock()
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
+        with config.ignore_type():
+            config.update(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no config that train.py wrote ({error}); give it with --config") from None
+    return config
 
 
 def save_config(config: ConfigDict, workdir: str | Path) -> None:

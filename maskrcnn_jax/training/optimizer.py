@@ -36,6 +36,16 @@ def is_decayed(params: nnx.State) -> nnx.State:
     return jax.tree.map(lambda array: array.ndim > 1, params)
 
 
+def is_frozen(path: tuple[str | int, ...], frozen_stages: int) -> bool:
+    """Return whether a parameter of MaskRCNN belongs to the first stages of its backbone; the stem is the first."""
+    match path:
+        case ("backbone", "stem", *_):
+            return frozen_stages >= 1
+        case ("backbone", "stages", stage, *_):
+            return frozen_stages >= stage + 2
+    return False
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     *,
@@ -46,6 +56,7 @@ def make_optimizer(
     b2: float,
     momentum: float,
     clip_norm: float,
+    frozen_stages: int,
 ) -> optax.GradientTransformation:
     """Build the optimizer; ``configs/base.py`` says what the arguments mean.
 
@@ -60,4 +71,12 @@ def make_optimizer(
         optimizer = optax.chain(decay, optax.sgd(schedule, momentum=momentum))
     else:
         raise UserError(f"optim.kind is {kind!r}; use 'adamw' or 'sgd'")
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
+    if clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    if frozen_stages:
+
+        def labels(params):
+            return nnx.map_state(lambda path, _: is_frozen(path, frozen_stages), params)
+
+        optimizer = optax.partition({False: optimizer, True: optax.set_to_zero()}, labels)
+    return optimizer

@@ -15,12 +15,16 @@ from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.weights.layout import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
-# Options of MaskRCNN that change no weight but what is found with it, and the only value that torchvision has.
+# Options of MaskRCNN that change what is found, and the only value that torchvision has.
 _FIXED_OPTIONS = {
     "stride_in_1x1": False,
     "exact_anchors": False,
     "rpn_min_size": 1e-3,
     "roi_aligned": False,
+    "roi_operator": "align",
+    "rpn_channels": 0,
+    "mask_deconv": True,
+    "classification_loss": "cross_entropy",
     "box_min_size": 1e-2,
     "mask_targets_binary": False,
 }

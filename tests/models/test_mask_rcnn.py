@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.layers import FrozenStatistics
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.structures import Proposals
+from maskrcnn_jax.models.mask_rcnn import CHOICES, MaskRCNN
+from maskrcnn_jax.models.proposals import limit_proposals
+from maskrcnn_jax.structures import GroundTruth, Proposals
 from tests.models.tiny import NUM_CLASSES, SIDE, all_finite, compiled, tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
 
@@ -207,9 +209,43 @@ def test_the_second_set_of_losses_trains_with_and_without_objects(box_loss, key)
     assert all_finite(detect(images, sizes))
 
 
-def test_a_loss_that_does_not_exist_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="box_loss is 'l2'; use one of smooth_l1, iou, giou"):
-        tiny_model(box_loss="l2")
+@pytest.mark.slow
+def test_the_network_of_the_paper_trains_and_detects(key):
+    """Sec. 2.2 to 2.6: annotated boxes first, nine anchors, a wider RPN, a mask head of five convolutions; RoIPool."""
+    model = tiny_model(
+        train_proposals="gt_then_rpn",
+        min_proposals=15,
+        anchor_scales=(1.0, 1.26, 1.587),
+        rpn_channels=24,
+        mask_deconv=False,
+        roi_operator="pool",
+    )
+    losses, detect, *_ = compiled(model)
+    batch = tiny_batch()
+    terms, _, gradients = losses(batch, key)
+    assert all_finite((terms, gradients))
+    assert all(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(gradients))
+    assert gradients["rpn"]["cls_logits"]["kernel"][...].shape[-2:] == (24, 9)
+    found = detect(batch.images, batch.sizes)
+    assert found.masks.shape[-2:] == (14, 14)
+    assert bool(found.valid.any())
+
+
+@pytest.mark.parametrize(
+    ("source", "num_gt", "expected"),
+    [("rpn", 2, 6), ("gt", 2, 0), ("gt_then_rpn", 2, 3), ("gt_then_rpn", 0, 5), ("gt_then_rpn", 7, 0)],
+)
+def test_proposals_fill_what_the_annotated_boxes_leave(source, num_gt, expected):
+    proposals = Proposals(jnp.ones((8, 4)), jnp.arange(8.0)[::-1], jnp.arange(8) < 6)
+    gt = GroundTruth(jnp.ones((9, 4)), jnp.ones(9, int), None, None, jnp.arange(9) < num_gt)
+    valid = limit_proposals(proposals, gt, source=source, min_proposals=5).valid
+    np.testing.assert_array_equal(valid, np.arange(8) < expected)
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_choice_that_does_not_exist_is_named_with_those_that_do(option):
+    with pytest.raises(UserError, match=f"{option} is 'l2'; use one of {', '.join(CHOICES[option])}"):
+        tiny_model(**{option: "l2"})
 
 
 def test_the_focal_loss_starts_with_every_class_unlikely():

@@ -48,8 +48,8 @@ def test_coding_overlap_and_clipping_equal_torchvisions(dtype):
         np.testing.assert_array_equal(clipped, torchvision.ops.clip_boxes_to_image(ta, (600, 700)))
 
 
-def torch_anchors(image_shape, feature_shapes, sizes=SIZES):
-    generator = AnchorGenerator(tuple((s,) for s in sizes), (RATIOS,) * len(sizes))
+def torch_anchors(image_shape, feature_shapes, sizes=SIZES, scales=(1,)):
+    generator = AnchorGenerator(tuple(tuple(s * k for k in scales) for s in sizes), (RATIOS,) * len(sizes))
     features = [torch.zeros(1, 1, *shape) for shape in feature_shapes]
     return generator(ImageList(torch.zeros(1, 3, *image_shape), [image_shape]), features)[0].numpy()
 
@@ -58,8 +58,9 @@ def torch_anchors(image_shape, feature_shapes, sizes=SIZES):
 def test_anchors_equal_torchvisions_bit_for_bit(image_shape):
     """Among them 800 x 1088, whose P6 has 13 rows and so a stride of 61."""
     shapes = [tuple(-(-side // 2**level) for side in image_shape) for level in range(2, 7)]
-    ours = np.concatenate(grid_anchors(image_shape, shapes, SIZES, RATIOS))
-    np.testing.assert_array_equal(ours, torch_anchors(image_shape, shapes))
+    for scales in ((1.0,), (1.0, 1.26, 1.587)):
+        ours = np.concatenate(grid_anchors(image_shape, shapes, SIZES, RATIOS, scales=scales))
+        np.testing.assert_array_equal(ours, torch_anchors(image_shape, shapes, scales=scales))
 
 
 @pytest.mark.parametrize("low_quality", [False, True])

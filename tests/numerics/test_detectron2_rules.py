@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 torch = pytest.importorskip("torch")
 from maskrcnn_jax.ops.anchors import grid_anchors  # noqa: E402
 from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
-from maskrcnn_jax.ops.roi_align import assign_levels  # noqa: E402
+from maskrcnn_jax.ops.pyramid import assign_levels  # noqa: E402
 from tools.torchvision_reference import import_torchvision  # noqa: E402
 
 torchvision = import_torchvision()

@@ -7,13 +7,20 @@ from maskrcnn_jax.ops.anchors import cell_anchors, grid_anchors
 
 def test_cell_anchors_of_size_32_are_torchvisions_rounded_integers():
     np.testing.assert_array_equal(
-        cell_anchors(32, (0.5, 1.0, 2.0)), [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
+        cell_anchors((32,), (0.5, 1.0, 2.0)), [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
     )
 
 
 def test_the_aspect_ratio_is_height_over_width():
-    tall = cell_anchors(100, (4.0,))[0]
+    tall = cell_anchors((100,), (4.0,))[0]
     np.testing.assert_array_equal(tall, [-25, -100, 25, 100])
+
+
+def test_several_sizes_vary_within_a_ratio_as_in_torchvision_or_around_it_as_in_detectron2():
+    sides = cell_anchors((8, 16), (1.0, 4.0))[:, 2:] * 2
+    np.testing.assert_array_equal(sides, [[8, 8], [16, 16], [4, 16], [8, 32]])
+    sides = cell_anchors((8, 16), (1.0, 4.0), exact=True)[:, 2:] * 2
+    np.testing.assert_array_equal(sides, [[8, 8], [4, 16], [16, 16], [8, 32]])
 
 
 def test_anchors_run_over_columns_then_rows_with_ratios_innermost():

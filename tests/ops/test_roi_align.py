@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from maskrcnn_jax.ops import roi_align as ops
-from maskrcnn_jax.ops.roi_align import assign_levels
+from maskrcnn_jax.ops.pyramid import assign_levels
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.
 roi_align = jax.jit(ops.roi_align, static_argnames=("output_size", "spatial_scale", "sampling_ratio", "aligned"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import base
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
@@ -38,7 +39,7 @@ def lines(workdir):
 
 
 def arrays(workdir):
-    model, _ = restore_model(workdir, load_config(workdir).model)
+    model, _ = restore_model(workdir, load_config(workdir, base.get_config()).model)
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
 
 

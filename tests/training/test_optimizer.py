@@ -1,6 +1,8 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
@@ -8,7 +10,7 @@ from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 
 def make(**changes):
     options = {"kind": "adamw", "b1": 0.9, "b2": 0.999, "momentum": 0.9, "clip_norm": 0.0}
-    options |= {"weight_decay": 0.0, "decay_norm_and_bias": False}
+    options |= {"weight_decay": 0.0, "decay_norm_and_bias": False, "frozen_stages": 0}
     return make_optimizer(lambda _: 0.1, **(options | changes))
 
 
@@ -64,3 +66,17 @@ def test_clipping_scales_the_whole_gradient_down_to_the_norm():
     _, state = optimizer.update({"kernel": jnp.array([[3.0, 4.0]])}, optimizer.init(params), params)
     second_moment = state[1][0].nu["kernel"]
     np.testing.assert_allclose(second_moment, 0.001 * np.array([[0.36, 0.64]]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("frozen_stages", "frozen"), [(0, 0), (1, 1), (3, 3), (5, 5)])
+def test_frozen_stages_keep_their_values_and_do_not_count_in_the_norm(frozen_stages, frozen):
+    def layer():
+        return {"kernel": nnx.Param(jnp.ones((2, 2)))}
+
+    params = nnx.State({"backbone": {"stem": layer(), "stages": {i: layer() for i in range(4)}}, "rpn": layer()})
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.5), params)  # each of norm 1
+    steps = update(make(kind="sgd", momentum=0.0, clip_norm=1.0, frozen_stages=frozen_stages), params, gradients)
+    stages = [steps["backbone"]["stem"], *(steps["backbone"]["stages"][i] for i in range(4)), steps["rpn"]]
+    moved = [float(jnp.abs(stage["kernel"][...]).sum()) for stage in stages]
+    expected = 0.1 * 2 / (6 - frozen) ** 0.5  # shared by those that are trained
+    np.testing.assert_allclose(moved, [0.0] * frozen + [expected] * (6 - frozen), rtol=1e-5)

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.paste import encode_rle, paste_mask
-from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_SIZE
+from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE
 from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.models.proposals import select_proposals
 from maskrcnn_jax.ops import nms as nms_forms
@@ -254,7 +254,8 @@ def _plain(model):
 
 def random_masks(rng: np.random.Generator, number: int) -> np.ndarray:
     """Draw smooth masks [n, 28, 28] float32 in 0..1, round as objects are."""
-    y, x = np.mgrid[:MASK_SIZE, :MASK_SIZE] / (MASK_SIZE - 1) * 2 - 1
+    side = 2 * MASK_POOL_SIZE
+    y, x = np.mgrid[:side, :side] / (side - 1) * 2 - 1
     radius = rng.uniform(0.6, 1.0, (number, 1, 1)) + 0.15 * np.sin(
         rng.uniform(2, 6, (number, 1, 1)) * np.arctan2(y, x)
     )

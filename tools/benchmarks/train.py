@@ -122,6 +122,7 @@ class OurTraining:
             b2=0.999,
             momentum=0.9,
             clip_norm=0.0,
+            frozen_stages=0,
         )
         graphdef, self.state = create_train_state(model, optimizer, mesh)
         self._mesh, self.key = mesh, jax.device_put(jax.random.key(0), replicated(mesh))

@@ -100,7 +100,14 @@ def compare_steps(
         pair.reference.load_state_dict(start)
         pair.model.train()
         _, params, variables = nnx.split(pair.model, nnx.Param, ...)
-        common = {"weight_decay": 1e-4, "decay_norm_and_bias": True, "b1": 0.9, "b2": 0.999, "clip_norm": 0.0}
+        common = {
+            "weight_decay": 1e-4,
+            "decay_norm_and_bias": True,
+            "b1": 0.9,
+            "b2": 0.999,
+            "clip_norm": 0.0,
+            "frozen_stages": 0,
+        }
         optimizer = make_optimizer(lambda _, rate=rate: rate, **common, **options)
         opt_state = optimizer.init(params)
 
