@@ -142,7 +142,7 @@ def environment() -> dict:
     return {
         "hardware": hardware,
         "versions": versions,
-        "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -160,6 +160,13 @@ def _cpu_model() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Return the commit that is checked out, marked where files are changed other than documents, which hold rows."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return f"{head}-dirty" if changed else head
 
 
 def _git(*arguments: str) -> str | None:
