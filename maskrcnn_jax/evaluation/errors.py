@@ -39,7 +39,10 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """An AP, or the difference of two, and the interval that holds it with CONFIDENCE."""
+    """An AP, or the difference of two, and the middle share CONFIDENCE of what the draws give.
+
+    With few objects the draws lie a little above the AP: precision is a maximum over recalls, which noise raises.
+    """
 
     value: float  # -1 where there are no objects
     low: float
@@ -139,15 +142,15 @@ def intervals(errors: Errors, draws: np.ndarray) -> dict[str, Interval]:
 def differences(errors: Errors, against: Errors, draws: np.ndarray) -> dict[str, tuple[Interval, float]]:
     """Return how much higher the first AP is in every group, and how likely so large a difference is by chance.
 
-    The probability is twice the share of draws on whose images the other model is at least as good; it cannot be
-    below 1 / number of draws.
+    The probability is twice the share of draws on whose images the other model is at least as good, the data
+    themselves counted as one more draw, so that it is never 0.
     """
     table = {}
     for group in tqdm(errors.groups, desc="differences", unit="group"):
         (ours, drawn), (theirs, their_drawn) = (e.average_precision(group, draws) for e in (errors, against))
         apart = (drawn - their_drawn)[(drawn >= 0) & (their_drawn >= 0)]
-        smaller = min(np.mean(apart <= 0), np.mean(apart >= 0)) if len(apart) else 1.0
-        chance = min(1.0, max(2 * float(smaller), 1 / len(draws)))
+        fewer = min(np.sum(apart <= 0), np.sum(apart >= 0))
+        chance = min(1.0, 2 * float(fewer + 1) / (len(apart) + 1))
         table[group] = Interval(ours - theirs, *_middle(apart, ours - theirs)), chance
     return table
 

@@ -22,7 +22,7 @@ def roi_pool(features: jax.Array, boxes: jax.Array, *, output_size: int, spatial
 
     Args:
       features: [H, W, K].
-      boxes: [R, 4] in image pixels.
+      boxes: [R, 4] in image pixels; longer than MAX_MAP_LENGTHS times the map, they are pooled as if cut to that.
       output_size: side of the pooled grid.
       spatial_scale: feature cells per image pixel.
 

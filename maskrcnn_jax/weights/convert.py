@@ -148,7 +148,11 @@ def _problems_of(key: str, array: np.ndarray | None, shape: tuple[int, ...], dty
     if array.shape != shape:
         return [f"{key} has shape {array.shape} instead of {shape}"]
     if np.issubdtype(dtype, np.integer):
-        return [] if array.dtype.kind in "iu" else [f"{key} has dtype {array.dtype} where whole numbers are needed"]
+        if array.dtype.kind not in "iu":
+            return [f"{key} has dtype {array.dtype} where whole numbers are needed"]
+        limits = np.iinfo(dtype)
+        fits = np.all((array >= limits.min) & (array <= limits.max))
+        return [] if fits else [f"{key} holds numbers that do not fit {dtype}"]
     if array.dtype.kind != "f":
         return [f"{key} has dtype {array.dtype} where floats are needed"]
     with np.errstate(over="ignore"):

@@ -185,6 +185,8 @@ def _check_zip(path: Path) -> None:
             parts = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError) as e:
         raise ValueError(_first_line(e)) from None
+    if len({part.filename for part in parts}) < len(parts):
+        raise ValueError("it holds two parts of one name")
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise ValueError("it holds compressed parts")
     if sum(part.file_size for part in parts) > path.stat().st_size:

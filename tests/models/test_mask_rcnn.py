@@ -11,6 +11,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.layers import FrozenStatistics
 from maskrcnn_jax.models.mask_rcnn import CHOICES, MaskRCNN
 from maskrcnn_jax.models.proposals import limit_proposals
+from maskrcnn_jax.ops.matching import BACKGROUND, IGNORED
 from maskrcnn_jax.structures import GroundTruth, Proposals
 from tests.models.tiny import NUM_CLASSES, SIDE, all_finite, compiled, tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
@@ -87,6 +88,15 @@ def test_losses_have_five_finite_terms_and_gradients_reach_every_parameter(tiny_
     silent = {path[:3] for path, gradient in nnx.to_flat_state(gradients) if not np.any(gradient[...])}
     # Small images have no large RoIs, and too few anchors on P5 and P6 for the sample to hit one for certain.
     assert silent <= {("fpn", "layer", 3)}
+
+
+def test_every_image_has_draws_of_its_own_and_none_of_what_is_ignored(tiny, key):
+    matches = jnp.array([[IGNORED, BACKGROUND, 0, BACKGROUND] * 50] * 2)
+    sample = tiny.sample_anchors(key, matches)
+    assert bool(sample.valid.all())
+    assert not np.array_equal(sample.index[0], sample.index[1])
+    drawn = np.take_along_axis(matches, sample.index, axis=1)
+    np.testing.assert_array_equal(drawn, np.where(sample.foreground, 0, BACKGROUND))
 
 
 @pytest.mark.slow

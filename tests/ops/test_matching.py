@@ -32,6 +32,13 @@ def test_thresholds_split_boxes_into_foreground_ignored_and_background():
     np.testing.assert_array_equal(matches, [0, 0, IGNORED, BACKGROUND, IGNORED, BACKGROUND])
 
 
+def test_an_overlap_of_exactly_a_threshold_is_not_below_it():
+    gt = jnp.array([[0.0, 0.0, 10.0, 8.0]])
+    boxes = jnp.array([[0.0, 0.0, 10.0, 4.0], [0.0, 0.0, 10.0, 2.0]])  # 0.5 and 0.25, exact in binary
+    matches = match(boxes, gt, jnp.ones(1, bool), high_threshold=0.5, low_threshold=0.25)
+    np.testing.assert_array_equal(matches, [0, IGNORED])
+
+
 def test_low_quality_matches_give_every_object_its_best_box():
     matches = match(BOXES, GT, BOTH, high_threshold=0.7, low_threshold=0.3, allow_low_quality=True)
     np.testing.assert_array_equal(matches, [0, 0, IGNORED, BACKGROUND, 1, BACKGROUND])

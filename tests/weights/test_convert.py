@@ -205,11 +205,19 @@ def test_an_array_by_its_old_and_its_new_name_is_refused():
         (lambda a: np.full(a.shape, 1e300), "not finite in float32"),
     ],
 )
-def test_values_that_would_be_changed_are_refused(change, message):
+def test_weights_that_would_be_changed_are_refused(change, message):
     model = narrow_model()
     arrays = other_values(to_torchvision(model))
     arrays["backbone.body.conv1.weight"] = change(arrays["backbone.body.conv1.weight"])
     with pytest.raises(UserError, match=message):
+        load_weights(model, arrays)
+
+
+def test_a_counter_that_does_not_fit_is_refused():
+    model = narrow_model(**V2)
+    arrays = other_values(to_torchvision(model))
+    arrays["backbone.body.bn1.num_batches_tracked"] = np.array(2**31)
+    with pytest.raises(UserError, match="num_batches_tracked holds numbers that do not fit int32"):
         load_weights(model, arrays)
 
 

@@ -30,6 +30,7 @@ class Assigned(NamedTuple):
 
     head: tuple[list[torch.Tensor], list[torch.Tensor]]  # of the RPN: objectness and offsets per level
     anchor_labels: list[np.ndarray]  # [A]: 1 foreground, 0 background, -1 neither
+    anchor_objects: list[np.ndarray]  # [A, 4] box of the object that each is assigned to, right where the label is 1
     proposals: list[np.ndarray]  # [P, 4]
     candidates: list[np.ndarray]  # [P + G, 6]: box, label, object of each RoI that could be drawn
     drawn: Drawn
@@ -75,6 +76,7 @@ def reference_losses(
     return losses, Assigned(
         seen["forward"],
         [_numpy(label) for label in seen["assign_targets_to_anchors"][0]],
+        [_numpy(boxes) for boxes in seen["assign_targets_to_anchors"][1]],
         [_numpy(boxes) for boxes in seen["filter_proposals"][0]],
         candidates,
         _drawn(pair, seen["fg_bg_sampler"], seen["select_training_samples"]),
@@ -151,6 +153,10 @@ def compare_sampling(result: Comparison, pair: Pair, assigned: Assigned, batch: 
     matches = match(batch.gt, objectness)
     labels = np.where(matches >= 0, 1, np.where(matches == BACKGROUND, 0, -1))
     result.add(section, "labels of anchors", labels, np.stack(assigned.anchor_labels), 0.0)
+    for i, wanted in enumerate(assigned.anchor_objects):
+        foreground = labels[i] == 1
+        ours = batch.gt.boxes[i][matches[i][foreground]]
+        result.add(section, "objects of foreground anchors", ours, wanted[foreground], 0.0)
 
     # Asked for every candidate, sampling shows what each is assigned to.
     most = max(map(len, assigned.proposals))
@@ -168,6 +174,8 @@ def compare_sampling(result: Comparison, pair: Pair, assigned: Assigned, batch: 
 
     anchors = pair.compiled(lambda m, key, matches: m.sample_anchors(key, matches))(key, matches)
     rois = pair.compiled(lambda m, key, p, gt: m.sample_rois(key, p, gt))(key, proposals, batch.gt)
+    kinds = np.where(anchors.valid, np.take_along_axis(labels, anchors.index, axis=1), anchors.foreground)
+    result.add(section, "anchors drawn: kind", kinds, anchors.foreground, 0.0)
     drawn = assigned.drawn
     for name, ours, wanted in (
         ("anchors drawn", anchors.valid, drawn.anchors.valid),
