@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     config.log_every = 20  # steps between lines of metrics.jsonl; 0 means only with checkpoints
     config.eval_every = 1  # epochs between evaluations; the last step is evaluated too; 0 means never
     config.eval_batch_size = 8  # images a step of evaluation
+    config.eval_losses = False  # evaluations also compute the losses and the accuracy of the RoI classifier
+    config.eval_train_limit = 0  # training images that evaluations measure too, the first of a seeded shuffle
     config.eval_workers = 0  # extra processes that encode masks, for accelerators that are faster than one core at it
     config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations and the last; 0 means none
     config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP
@@ -96,6 +98,7 @@ def get_config() -> ConfigDict:
     data.train_split = "train2017"
     data.eval_split = "val2017"
     data.train_limit = 0  # use only so many training images, the first of a seeded shuffle; 0 means all
+    data.drop_labels = 0.0  # share of the training annotations to forget, to learn what missing labels cost
     data.eval_limit = 0  # evaluate only the first so many images; 0 means all
     data.short_side = 800  # pixels, after resizing
     data.long_side = 1333  # pixels, at most

@@ -41,7 +41,7 @@ def run_app(main: Callable[[], None]) -> None:
             sys.exit(1)
 
     try:
-        app.run(guarded)
+        app.run(guarded, flags_parser=_parse_flags)
     except (AttributeError, KeyError, TypeError) as error:
         # How ml_collections reports an override of an unknown field while it parses the command line.
         if parsed:
@@ -101,6 +101,16 @@ def load_model(config: ConfigDict) -> tuple[MaskRCNN, Categories]:
     print(load_weights(model, read_arrays(resolve(options.weights)), source=options.weights))
     model.eval()
     return model, known
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; absl would print its errors over several lines, those of config files with a trace."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        print(f"error: {said.removeprefix('maskrcnn_jax.errors.UserError: ')}; see --help", file=sys.stderr)
+        sys.exit(1)
 
 
 def _check_config_file() -> None:

@@ -1,6 +1,8 @@
 """Write a trained model as a state dict of torchvision's MaskRCNN, for load_state_dict(..., strict=True).
 
 python tools/export_torchvision.py --workdir=runs/r50 --output=model.pth|model.safetensors [--checkpoint=best]
+
+With --backbone_only it writes the ResNet alone, for another training to start from: train.py --weights=FILE.
 """
 
 import sys
@@ -15,11 +17,12 @@ from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.files import write_arrays
-from maskrcnn_jax.weights.torchvision import without_counterpart
+from maskrcnn_jax.weights.torchvision import BACKBONE, without_counterpart
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
 flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
+flags.DEFINE_bool("backbone_only", False, "Write the ResNet alone, under the names of torchvision's ResNets.")
 flags.DEFINE_string("output", None, "File to write, .pth or .safetensors.", required=True)
 
 
@@ -27,10 +30,12 @@ def main() -> None:
     options = load_config(FLAGS.workdir, base.get_config()).model
     model, _ = restore_model(FLAGS.workdir, options, which=FLAGS.checkpoint)
     arrays = to_torchvision(model)
+    if FLAGS.backbone_only:
+        arrays = {key.removeprefix(BACKBONE): array for key, array in arrays.items() if key.startswith(BACKBONE)}
     write_arrays(FLAGS.output, arrays)
     print(f"{len(arrays)} arrays written to {FLAGS.output}")
     others = without_counterpart(options)
-    if others:
+    if others and not FLAGS.backbone_only:
         print(f"torchvision's own model refuses them or finds something else, because of {', '.join(others)}")
 
 

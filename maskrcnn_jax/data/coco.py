@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,6 +262,29 @@ def load_index(
         listed = ", ".join(f"{count} {what}" for what, count in problems.items())
         _log.warning("%s: %s", json_path, listed)
     return index
+
+
+def drop_labels(index: CocoIndex, share: float, seed: int) -> CocoIndex:
+    """Forgets annotations, as if nobody had made them; those that a smaller share forgets are among them.
+
+    Args:
+        index: the dataset; its images all stay.
+        share: of the annotations, 0..1.
+        seed: of the choice.
+
+    Raises:
+        UserError: a share outside 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"data.drop_labels {share} must be a share, 0..1")
+    num = len(index.labels)
+    kept = np.sort(np.random.default_rng(seed).permutation(num)[round(share * num) :])
+    per_annotation = ("annotation_ids", "labels", "boxes", "crowd", "first_part", "num_parts")
+    return replace(
+        index,
+        offsets=np.searchsorted(kept, index.offsets),
+        **{name: getattr(index, name)[kept] for name in per_annotation},
+    )
 
 
 def _locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:

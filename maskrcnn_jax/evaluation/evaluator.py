@@ -7,10 +7,12 @@ import cv2
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
+from pycocotools.coco import COCO
 
-from maskrcnn_jax.data.coco import BrokenImageError, Categories, load_index
-from maskrcnn_jax.data.loader import make_loader
+from maskrcnn_jax.data.coco import BrokenImageError, Categories, CocoIndex, load_index
+from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_files
 from maskrcnn_jax.evaluation.inference import make_detect, run_detection
 from maskrcnn_jax.evaluation.visualize import draw_instances, grid, side_by_side
@@ -27,83 +29,117 @@ class Evaluation(NamedTuple):
     picture: np.ndarray  # [h, w, 3] uint8, ground truth beside predictions
 
 
+class _Split(NamedTuple):
+    """Images to evaluate on, and what their results are called."""
+
+    prefix: str  # of the metrics
+    index: CocoIndex
+    coco: COCO
+    rows: np.ndarray  # [n] of the index
+
+
 class Evaluator:
-    """A split of a dataset, ready to evaluate any number of models on."""
+    """A split of a dataset, and some of the training images if wanted, ready to evaluate any number of models on."""
 
     def __init__(self, config: ConfigDict, categories: Categories):
         """Read the annotations.
 
         Args:
           config: as configs/base.py describes it; ``data.eval_split`` of ``data.coco_dir`` is evaluated, its first
-            ``data.eval_limit`` images.
+            ``data.eval_limit`` images, and ``eval_train_limit`` images of the training subset.
           categories: what the model's labels mean.
 
         Raises:
           UserError: when the split cannot be read or has categories that the model does not know.
         """
         self._config, self._categories = config, categories
-        data = config.data
-        self._index = load_index(data.coco_dir, data.eval_split, skip_broken=data.skip_broken)
-        known = set(zip(categories.ids, categories.names, strict=True))
-        unknown = sorted(set(zip(self._index.categories.ids, self._index.categories.names, strict=True)) - known)
+        index, coco = self._load(config.data.eval_split)
+        limit = config.data.eval_limit or len(index)
+        self._split = _Split("", index, coco, np.arange(min(limit, len(index))))
+        self._train_split = None
+        if config.eval_train_limit:
+            index, coco = self._load(config.data.train_split)
+            limits = [limit for limit in (config.eval_train_limit, config.data.train_limit) if limit]
+            self._train_split = _Split("train_", index, coco, training_subset(index, min(limits), config.seed))
+
+    def _load(self, split: str) -> tuple[CocoIndex, COCO]:
+        data = self._config.data
+        index = load_index(
+            data.coco_dir, split, skip_broken=data.skip_broken, contiguous_labels=data.contiguous_labels
+        )
+        known = set(zip(self._categories.ids, self._categories.names, strict=True))
+        unknown = sorted(set(zip(index.categories.ids, index.categories.names, strict=True)) - known)
         if unknown:
             raise UserError(
-                f"{data.eval_split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
+                f"{split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
                 "dataset with the categories of the training set"
             )
-        self._coco = load_annotations(Path(data.coco_dir) / "annotations" / f"instances_{data.eval_split}.json")
-        limit = data.eval_limit or len(self._index)
-        self._rows = np.arange(min(limit, len(self._index)))
+        return index, load_annotations(Path(data.coco_dir) / "annotations" / f"instances_{split}.json")
 
     def __call__(self, model: nnx.Module) -> Evaluation:
-        """Detect on every image and compute COCO's metrics."""
+        """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``."""
+        results, metrics = self._evaluate(model, self._split)
+        if self._train_split:
+            metrics |= self._evaluate(model, self._train_split)[1]
+        return Evaluation(metrics, results, self._draw(results))
+
+    def _evaluate(self, model: nnx.Module, split: _Split) -> tuple[list[dict], dict]:
+        results = run_detection(
+            make_detect(model),
+            self._make_loader(split, annotations=False),
+            image_ids=split.index.image_ids,
+            category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
+            num_images=len(split.rows),
+            aligned_masks=self._config.model.roi_aligned,
+            workers=self._config.eval_workers,
+        )
+        metrics = evaluate(split.coco, results, image_ids=split.index.image_ids[split.rows].tolist())
+        metrics = {split.prefix + name: value for name, value in metrics.items()}
+        if self._config.eval_losses:
+            measured = measure_losses(model, self._make_loader(split, annotations=True))
+            # Those of training steps have the same names, without a prefix.
+            metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
+        return results, metrics
+
+    def _make_loader(self, split: _Split, annotations: bool) -> Loader:
         data = self._config.data
-        loader = make_loader(
-            self._index,
+        return make_loader(
+            split.index,
             batch_size=self._config.eval_batch_size,
             short_side=data.short_side,
             long_side=data.long_side,
             buckets=data.buckets,
             resize=data.resize,
             shuffle=False,
-            annotations=False,
-            image_indices=self._rows,
+            annotations=annotations,
+            mask_side=data.mask_side,
+            image_indices=split.rows,
             threads=data.threads,
             workers=data.workers,
             prefetch=data.prefetch,
             skip_broken=data.skip_broken,
         )
-        results = run_detection(
-            make_detect(model),
-            loader,
-            image_ids=self._index.image_ids,
-            category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
-            num_images=len(self._rows),
-            aligned_masks=self._config.model.roi_aligned,
-            workers=self._config.eval_workers,
-        )
-        metrics = evaluate(self._coco, results, image_ids=self._index.image_ids[self._rows].tolist())
-        return Evaluation(metrics, results, self._draw(results))
 
     def _draw(self, results: list[dict]) -> np.ndarray:
         """Draw ground truth beside predictions for some images, evenly spread over the split."""
+        _, index, _, evaluated = self._split
         names = dict(zip(self._categories.ids, self._categories.names, strict=True))
-        rows = np.unique(np.linspace(0, len(self._rows) - 1, NUM_PICTURES).astype(int))
-        by_image = {int(self._index.image_ids[row]): [] for row in rows}
+        rows = np.unique(np.linspace(0, len(evaluated) - 1, NUM_PICTURES).astype(int))
+        by_image = {int(index.image_ids[row]): [] for row in rows}
         for result in results:
             if result["image_id"] in by_image and result["score"] >= DRAWN_SCORE:
                 by_image[result["image_id"]].append(result)
         pictures = []
         for row in rows:
             try:
-                image = self._index.read_image(row)
+                image = index.read_image(row)
             except BrokenImageError:
                 continue  # the loader has named it, and stopped unless broken images are to be skipped
-            _, labels, boxes, _ = self._index.annotations(row)
+            _, labels, boxes, _ = index.annotations(row)
             truth = draw_instances(
-                image, boxes, [self._index.categories.name(label) for label in labels], None, self._index.masks(row)
+                image, boxes, [index.categories.name(label) for label in labels], None, index.masks(row)
             )
-            found = by_image[int(self._index.image_ids[row])]
+            found = by_image[int(index.image_ids[row])]
             corners = np.array([r["bbox"] for r in found], np.float32).reshape(-1, 4)
             corners[:, 2:] += corners[:, :2]
             predicted = draw_instances(

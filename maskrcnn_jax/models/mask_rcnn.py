@@ -280,20 +280,26 @@ class MaskRCNN(nnx.Module):
         keys = jax.random.split(key, matches.shape[0])
         return jax.vmap(lambda k, m: sample_balanced(k, m >= 0, m == BACKGROUND, **self.rpn_sampling))(keys, matches)
 
-    def sample_rois(self, key: jax.Array, proposals: Proposals, gt: GroundTruth) -> RoISamples:
+    def sample_rois(
+        self, key: jax.Array, proposals: Proposals, gt: GroundTruth, *, proposals_from_rpn: bool = False
+    ) -> RoISamples:
         """Draw the RoIs that the heads are trained on from the annotated boxes and some or all of the proposals."""
-        proposals = jax.vmap(lambda p, g: limit_proposals(p, g, **self.proposal_source))(proposals, gt)
+        if not proposals_from_rpn:
+            proposals = jax.vmap(lambda p, g: limit_proposals(p, g, **self.proposal_source))(proposals, gt)
         keys = jax.random.split(key, proposals.boxes.shape[0])
         return jax.vmap(lambda k, p, g: sample_rois(k, p, g, **self.roi_sampling))(keys, proposals, gt)
 
     # Training
 
-    def losses(self, batch: Batch, key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def losses(
+        self, batch: Batch, key: jax.Array, *, proposals_from_rpn: bool = False
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Compute the five losses of a batch.
 
         Args:
           batch: with ground truth; rows with ``valid`` False count for nothing.
           key: random key of the sampling.
+          proposals_from_rpn: RoIs come from the RPN's proposals whatever ``train_proposals`` says, as in testing.
 
         Returns:
           The loss terms, scalars whose sum is to be minimised, and metrics, scalars for the log.
@@ -311,7 +317,7 @@ class MaskRCNN(nnx.Module):
         terms = self.rpn_losses(objectness, deltas, anchors, matches, sample, gt)
 
         proposals = self.propose(objectness, deltas, anchors, batch.sizes, self.rpn_selection_train)
-        rois = self.sample_rois(roi_key, proposals, gt)
+        rois = self.sample_rois(roi_key, proposals, gt, proposals_from_rpn=proposals_from_rpn)
         rois = rois._replace(valid=rois.valid & batch.valid[:, None])
         head_terms, metrics = self.head_losses(features, rois, batch._replace(gt=gt))
         return terms | head_terms, metrics

@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from maskrcnn_jax.data.coco import Categories, CocoIndex, load_index
+from maskrcnn_jax.data.coco import Categories, CocoIndex, drop_labels, load_index
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -57,6 +57,7 @@ def train(
     index = load_index(
         data.coco_dir, data.train_split, skip_broken=data.skip_broken, contiguous_labels=data.contiguous_labels
     )
+    index = drop_labels(index, data.drop_labels, config.seed)
     evaluate = make_evaluate(index.categories)
     steps_per_epoch = _make_loader(config, index, 0, None).steps_per_epoch
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or np.inf)

@@ -1,0 +1,2 @@
+def write_report(output, docs):
+    pass
