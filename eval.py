@@ -29,7 +29,8 @@ def main() -> None:
         raise UserError("--weights needs --output, a folder for the results")
     config = find_config(base.get_config())
     model, categories = load_model(config)
-    data = config.data.unlock()
+    config.unlock().eval_train_limit = 0  # of evaluations during training
+    data = config.data
     data.coco_dir = FLAGS.coco_dir or data.coco_dir
     data.eval_split = FLAGS.split or data.eval_split
     data.eval_limit = FLAGS.limit or data.eval_limit

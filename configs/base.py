@@ -107,6 +107,9 @@ def get_config() -> ConfigDict:
     data.contiguous_labels = False  # number COCO's categories 1..80 (detectron2) instead of by their ids (torchvision)
     data.hflip = 0.5  # probability
     data.color_jitter = 0.0  # strength of brightness, contrast and saturation changes
+    # Crowds, and objects of categories that the file does not list (otherwise an error), are neither object nor
+    # background where their boxes cover half of an anchor or proposal; torchvision learns them as background.
+    data.ignore_regions = False
     data.mask_side = 640  # pixels, canvas of the ground-truth masks; COCO's images fit as they are
     data.threads = 4  # reading and decoding in this process
     data.workers = 0  # extra processes that read and decode

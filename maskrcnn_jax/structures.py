@@ -29,6 +29,8 @@ class GroundTruth(NamedTuple):
     masks: Array  # [B, G, M, M / 8] uint8, 8 pixels a byte; the raster fills the top-left corner of the canvas
     mask_sizes: Array  # [B, 2] int32, (height, width) of the raster on the canvas; it covers the whole image
     valid: Array  # [B, G] bool
+    has_mask: Array | None = None  # [B, G] bool, False for objects of which only the box is known; None: all have one
+    ignored: Array | None = None  # [B, G] bool, boxes of regions that are neither object nor background; None: none
 
 
 class Batch(NamedTuple):

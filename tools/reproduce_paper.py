@@ -24,7 +24,7 @@ from configs.paper import ROWS
 from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.errors import UserError
 from tools.paper.experiments import COMPARISONS, comparison_run, table_run
-from tools.paper.report import write_report
+from tools.paper.report import load_results, write_report
 from tools.paper.running import train
 
 FLAGS = flags.FLAGS
@@ -73,9 +73,12 @@ def main() -> None:
     runs = chosen_runs()
     if runs and not FLAGS.coco_dir:
         raise UserError("give the dataset by --coco_dir")
-    for run in tqdm(runs, unit="training", desc="paper"):
-        train(run, Path(FLAGS.output), coco_dir=FLAGS.coco_dir, weights=FLAGS.weights)
-        write_report(Path(FLAGS.output), Path(FLAGS.docs))
+    output, docs = Path(FLAGS.output), Path(FLAGS.docs)
+    for run in tqdm([run for run in runs if run.name not in load_results(docs)], unit="training", desc="paper"):
+        train(run, output, coco_dir=FLAGS.coco_dir, weights=FLAGS.weights)
+        write_report(output, docs)
+    if not runs:
+        write_report(output, docs)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _FARTHEST = 1e5  # pixels; coordinates beyond are mistakes
 
 @dataclass(frozen=True, eq=False)
 class AnnotationFile:
-    """N images, K annotations with a usable mask, C categories; the rows refer to one another by position."""
+    """N images, K annotations with a box or a mask, C categories; the rows refer to one another by position."""
 
     path: Path
     num_annotations: int  # in the file, unusable ones included
@@ -29,19 +29,23 @@ class AnnotationFile:
     file_names: list[str]
     annotation_ids: np.ndarray  # [K] int64
     image_rows: np.ndarray  # [K] int64, row of the image
-    category_rows: np.ndarray  # [K] int64, position of the category
+    category_rows: np.ndarray  # [K] int64, position of the category, -1 for one that is not listed
     boxes: np.ndarray  # [K, 4] float32 x, y, width, height as in the file
     crowd: np.ndarray  # [K] bool
     first_part: np.ndarray  # [K] int64, first polygon, or the row of the run-length mask
-    num_parts: np.ndarray  # [K] int32, 0 for a run-length mask
+    num_parts: np.ndarray  # [K] int32, 0 for a run-length mask, -1 for none
     coordinates: np.ndarray  # float64
     part_offsets: np.ndarray  # [P + 1] int64
     rle_counts: np.ndarray  # uint8
     rle_offsets: np.ndarray  # [R + 1] int64
 
 
-def read_annotation_file(path: Path) -> AnnotationFile:
-    """Reads an annotation file.
+def read_annotation_file(path: Path, *, keep_unlisted: bool = False) -> AnnotationFile:
+    """Reads an annotation file. Where an annotation has a mask only, its box is the one around the mask.
+
+    Args:
+        path: the JSON.
+        keep_unlisted: accept annotations of categories that the file does not list.
 
     Raises:
         UserError: broken JSON, a missing section, a malformed entry, ids given twice, or annotations that refer to an
@@ -59,14 +63,20 @@ def read_annotation_file(path: Path) -> AnnotationFile:
     _refuse_twice(path, image_ids, "image")
     _refuse_twice(path, np.array(category_ids), "category")
     sizes = _numpy(images.sizes, np.int32).reshape(-1, 2)
-    image_rows = _positions(path, image_ids, annotations, annotations.image_ids, "image")
-    category_rows = _positions(path, np.array(category_ids), annotations, annotations.category_ids, "category")
-    usable = _numpy(annotations.num_parts, np.int32) >= 0
+    image_rows = _positions(image_ids, annotations.image_ids)
+    _refuse_unlisted(path, annotations, annotations.image_ids, image_rows, "image", "add the image or remove them")
+    category_rows = _positions(np.array(category_ids), annotations.category_ids)
+    if not keep_unlisted:
+        remedy = "add the category, remove them, or have them ignored by --config.data.ignore_regions=true"
+        _refuse_unlisted(path, annotations, annotations.category_ids, category_rows, "category", remedy)
+    usable = ~np.isnan(_numpy(annotations.boxes, np.float32).reshape(-1, 4)).any(axis=1)
     rle_rows = np.flatnonzero(_numpy(annotations.num_parts, np.int32) == 0)
     rle_sizes = _numpy(annotations.rle_sizes, np.int64).reshape(-1, 2)
     mismatched = (rle_sizes != sizes[image_rows[rle_rows]]).any(axis=1)
     usable[rle_rows[mismatched]] = False
     problems = dict(annotations.problems)
+    if (category_rows < 0).any():
+        problems["objects of categories that are not listed, ignored"] = int((category_rows < 0).sum())
     if mismatched.any():
         problems["run-length masks of another size than their image dropped"] = int(mismatched.sum())
     return AnnotationFile(
@@ -112,7 +122,7 @@ class _Images:
 
 
 class _Annotations:
-    """Collects the entries of "annotations"; num_parts is -1 for those without a usable mask."""
+    """Collects the entries of "annotations"; num_parts is -1 without a usable mask, the box NaN without one either."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -128,14 +138,17 @@ class _Annotations:
             self.ids.append(entry["id"])
             self.image_ids.append(entry["image_id"])
             self.category_ids.append(entry["category_id"])
-            x, y, width, height = entry["bbox"]
-            self.boxes.extend((x, y, width, height))
             self.crowd.append(bool(entry.get("iscrowd", 0)))
             segmentation = entry.get("segmentation")
             if isinstance(segmentation, dict):
                 self._add_rle(segmentation)
             else:
                 self._add_polygons(segmentation)
+            x, y, width, height = entry.get("bbox") or self._box_around_last()
+            self.boxes.extend((x, y, width, height))
+            if self.num_parts[-1] < 0:
+                learnt = "of which only the box is learnt" if entry.get("bbox") else "and without a box dropped"
+                self.problems[f"annotations without a usable mask, {learnt}"] += 1
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
             raise _malformed(self.path, "annotation", entry, e) from None
 
@@ -154,8 +167,6 @@ class _Annotations:
             self.coordinates.extend(polygon)
             self.part_offsets.append(len(self.coordinates))
             num += 1
-        if not num:
-            self.problems["annotations without a usable mask dropped"] += 1
         self.num_parts.append(num or -1)
 
     def _add_rle(self, rle: dict) -> None:
@@ -170,6 +181,18 @@ class _Annotations:
         self.rle_counts += counts
         self.rle_offsets.append(len(self.rle_counts))
         self.rle_sizes.extend((height, width))
+
+    def _box_around_last(self) -> tuple[float, ...]:
+        """Returns the box x, y, width, height around the mask that was added last."""
+        first, num = self.first_part[-1], self.num_parts[-1]
+        if num < 0:
+            return (math.nan,) * 4
+        if num == 0:
+            rle = {"size": list(self.rle_sizes[-2:]), "counts": bytes(self.rle_counts[self.rle_offsets[first] :])}
+            return tuple(coco_mask.toBbox(rle).tolist())
+        xy = self.coordinates[self.part_offsets[first] :]
+        x, y = xy[::2], xy[1::2]
+        return min(x), min(y), max(x) - min(x), max(y) - min(y)
 
 
 def _categories(path: Path, entries: list[dict]) -> tuple[list[int], list[str]]:
@@ -201,16 +224,19 @@ def _refuse_twice(path: Path, ids: np.ndarray, kind: str) -> None:
         )
 
 
-def _positions(path: Path, known: np.ndarray, annotations: _Annotations, wanted: array.array, kind: str) -> np.ndarray:
-    """Returns the position in ``known`` of each id that the annotations refer to."""
+def _positions(known: np.ndarray, wanted: array.array) -> np.ndarray:
+    """Returns the position in ``known`` of each id that the annotations refer to, -1 where it is not there."""
     wanted = _numpy(wanted, np.int64)
     order = np.argsort(known)
     rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    wrong = np.flatnonzero(known[rows] != wanted)
+    return np.where(known[rows] == wanted, rows, -1)
+
+
+def _refuse_unlisted(path: Path, annotations: _Annotations, ids: array.array, rows, kind: str, remedy: str) -> None:
+    wrong = np.flatnonzero(rows < 0)
     if len(wrong):
         first = wrong[0]
         raise UserError(
             f"{len(wrong)} annotations in {path} name a {kind} that is not listed, such as annotation "
-            f"{annotations.ids[first]} with {kind} {wanted[first]}; add the {kind} or remove them"
+            f"{annotations.ids[first]} with {kind} {ids[first]}; {remedy}"
         )
-    return rows

@@ -105,6 +105,7 @@ class ImageAnnotations(NamedTuple):
     labels: np.ndarray  # [n] int32, 1..C
     boxes: np.ndarray  # [n, 4] float32 x1, y1, x2, y2 in pixels of the image file
     crowd: np.ndarray  # [n] bool
+    has_mask: np.ndarray  # [n] bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +119,11 @@ class CocoIndex:
     file_names: np.ndarray  # [N] unicode, relative to image_dir
     offsets: np.ndarray  # [N + 1] int64
     annotation_ids: np.ndarray  # [K] int64
-    labels: np.ndarray  # [K] int32
+    labels: np.ndarray  # [K] int32, 0 for objects of a category that the file does not list
     boxes: np.ndarray  # [K, 4] float32, clipped to the image
-    crowd: np.ndarray  # [K] bool
+    crowd: np.ndarray  # [K] bool; objects of categories that are not listed count as crowds, too
     first_part: np.ndarray  # [K] int64, first polygon of the annotation, or its row in the run-length masks
-    num_parts: np.ndarray  # [K] int32, polygons of the annotation; 0 means a run-length mask
+    num_parts: np.ndarray  # [K] int32, polygons of the annotation; 0 means a run-length mask, -1 none
     coordinates: np.ndarray  # float64 x, y, x, y ... of all polygons; float32 would move some rasters by a pixel
     part_offsets: np.ndarray  # [P + 1] int64 into coordinates
     rle_counts: np.ndarray  # uint8, compressed run lengths as pycocotools has them, end to end
@@ -138,6 +139,11 @@ class CocoIndex:
         before = np.concatenate([[0], np.cumsum(~self.crowd)])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
+    @property
+    def has_mask(self) -> np.ndarray:
+        """Which annotations have a mask, [K] bool."""
+        return self.num_parts >= 0
+
     def image_path(self, i: int) -> Path:
         """Returns the path of an image file."""
         return self.image_dir / str(self.file_names[i])
@@ -145,13 +151,15 @@ class CocoIndex:
     def annotations(self, i: int, with_crowd: bool = False) -> ImageAnnotations:
         """Returns the objects of image ``i``; training never wants crowds."""
         rows = self._rows(i, with_crowd)
-        return ImageAnnotations(self.annotation_ids[rows], self.labels[rows], self.boxes[rows], self.crowd[rows])
+        return ImageAnnotations(
+            self.annotation_ids[rows], self.labels[rows], self.boxes[rows], self.crowd[rows], self.has_mask[rows]
+        )
 
     def masks(self, i: int, with_crowd: bool = False) -> np.ndarray:
         """Rasterises the masks of image ``i``, row for row those of ``annotations``.
 
         Returns:
-            [n, h, w] uint8, 0 or 1, at the resolution of the image file.
+            [n, h, w] uint8, 0 or 1, at the resolution of the image file; 0 for objects without a mask.
 
         Raises:
             UserError: a run-length mask does not describe an image of this size.
@@ -160,6 +168,8 @@ class CocoIndex:
         rows = self._rows(i, with_crowd)
         masks = np.zeros((len(rows), height, width), np.uint8)
         for mask, row in zip(masks, rows, strict=True):
+            if self.num_parts[row] < 0:
+                continue
             try:
                 columns = coco_mask.decode(self._rle(row, height, width)).T  # pycocotools stores column after column
                 corner = mask[: columns.shape[1], : columns.shape[0]]
@@ -231,18 +241,24 @@ def _is_truncated(data: bytes) -> bool:
 
 
 def load_index(
-    coco_dir: str | os.PathLike, split: str, *, skip_broken: bool = False, contiguous_labels: bool = False
+    coco_dir: str | os.PathLike,
+    split: str,
+    *,
+    skip_broken: bool = False,
+    contiguous_labels: bool = False,
+    keep_unlisted: bool = False,
 ) -> CocoIndex:
     """Opens one split of a dataset in COCO's layout and checks it.
 
-    Boxes are clipped to their image. Annotations that cannot be used (an empty box, a box outside the image, no usable
-    mask) are dropped; ``problems`` of the result counts them, and one warning reports them.
+    Boxes are clipped to their image. Annotations that cannot be used (an empty box, a box outside the image, neither
+    box nor mask) are dropped; ``problems`` of the result counts them, and one warning reports them.
 
     Args:
         coco_dir: folder with ``<split>/`` and ``annotations/instances_<split>.json``.
         split: for example "train2017".
         skip_broken: keep images whose file is missing instead of raising; reading them raises BrokenImageError.
         contiguous_labels: number COCO's categories from 1 to 80 instead of by their ids.
+        keep_unlisted: accept objects of categories that the file does not list, as crowds; otherwise an error.
 
     Returns:
         The index, images in the order of the file.
@@ -251,7 +267,7 @@ def load_index(
         UserError: the folder has another layout, the JSON is broken or contradicts itself, or image files are missing.
     """
     json_path, image_dir = _locate(coco_dir, split)
-    file = read_annotation_file(json_path)
+    file = read_annotation_file(json_path, keep_unlisted=keep_unlisted)
     problems = dict(file.problems)
     num_missing = _check_image_files(image_dir, file.file_names, skip_broken)
     if num_missing:
@@ -342,11 +358,12 @@ def _arrange(file: AnnotationFile, image_dir: Path, categories: Categories, prob
     if file.num_annotations and not keep.any():
         raise UserError(
             f"none of the {file.num_annotations} annotations in {file.path} can be used ({problems}); "
-            "instance masks and boxes are needed, as polygons or run lengths"
+            "boxes are needed, and instance masks as polygons or run lengths"
         )
     order = np.flatnonzero(keep)
     order = order[np.argsort(file.image_rows[order], kind="stable")]
-    label_of_column = np.array([categories.labels[categories.ids.index(i)] for i in file.category_ids], np.int32)
+    # The last one is found by the row -1, of categories that are not listed.
+    label_of_column = np.array([*(categories.labels[categories.ids.index(i)] for i in file.category_ids), 0], np.int32)
     return CocoIndex(
         image_dir=image_dir,
         categories=categories,
@@ -357,7 +374,7 @@ def _arrange(file: AnnotationFile, image_dir: Path, categories: Categories, prob
         annotation_ids=file.annotation_ids[order],
         labels=label_of_column[file.category_rows[order]],
         boxes=clipped[order],
-        crowd=file.crowd[order],
+        crowd=(file.crowd | (file.category_rows < 0))[order],
         first_part=file.first_part[order],
         num_parts=file.num_parts[order],
         coordinates=file.coordinates,

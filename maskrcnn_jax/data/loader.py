@@ -152,6 +152,7 @@ class _BatchReader:
     max_objects: int
     hflip: float
     color_jitter: float
+    ignore_regions: bool
     mask_side: int
     skip_broken: bool
     process_rows: slice  # of every batch, those of this process
@@ -182,6 +183,8 @@ class _BatchReader:
             masks=np.zeros((rows, objects, side, side // 8), np.uint8),
             mask_sizes=np.ones((rows, 2), np.int32),
             valid=np.zeros((rows, objects), bool),
+            has_mask=None if self.index.has_mask.all() else np.zeros((rows, objects), bool),
+            ignored=np.zeros((rows, objects), bool) if self.ignore_regions else None,
         )
         return Batch(
             images=np.zeros((rows, *padded_size, 3), transforms.RESIZE[self.resize]),
@@ -211,7 +214,7 @@ class _BatchReader:
         batch.valid[row] = True
 
     def _fill_objects(self, gt: GroundTruth, row: int, i: int, size: tuple[int, int], flip: bool) -> None:
-        objects, masks = self.index.annotations(i), self.index.masks(i)
+        objects, masks = self.index.annotations(i, self.ignore_regions), self.index.masks(i, self.ignore_regions)
         height, width = map(int, self.index.sizes[i])
         boxes = objects.boxes
         if flip:
@@ -220,7 +223,11 @@ class _BatchReader:
         gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
         gt.labels[row, :num] = objects.labels
         gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.mask_side)
-        gt.valid[row, :num] = True
+        gt.valid[row, :num] = ~objects.crowd
+        if gt.has_mask is not None:
+            gt.has_mask[row, :num] = objects.has_mask
+        if gt.ignored is not None:
+            gt.ignored[row, :num] = objects.crowd
 
 
 @functools.cache
@@ -271,7 +278,7 @@ class Loader:
 
 def _copy(batch: Batch) -> Batch:
     """Copies a batch out of memory shared with a worker, which is freed badly if somebody holds it to the end."""
-    gt = batch.gt and GroundTruth(*map(np.array, batch.gt))
+    gt = batch.gt and GroundTruth(*(array if array is None else np.array(array) for array in batch.gt))
     return Batch(*map(np.array, batch[:-1]), gt=gt)
 
 
@@ -287,6 +294,7 @@ def make_loader(
     resize: str = "uint8",
     hflip: float = 0.0,
     color_jitter: float = 0.0,
+    ignore_regions: bool = False,
     mask_side: int = 640,
     seed: int = 0,
     start_step: int = 0,
@@ -313,6 +321,7 @@ def make_loader(
         resize: how images are resized, one of ``transforms.RESIZE``.
         hflip: probability of mirroring an image.
         color_jitter: strength of brightness, contrast and saturation changes, 0..1.
+        ignore_regions: batches say where crowds and objects of unlisted categories are.
         mask_side: canvas of the masks in pixels, a multiple of 8.
         seed: of the order and the augmentation.
         start_step: the first step to load, counted from the start of the run.
@@ -352,6 +361,7 @@ def make_loader(
         seed=seed,
     )
     share = batch_size // process_count
+    num_objects = np.diff(index.offsets) if ignore_regions else index.num_objects
     read = _BatchReader(
         index=index,
         plan=plan,
@@ -359,9 +369,10 @@ def make_loader(
         long_side=long_side,
         resize=resize,
         annotations=annotations,
-        max_objects=max(8, -(-int(index.num_objects.max()) // 8) * 8),
+        max_objects=max(8, -(-int(num_objects.max()) // 8) * 8),
         hflip=hflip,
         color_jitter=color_jitter,
+        ignore_regions=ignore_regions,
         mask_side=mask_side,
         skip_broken=skip_broken,
         process_rows=slice(process_index * share, (process_index + 1) * share),

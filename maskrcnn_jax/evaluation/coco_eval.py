@@ -33,7 +33,7 @@ def load_annotations(path: str | os.PathLike) -> COCO:
         path: a COCO ``instances_*.json``.
 
     Returns:
-        The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` get that of their mask.
+        The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` or ``bbox`` get their mask's.
 
     Raises:
         UserError: if the file is missing, is no JSON or holds no COCO annotations.
@@ -48,6 +48,8 @@ def load_annotations(path: str | os.PathLike) -> COCO:
                         f"annotation {annotation['id']} in {path} has no segmentation, without which mask AP cannot "
                         "be computed; add it or remove the annotation"
                     )
+                if not annotation.get("bbox"):
+                    annotation["bbox"] = coco_mask.toBbox(coco.annToRLE(annotation)).tolist()
                 if "area" not in annotation:
                     annotation["area"] = float(coco_mask.area(coco.annToRLE(annotation)))
     except FileNotFoundError:
@@ -107,7 +109,7 @@ def format_table(metrics: dict) -> str:
     """Lay out the metrics for a terminal; the last line is ``box AP 0.xxx  mask AP 0.xxx``.
 
     Args:
-        metrics: as ``evaluate`` returns them.
+        metrics: as ``evaluate`` returns them, and those of ``accuracy.measure_losses`` under ``eval_`` if wanted.
     """
     lines = [f"{'':8}{'box':>8}{'mask':>8}"]
     lines += [f"{name:8}{metrics[f'bbox_{name}']:8.3f}{metrics[f'segm_{name}']:8.3f}" for name in STATISTICS]
@@ -116,6 +118,12 @@ def format_table(metrics: dict) -> str:
     lines += ["", f"{'category':{width}}{'box AP':>8}{'mask AP':>9}"]
     for name, box_ap in per_category.items():
         lines.append(f"{name:{width}}{box_ap:8.3f}{metrics['segm_per_category'][name]:9.3f}")
+    if "eval_loss" in metrics:
+        lines += [
+            "",
+            f"loss {metrics['eval_loss']:.3f}  accuracy of RoIs {metrics['eval_accuracy']:.3f}, "
+            f"of those of objects {metrics['eval_accuracy_foreground']:.3f}",
+        ]
     lines += ["", f"box AP {metrics['bbox_AP']:.3f}  mask AP {metrics['segm_AP']:.3f}"]
     return "\n".join(lines)
 

@@ -65,7 +65,11 @@ class Evaluator:
     def _load(self, split: str) -> tuple[CocoIndex, COCO]:
         data = self._config.data
         index = load_index(
-            data.coco_dir, split, skip_broken=data.skip_broken, contiguous_labels=data.contiguous_labels
+            data.coco_dir,
+            split,
+            skip_broken=data.skip_broken,
+            contiguous_labels=data.contiguous_labels,
+            keep_unlisted=data.ignore_regions,
         )
         known = set(zip(self._categories.ids, self._categories.names, strict=True))
         unknown = sorted(set(zip(index.categories.ids, index.categories.names, strict=True)) - known)
@@ -112,6 +116,7 @@ class Evaluator:
             resize=data.resize,
             shuffle=False,
             annotations=annotations,
+            ignore_regions=data.ignore_regions,
             mask_side=data.mask_side,
             image_indices=split.rows,
             threads=data.threads,
@@ -135,7 +140,7 @@ class Evaluator:
                 image = index.read_image(row)
             except BrokenImageError:
                 continue  # the loader has named it, and stopped unless broken images are to be skipped
-            _, labels, boxes, _ = index.annotations(row)
+            _, labels, boxes, *_ = index.annotations(row)
             truth = draw_instances(
                 image, boxes, [index.categories.name(label) for label in labels], None, index.masks(row)
             )

@@ -30,7 +30,7 @@ from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
 from maskrcnn_jax.ops.masks import mask_targets
-from maskrcnn_jax.ops.matching import BACKGROUND, Sample, match, sample_balanced
+from maskrcnn_jax.ops.matching import BACKGROUND, Sample, ignore_covered, match, sample_balanced
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
 from maskrcnn_jax.ops.roi_pool import multiscale_roi_pool
 from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, RoISamples
@@ -269,11 +269,16 @@ class MaskRCNN(nnx.Module):
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
         high, low = self.rpn_thresholds
         flat = jnp.concatenate(anchors)
-        return jax.vmap(
+        matches = jax.vmap(
             lambda boxes, valid: match(
                 flat, boxes, valid, high_threshold=high, low_threshold=low, allow_low_quality=True
             )
         )(gt.boxes, gt.valid)
+        if gt.ignored is None:
+            return matches
+        return jax.vmap(lambda m, boxes, ignored: ignore_covered(m, flat, boxes, ignored))(
+            matches, gt.boxes, gt.ignored
+        )
 
     def sample_anchors(self, key: jax.Array, matches: jax.Array) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
@@ -362,6 +367,8 @@ class MaskRCNN(nnx.Module):
         num_mask = int(self.roi_sampling["size"] * self.roi_sampling["positive_fraction"])
         mask_rois = jax.tree.map(lambda x: x[:, :num_mask], rois)
         has_mask = foreground[:, :num_mask]
+        if batch.gt.has_mask is not None:
+            has_mask &= jnp.take_along_axis(batch.gt.has_mask, mask_rois.gt_index, axis=1)
         mask_logits = self.mask_logits(features, mask_rois.boxes, mask_rois.labels, has_mask, image_shape)
         mask_loss = losses.dice_loss if self.mask_loss == "dice" else losses.mask_loss
         terms = {

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
-from maskrcnn_jax.ops.matching import match, sample_balanced
+from maskrcnn_jax.ops.matching import BACKGROUND, ignore_covered, match, sample_balanced
 from maskrcnn_jax.ops.nms import nms
 from maskrcnn_jax.structures import GroundTruth, Proposals, RoISamples
 
@@ -106,8 +106,10 @@ def sample_rois(
     boxes = jnp.concatenate([proposals.boxes, gt.boxes.astype(proposals.boxes.dtype)])
     valid = jnp.concatenate([proposals.valid, gt.valid])
     matches = match(boxes, gt.boxes, gt.valid, high_threshold=iou_thresh, low_threshold=iou_thresh)
-    foreground = (matches >= 0) & valid
-    sample = sample_balanced(key, foreground, ~foreground & valid, size=size, positive_fraction=positive_fraction)
+    if gt.ignored is not None:
+        matches = ignore_covered(matches, boxes, gt.boxes, gt.ignored)
+    foreground, background = (matches >= 0) & valid, (matches == BACKGROUND) & valid
+    sample = sample_balanced(key, foreground, background, size=size, positive_fraction=positive_fraction)
     gt_index = jnp.where(sample.foreground, matches[sample.index], 0)
     labels = jnp.where(sample.foreground, gt.labels[gt_index], 0)
     return RoISamples(boxes[sample.index], labels, gt_index, sample.valid)

@@ -25,6 +25,12 @@ def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     return paired_iou(*jnp.broadcast_arrays(a[:, None], b[None, :]))
 
 
+def box_coverage(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the share [N, M] of every box of ``a`` [N, 4] that each box of ``b`` [M, 4] covers."""
+    a, b = jnp.broadcast_arrays(a[:, None], b[None, :])
+    return _ratio(_intersection_and_union(a, b)[0], box_area(a))
+
+
 def paired_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the intersection over union [...] of boxes [..., 4] with boxes [..., 4], one by one."""
     intersection, union = _intersection_and_union(a, b)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maskrcnn_jax.ops.boxes import box_iou
+from maskrcnn_jax.ops.boxes import box_coverage, box_iou
 
 BACKGROUND = -1
 IGNORED = -2
@@ -47,6 +47,25 @@ def match(
         best_of_gt = jnp.max(iou, axis=1, keepdims=True)
         matches = jnp.where(jnp.any((iou == best_of_gt) & gt_valid[:, None], axis=0), best_gt, matches)
     return matches.astype(jnp.int32)
+
+
+def ignore_covered(
+    matches: jax.Array, boxes: jax.Array, regions: jax.Array, valid: jax.Array, *, threshold: float = 0.5
+) -> jax.Array:
+    """Take out of the background what lies in regions where nobody can say what is background.
+
+    Args:
+      matches: [N] int32, as :func:`match` returns them.
+      boxes: [N, 4] anchors or proposals.
+      regions: [G, 4] boxes around crowds, or around objects of categories that are not to be learnt.
+      valid: [G] bool.
+      threshold: share of a box inside one region at or above which it is ignored.
+
+    Returns:
+      [N] int32: matches with IGNORED in place of some BACKGROUND; foreground stays what it is.
+    """
+    covered = jnp.any((box_coverage(boxes, regions) >= threshold) & valid[None, :], axis=1)
+    return jnp.where((matches == BACKGROUND) & covered, IGNORED, matches)
 
 
 class Sample(NamedTuple):

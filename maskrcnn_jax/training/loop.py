@@ -55,7 +55,11 @@ def train(
     _check_batch_size(config.batch_size)
     data = config.data
     index = load_index(
-        data.coco_dir, data.train_split, skip_broken=data.skip_broken, contiguous_labels=data.contiguous_labels
+        data.coco_dir,
+        data.train_split,
+        skip_broken=data.skip_broken,
+        contiguous_labels=data.contiguous_labels,
+        keep_unlisted=data.ignore_regions,
     )
     index = drop_labels(index, data.drop_labels, config.seed)
     evaluate = make_evaluate(index.categories)
@@ -176,6 +180,7 @@ def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_step
         annotations=True,
         hflip=data.hflip,
         color_jitter=data.color_jitter,
+        ignore_regions=data.ignore_regions,
         mask_side=data.mask_side,
         seed=config.seed,
         start_step=start_step,

@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data.coco import BrokenImageError, Categories, load_index
+from maskrcnn_jax.data.coco import BrokenImageError, Categories, drop_labels, load_index
 from maskrcnn_jax.errors import UserError
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -181,17 +181,21 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
             annotation(10, image_id=1, segmentation=[[1e9, 1, 2e9, 3, 4, 1e9]]),
             annotation(11, image_id=1, segmentation=[[float("nan"), 1, 2, 3, 4, 5]]),
             annotation(9, image_id=1, segmentation={"size": [30, 20], "counts": [600]}),
+            annotation(12, image_id=1, segmentation=[], bbox=[]),
         ],
     )
     index = load_index(root, "train2017")
     objects = index.annotations(0)
-    assert objects.ids.tolist() == [1, 4, 5, 7]
+    assert objects.ids.tolist() == [1, 4, 5, 6, 7, 8, 10, 11]
+    assert objects.has_mask.tolist() == [True, True, True, False, True, False, False, False]
     np.testing.assert_array_equal(objects.boxes[[1, 2]], [[0, 3, 4, 9], [22, 3, 30, 9]])
-    np.testing.assert_array_equal(index.masks(0), [square_mask(20, 30)] * 4)
+    np.testing.assert_array_equal(index.masks(0)[objects.has_mask], [square_mask(20, 30)] * 4)
+    assert not index.masks(0)[~objects.has_mask].any()
     assert index.problems == {
         "polygons without three points dropped": 2,
         "polygons with coordinates that no image has dropped": 2,
-        "annotations without a usable mask dropped": 4,
+        "annotations without a usable mask, of which only the box is learnt": 4,
+        "annotations without a usable mask, and without a box dropped": 1,
         "run-length masks of another size than their image dropped": 1,
         "boxes without area dropped": 1,
         "boxes outside their image dropped": 1,
@@ -201,8 +205,61 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
     assert "1 boxes without area dropped" in caplog.text
 
 
+@pytest.mark.parametrize("segmentation", ["polygon", "counts", "compressed"])
+def test_a_mask_without_a_box_gets_the_box_around_it(dataset, segmentation):
+    mask = square_mask(20, 30)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat, prepend=0))
+    forms = {
+        "polygon": [SQUARE],
+        "counts": {"size": [20, 30], "counts": np.diff(np.concatenate([[0], changes, [600]])).tolist()},
+        "compressed": {"size": [20, 30], "counts": rle["counts"].decode()},
+    }
+    broken = annotation(2, image_id=1, segmentation=forms[segmentation])
+    del broken["bbox"]
+    index = load_index(dataset.write([(20, 30)], [annotation(1, image_id=1), broken]), "train2017")
+    around = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    np.testing.assert_allclose(index.annotations(0).boxes[1], around, atol=0 if segmentation != "polygon" else 1)
+    assert index.problems == {}
+
+
+def test_objects_of_unlisted_categories_are_refused_or_kept_apart(dataset):
+    objects = [annotation(1, image_id=1), annotation(2, image_id=1, category_id=77)]
+    root = dataset.write([(20, 30)], objects)
+    with pytest.raises(UserError, match="annotation 2 with category 77; .*data.ignore_regions"):
+        load_index(root, "train2017")
+    index = load_index(root, "train2017", keep_unlisted=True)
+    assert index.annotations(0).ids.tolist() == [1]
+    everything = index.annotations(0, with_crowd=True)
+    assert everything.labels.tolist() == [1, 0]
+    assert everything.crowd.tolist() == [False, True]
+    assert index.problems == {"objects of categories that are not listed, ignored": 1}
+
+
+def test_dropped_labels_are_nested_and_leave_the_images(dataset):
+    objects = [annotation(i, image_id=1 + i % 3, category_id=1 + i % 2) for i in range(1, 31)]
+    index = load_index(dataset.write([(20, 30)] * 4, objects), "train2017")
+
+    def ids(index):
+        return {int(i): set(index.annotations(i).ids.tolist()) for i in range(len(index))}
+
+    kept = {share: drop_labels(index, share, seed=1) for share in (0, 0.2, 0.5, 1)}
+    assert ids(kept[0]) == ids(index)
+    assert [len(k.labels) for k in kept.values()] == [30, 24, 15, 0]
+    assert all(len(k) == 4 for k in kept.values())
+    for i in range(4):
+        assert ids(kept[0.5])[i] <= ids(kept[0.2])[i] <= ids(index)[i]
+    labels = dict(zip(index.annotation_ids.tolist(), index.labels.tolist(), strict=True))
+    assert all(labels[i] == label for i, label in zip(kept[0.5].annotation_ids, kept[0.5].labels, strict=True))
+    assert ids(drop_labels(index, 0.5, seed=2)) != ids(kept[0.5])
+    with pytest.raises(UserError, match="data.drop_labels 1.5"):
+        drop_labels(index, 1.5, seed=0)
+
+
 def test_a_dataset_of_which_no_annotation_is_usable_is_refused(dataset):
-    root = dataset.write([(20, 30)], [annotation(1, image_id=1, segmentation=[])])
+    root = dataset.write([(20, 30)], [annotation(1, image_id=1, segmentation=[], bbox=())])
     with pytest.raises(UserError, match="none of the 1 annotations"):
         load_index(root, "train2017")
 
@@ -279,7 +336,7 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         ({"annotations": [annotation(5, image_id="1")]}, "annotation 5 .* malformed"),
         ({"annotations": [annotation(5, image_id=1, bbox=[1, 2, 3])]}, "annotation 5 .* malformed"),
         ({"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]}, "'counts' is missing"),
-        ({"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]}, "'bbox' is missing"),
+        ({"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]}, "none of the 1 .* without a box"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(dataset, sections, told):

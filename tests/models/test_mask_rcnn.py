@@ -99,6 +99,54 @@ def test_every_image_has_draws_of_its_own_and_none_of_what_is_ignored(tiny, key)
     np.testing.assert_array_equal(drawn, np.where(sample.foreground, 0, BACKGROUND))
 
 
+def test_objects_without_a_mask_train_boxes_only(tiny, key):
+    losses = compiled(tiny)[0]
+    batch = tiny_batch()
+    has_mask = np.array([[True, False, True], [False, False, False]])
+
+    def of(has_mask, masks):
+        return losses(batch._replace(gt=batch.gt._replace(has_mask=has_mask, masks=masks)), key)
+
+    terms, _, gradients = of(has_mask, batch.gt.masks)
+    changed = np.where(has_mask[..., None, None], batch.gt.masks, 255 - batch.gt.masks)
+    others = of(has_mask, changed)[0]
+    everything = of(np.ones_like(has_mask), batch.gt.masks)[0]
+    for name in TERMS:
+        np.testing.assert_array_equal(terms[name], others[name])
+        assert name == "loss_mask" or float(terms[name]) == pytest.approx(float(everything[name]), rel=1e-6)
+    assert float(terms["loss_mask"]) != pytest.approx(float(everything["loss_mask"]), rel=1e-3)
+    nothing, _, gradients = of(np.zeros_like(has_mask), batch.gt.masks)
+    assert float(nothing["loss_mask"]) == 0
+    assert all_finite(gradients)
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(gradients["mask_head"]))
+
+
+def test_regions_are_neither_object_nor_background(tiny, key):
+    batch = tiny_batch()
+    # The last row of an image is no object; here it is a region: the left half of the first image.
+    boxes = batch.gt.boxes.copy()
+    boxes[0, 2] = [0, 0, SIDE / 2, SIDE]
+    ignored = np.array([[False, False, True], [False, False, False]])
+    plain = GroundTruth(jnp.asarray(boxes), jnp.asarray(batch.gt.labels), None, None, jnp.asarray(batch.gt.valid))
+    with_region = plain._replace(ignored=jnp.asarray(ignored))
+    fixed = np.array([[2, 2, 18, 18], [40, 40, 60, 60], [24, 0, 40, 16], [20, 0, 45, 20]], np.float32)
+    # With the objects' own boxes among the anchors, no object takes another for want of a better.
+    anchors = jnp.concatenate([*boxes[:, :2], fixed])
+    matches, regarded = (np.asarray(tiny.match_anchors([anchors], gt)) for gt in (plain, with_region))
+    inside = np.clip(np.asarray(anchors)[:, [0, 2]], 0, SIDE / 2)
+    half = inside[:, 1] - inside[:, 0] >= (anchors[:, 2] - anchors[:, 0]) / 2
+    covered = np.stack([half, np.zeros_like(half)])
+    assert (matches == BACKGROUND)[covered].any()
+    np.testing.assert_array_equal(regarded, np.where((matches == BACKGROUND) & covered, IGNORED, matches))
+
+    proposals = Proposals(jnp.stack([fixed] * 2), jnp.zeros((2, 4)), jnp.ones((2, 4), bool))
+    rois = tiny.sample_rois(key, proposals, with_region)
+    first = np.asarray(rois.valid & (rois.labels == 0))[0]
+    assert first.any()
+    drawn = np.asarray(rois.boxes)[0][first]
+    assert not (drawn[:, 2] <= SIDE / 2).any(), "a box inside the region was taken for background"
+
+
 @pytest.mark.slow
 def test_the_losses_of_the_heads_do_not_train_the_rpn(key):
     """Proposals are given to the second stage, as in torchvision; otherwise its box offsets would move them."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.ops import matching
-from maskrcnn_jax.ops.matching import BACKGROUND, IGNORED
+from maskrcnn_jax.ops.matching import BACKGROUND, IGNORED, ignore_covered
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.
 match = jax.jit(matching.match, static_argnames=("high_threshold", "low_threshold", "allow_low_quality"))
@@ -157,3 +157,19 @@ def test_the_key_decides_the_draw(key):
     keys = jax.random.split(key, 3)
     np.testing.assert_array_equal(jax.vmap(draw)(keys), jnp.stack([draw(k) for k in keys]))
     assert not np.array_equal(draw(keys[0]), draw(keys[1]))
+
+
+def test_background_inside_a_region_is_ignored_and_foreground_is_not():
+    boxes = jnp.array([[0, 0, 10, 10], [0, 0, 10, 10], [6, 0, 16, 10], [5, 0, 15, 10], [30, 30, 40, 40.0]])
+    matches = jnp.array([BACKGROUND, 3, BACKGROUND, BACKGROUND, BACKGROUND])
+    regions = jnp.array([[0, 0, 10, 20], [30, 30, 50, 50.0]])
+    ignored = ignore_covered(matches, boxes, regions, jnp.array([True, False]))
+    # The third box has 4 of its 10 columns in the region, the fourth 5: half is enough. The last region is invalid.
+    assert ignored.tolist() == [IGNORED, 3, BACKGROUND, IGNORED, BACKGROUND]
+
+
+def test_without_regions_nothing_is_ignored():
+    matches = jnp.array([BACKGROUND, 0])
+    boxes = jnp.array([[0, 0, 10, 10], [0, 0, 0, 0.0]])
+    for regions in (jnp.zeros((0, 4)), jnp.zeros((2, 4))):
+        assert ignore_covered(matches, boxes, regions, jnp.ones(len(regions), bool)).tolist() == [BACKGROUND, 0]

@@ -35,68 +35,86 @@ class Run(NamedTuple):
         return [f"--config={self.config}", *(f"--config.{name}={value}" for name, value in fields)]
 
 
+class Claim(NamedTuple):
+    """That one variant does better than another by some metric."""
+
+    text: str
+    better: str
+    worse: str
+    metric: str
+
+
 class Comparison(NamedTuple):
     """Variants that differ in one respect."""
 
     title: str
-    claim: str  # of the paper, and where
     variants: dict[str, dict[str, object]]  # name -> overrides
+    claims: tuple[Claim, ...] = ()
 
 
+_FIRST, _SECOND = "cross-entropy, smooth L1, BCE", "focal, IoU, Dice"
 _SECOND_LOSSES = {"model.classification_loss": "focal", "model.box_loss": "iou", "model.mask_loss": "dice"}
+_GT_THEN_RPN = {"model.train_proposals": "gt_then_rpn"}
 COMPARISONS = {
     "roi_operator": Comparison(
         "RoIAlign and RoIPool",
-        "RoIAlign removes the misalignment of RoIPool and sharpens masks (Sec. 2.3, 4.2).",
         {"RoIAlign": {}, "RoIPool": {"model.roi_operator": "pool"}},
+        (
+            Claim("RoIAlign gives better masks (Sec. 2.3)", "RoIAlign", "RoIPool", "segm_AP"),
+            Claim("RoIAlign sharpens masks (Sec. 4.2)", "RoIAlign", "RoIPool", "segm_AP75"),
+        ),
     ),
     "losses": Comparison(
         "Loss functions at two sizes of the dataset",
-        "Focal, IoU and Dice losses help with few images and stagnate with many (Sec. 3.2).",
         {
-            "cross-entropy, smooth L1, BCE; all images": {},
-            "focal, IoU, Dice; all images": _SECOND_LOSSES,
-            f"cross-entropy, smooth L1, BCE; 1/{_FEW} of them": {"share": 1 / _FEW},
-            f"focal, IoU, Dice; 1/{_FEW} of them": {"share": 1 / _FEW} | _SECOND_LOSSES,
+            f"{_FIRST}; all images": {},
+            f"{_SECOND}; all images": _SECOND_LOSSES,
+            f"{_FIRST}; few images": {"share": 1 / _FEW},
+            f"{_SECOND}; few images": {"share": 1 / _FEW} | _SECOND_LOSSES,
         },
+        (
+            Claim(
+                "The second set improves performance with few images (Sec. 3.2)",
+                f"{_SECOND}; few images",
+                f"{_FIRST}; few images",
+                "segm_AP",
+            ),
+            Claim(
+                "With many images its training accuracy stagnates (Sec. 3.2)",
+                f"{_FIRST}; all images",
+                f"{_SECOND}; all images",
+                "train_accuracy",
+            ),
+        ),
     ),
     "proposals": Comparison(
-        "Where proposals come from in training",
-        "Annotated boxes as proposals, the RPN where they are too few, improve accuracy and speed (Sec. 2.2).",
+        "Where the proposals of training come from",
         {
             "rpn": {},
             "gt": {"model.train_proposals": "gt"},
-            "gt_then_rpn, 15 at least": {"model.train_proposals": "gt_then_rpn"},
+            "gt_then_rpn": _GT_THEN_RPN,
         },
+        (Claim("Annotated boxes first improve accuracy (Sec. 2.2)", "gt_then_rpn", "rpn", "bbox_AP"),),
     ),
     "min_proposals": Comparison(
-        "The least number of proposals",
-        "30 instead of 15 had a positive impact on accuracy (Sec. 3.2).",
-        {
-            "15": {"model.train_proposals": "gt_then_rpn"},
-            "30": {"model.train_proposals": "gt_then_rpn", "model.min_proposals": 30},
-        },
+        "The least number of proposals, with gt_then_rpn",
+        {"15": _GT_THEN_RPN, "30": _GT_THEN_RPN | {"model.min_proposals": 30}},
+        (Claim("30 instead of 15 improves accuracy (Sec. 3.2)", "30", "15", "eval_accuracy"),),
     ),
     "deconvolution": Comparison(
-        "Masks with and without deconvolution",
-        "Five convolutions to a mask per class are enough, without deconvolution (Sec. 2.5).",
-        {"28 x 28, with deconvolution": {}, "14 x 14, without": {"model.mask_deconv": False}},
+        "Masks with and without deconvolution (Sec. 2.5)",
+        {"28 x 28, with it": {}, "14 x 14, without": {"model.mask_deconv": False}},
     ),
     "learning_rate": Comparison(
-        "Learning rates in the proportions of the paper's 5e-4, 7e-4 and 1e-4",
-        "The lowest was best for the longest training (Sec. 3.2, Table 2).",
-        {"1": {}, "1.4": {"optim.lr": 2.1e-3}, "0.2": {"optim.lr": 3e-4}},
+        "Learning rates, in the proportions of the paper's 5e-4, 7e-4 and 1e-4 (Sec. 3.2)",
+        {"1.5e-3": {}, "2.1e-3": {"optim.lr": 2.1e-3}, "3e-4": {"optim.lr": 3e-4}},
     ),
     "dropped_labels": Comparison(
-        "Labels that are missing",
-        "Missing labels made training difficult (Sec. 5); not measured there.",
-        {f"{share:.0%} dropped": {"data.drop_labels": share} if share else {} for share in (0, 0.2, 0.4, 0.6)},
+        "Annotations left out of training (Sec. 5)",
+        {f"{share:.0%}": {"data.drop_labels": share} if share else {} for share in (0, 0.2, 0.4, 0.6)},
+        (Claim("Missing labels make training harder (Sec. 5)", "0%", "60%", "segm_AP"),),
     ),
-    "curves": Comparison(
-        "Loss and accuracy while training",
-        "Loss falls and accuracy rises throughout, more in training than in validation (Sec. 4.1, Fig. 4).",
-        {"10 epochs": {"epochs": 10, "eval_every": 1}},
-    ),
+    "curves": Comparison("Loss and accuracy while training (Fig. 4)", {"10 epochs": {"epochs": 10, "eval_every": 1}}),
 }
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from tools.paper.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = "result.json"
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 
 def train(run: Run, output: Path, *, coco_dir: str, weights: str) -> dict:
@@ -44,7 +46,10 @@ def _train(run: Run, workdir: Path, coco_dir: str, weights: str) -> dict:
     command = [sys.executable, "train.py", *run.arguments, f"--config.data.coco_dir={coco_dir}"]
     command += [f"--workdir={workdir}"] + ([f"--weights={weights}"] if weights else [])
     started = time.time()
-    status = subprocess.run(command, cwd=ROOT).returncode
+    # The environment, below, is asked of JAX, which must not take the memory of a GPU from the trainings for it.
+    child = {name: value for name, value in os.environ.items() if name != PREALLOCATE}
+    os.environ[PREALLOCATE] = "false"
+    status = subprocess.run(command, cwd=ROOT, env=child).returncode
     if status:
         raise UserError(f"training {run.name} ended with status {status}; the same command goes on from there")
     result = {
