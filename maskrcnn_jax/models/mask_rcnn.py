@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 
 from maskrcnn_jax import losses
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.backbone import make_backbone
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
@@ -25,7 +26,6 @@ from maskrcnn_jax.models.proposals import (
     sample_rois,
     select_proposals,
 )
-from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
@@ -55,7 +55,7 @@ FOCAL_PRIOR = 0.01
 
 
 class MaskRCNN(nnx.Module):
-    """Mask R-CNN with a ResNet-FPN backbone; options carry torchvision's names and default to its values."""
+    """Mask R-CNN with a feature pyramid; options carry torchvision's names and default to its values."""
 
     def __init__(
         self,
@@ -164,17 +164,14 @@ class MaskRCNN(nnx.Module):
         )
         self.mask_targets_binary = mask_targets_binary
         common = {"dtype": self.dtype, "rngs": rngs}
-        self.backbone = ResNet(
-            backbone,
-            stem_channels=stem_channels,
-            stage_channels=stage_channels,
-            bottleneck_channels=bottleneck_channels,
-            norm=norm,
-            norm_eps=norm_eps,
-            stride_in_1x1=stride_in_1x1,
-            remat=remat,
-            **common,
-        )
+        resnet_options = {
+            "stem_channels": stem_channels,
+            "stage_channels": stage_channels,
+            "bottleneck_channels": bottleneck_channels,
+            "norm_eps": norm_eps,
+            "stride_in_1x1": stride_in_1x1,
+        }
+        self.backbone = make_backbone(backbone, resnet_options=resnet_options, norm=norm, remat=remat, **common)
         self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)
         self.rpn = RPNHead(
             fpn_channels,

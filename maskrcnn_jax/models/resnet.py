@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import kaiming_normal
 from maskrcnn_jax.models.layers import ConvNorm
 
@@ -113,12 +112,7 @@ class ResNet(nnx.Module):
           remat: compute each block again in the gradient instead of keeping what is inside it.
           dtype: compute dtype.
           rngs: for the initial values.
-
-        Raises:
-          UserError: for an unknown name.
         """
-        if name not in ARCHITECTURES:
-            raise UserError(f"backbone is {name!r}; use one of {', '.join(ARCHITECTURES)}")
         depths, bottleneck = ARCHITECTURES[name]
         options = {"norm": norm, "norm_eps": norm_eps, "dtype": dtype, "rngs": rngs}
         inner = bottleneck_channels if bottleneck else 0

@@ -18,11 +18,16 @@ IGNORED = (
     "*.num_batches_tracked",
     "fc.weight",
     "fc.bias",
+    "classifier.[03].weight",
+    "classifier.[03].bias",
     "pixel_mean",
     "pixel_std",
     "proposal_generator.anchor_generator.cell_anchors.*",
 )
-RESNET = "a ResNet, for the backbone"
+BACKBONES = {  # families of mere backbones -> two arrays by which they are known
+    "a ResNet, for the backbone": {"conv1.weight", "layer1.0.conv1.weight"},
+    "a MobileNetV3, for the backbone": {"features.0.0.weight", "features.1.block.0.0.weight"},
+}
 
 
 class Report(NamedTuple):
@@ -57,7 +62,7 @@ def load_weights(
     Args:
       model: changed in place, only if everything fits.
       arrays: of torchvision's Mask R-CNN (version 1, with old or new names, or 2), of detectron2's, or of a ResNet
-        that was trained on ImageNet (torchvision's or timm's), which fills the backbone alone.
+        (torchvision's or timm's) or MobileNetV3 that was trained on ImageNet, which fills the backbone alone.
       source: what errors call the arrays.
       partial: allow, for training to go on from, a mere backbone and another number of classes; the rest of the model,
         or its predictors of classes, boxes and masks, then keep their initial values. Otherwise these are errors.
@@ -71,7 +76,7 @@ def load_weights(
     family, arrays, entries = _recognise(model, arrays, source)
     state = dict(nnx.to_flat_state(nnx.state(model)))
     reinitialised = []
-    if not partial and family == RESNET:
+    if not partial and family in BACKBONES:
         raise UserError(f"{source} holds only a backbone, which finds nothing; train with it first")
     more_classes = _more_classes(entries, arrays, state)
     known = {entry.key for entry in entries}
@@ -124,10 +129,11 @@ def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[
         return "detectron2's Mask R-CNN", arrays, detectron2.entries(model)
     if any(key.startswith(torchvision.BACKBONE) for key in arrays):
         return "torchvision's Mask R-CNN", torchvision.modern_names(arrays), torchvision.entries(model)
-    if "conv1.weight" in arrays and "layer1.0.conv1.weight" in arrays:
-        return RESNET, arrays, torchvision.backbone_entries(model)
+    for family, known_by in BACKBONES.items():
+        if known_by <= arrays.keys():
+            return family, arrays, torchvision.backbone_entries(model)
     raise UserError(
-        f"{source} holds no Mask R-CNN of torchvision or detectron2 and no ResNet (its arrays: "
+        f"{source} holds no Mask R-CNN of torchvision or detectron2, no ResNet and no MobileNetV3 (its arrays: "
         f"{', '.join(list(arrays)[:3]) or 'none'}); give one of these"
     )
 
