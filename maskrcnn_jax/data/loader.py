@@ -145,6 +145,7 @@ class _BatchReader:
 
     index: CocoIndex
     plan: Plan
+    channels: int
     short_side: int
     long_side: int
     resize: str
@@ -184,7 +185,7 @@ class _BatchReader:
             valid=np.zeros((rows, objects), bool),
         )
         return Batch(
-            images=np.zeros((rows, *padded_size, 3), transforms.RESIZE[self.resize]),
+            images=np.zeros((rows, *padded_size, self.channels), transforms.RESIZE[self.resize]),
             sizes=np.ones((rows, 2), np.int32),  # 1, so that a division by the size of an invalid row stays finite
             original_sizes=np.ones((rows, 2), np.int32),
             image_index=np.full(rows, -1, np.int32),
@@ -195,7 +196,7 @@ class _BatchReader:
     def _fill(self, batch: Batch, row: int, i: int, sample: tuple[int, int, int]) -> None:
         rng = np.random.default_rng(sample)
         flip = rng.random() < self.hflip
-        image = self.index.read_image(i)
+        image = self.index.read_image(i, self.channels)
         original_size = image.shape[:2]
         size = transforms.resized_size(*original_size, self.short_side, self.long_side, self.resize)
         if self.color_jitter:
@@ -283,6 +284,7 @@ def make_loader(
     long_side: int,
     shuffle: bool,
     annotations: bool,
+    channels: int = 3,
     buckets: str = "auto",
     resize: str = "uint8",
     hflip: float = 0.0,
@@ -309,6 +311,7 @@ def make_loader(
         shuffle: True for training: a new order every epoch, partial batches filled by other images of their bucket.
             False for evaluation: every image exactly once, partial batches filled by rows with valid False.
         annotations: whether batches carry ``gt``.
+        channels: of the images, RGB first.
         buckets: "auto" or "exact", see ``buckets_for``.
         resize: how images are resized, one of ``transforms.RESIZE``.
         hflip: probability of mirroring an image.
@@ -355,6 +358,7 @@ def make_loader(
     read = _BatchReader(
         index=index,
         plan=plan,
+        channels=channels,
         short_side=short_side,
         long_side=long_side,
         resize=resize,

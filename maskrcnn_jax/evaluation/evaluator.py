@@ -61,6 +61,7 @@ class Evaluator:
         loader = make_loader(
             self._index,
             batch_size=self._config.eval_batch_size,
+            channels=self._config.model.in_channels,
             short_side=data.short_side,
             long_side=data.long_side,
             buckets=data.buckets,

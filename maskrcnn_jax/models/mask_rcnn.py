@@ -38,6 +38,8 @@ from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, R
 # Of ImageNet's images scaled to 0..1, the statistics that pretrained backbones expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+# Of further channels, about which nothing is known: roughly those of values that fill 0..1.
+EXTRA_MEAN, EXTRA_STD = 0.5, 0.25
 NUM_LEVELS = 5
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
@@ -62,6 +64,7 @@ class MaskRCNN(nnx.Module):
         num_classes: int = 91,
         *,
         backbone: str = "resnet50",
+        in_channels: int = 3,
         stem_channels: int = 64,
         stage_channels: int = 0,
         bottleneck_channels: int = 64,
@@ -123,10 +126,13 @@ class MaskRCNN(nnx.Module):
         for (name, choices), value in zip(CHOICES.items(), chosen, strict=True):
             if value not in choices:
                 raise UserError(f"{name} is {value!r}; use one of {', '.join(choices)}")
+        if in_channels < 3:
+            raise UserError(f"in_channels is {in_channels}; use 3 (RGB; grey images are read as such) or more")
         if len(anchor_sizes) != NUM_LEVELS:
             raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
         self.classification_loss, self.box_loss, self.mask_loss = classification_loss, box_loss, mask_loss
         self.dtype = jnp.dtype(dtype)
+        self.in_channels = in_channels
         self.anchor_options = FrozenDict(
             sizes=tuple(anchor_sizes),
             aspect_ratios=tuple(aspect_ratios),
@@ -171,7 +177,8 @@ class MaskRCNN(nnx.Module):
             "norm_eps": norm_eps,
             "stride_in_1x1": stride_in_1x1,
         }
-        self.backbone = make_backbone(backbone, resnet_options=resnet_options, norm=norm, remat=remat, **common)
+        shared_options = {"in_channels": in_channels, "norm": norm, "remat": remat}
+        self.backbone = make_backbone(backbone, resnet_options=resnet_options, **shared_options, **common)
         self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)
         self.rpn = RPNHead(
             fpn_channels,
@@ -198,9 +205,13 @@ class MaskRCNN(nnx.Module):
     # Stages
 
     def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Return images [B, H, W, 3] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
+        """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
+        if images.shape[-1] != self.in_channels:
+            raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {self.in_channels}")
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        mean, std = (jnp.array(values, wide).reshape(1, 1, 1, 3) for values in (IMAGE_MEAN, IMAGE_STD))
+        extra = self.in_channels - 3
+        values = (*IMAGE_MEAN, *[EXTRA_MEAN] * extra), (*IMAGE_STD, *[EXTRA_STD] * extra)
+        mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in values)
         normalized = (images.astype(wide) / 255 - mean) / std
         inside_y = jnp.arange(images.shape[1])[None, :] < sizes[:, :1]
         inside_x = jnp.arange(images.shape[2])[None, :] < sizes[:, 1:]
@@ -208,7 +219,7 @@ class MaskRCNN(nnx.Module):
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
     def features(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
-        """Return the pyramid P2..P6 of images [B, H, W, 3] in 0..255."""
+        """Return the pyramid P2..P6 of images [B, H, W, I] in 0..255."""
         return self.fpn(self.backbone(self.normalize(images, sizes)))
 
     def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
@@ -390,7 +401,7 @@ class MaskRCNN(nnx.Module):
         """Find the objects in a batch of images.
 
         Args:
-          images: [B, H, W, 3] in 0..255, padded.
+          images: [B, H, W, I] in 0..255, padded; I is ``in_channels``.
           sizes: [B, 2] int32 (height, width) inside the padding.
 
         Returns:

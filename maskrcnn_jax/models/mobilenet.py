@@ -128,6 +128,7 @@ class MobileNetV3(nnx.Module):
     def __init__(
         self,
         *,
+        in_channels: int = 3,
         norm: str = "batch",
         remat: bool = False,
         dtype: jnp.dtype = jnp.float32,
@@ -136,6 +137,7 @@ class MobileNetV3(nnx.Module):
         """Build the network.
 
         Args:
+          in_channels: of the images.
           norm: "batch" or "frozen".
           remat: compute each block again in the gradient instead of keeping what is inside it.
           dtype: compute dtype.
@@ -146,7 +148,7 @@ class MobileNetV3(nnx.Module):
         swish = options | {"activation": jax.nn.hard_swish}
         self.stem = nnx.List(
             [
-                ConvNormActivation(3, STEM_CHANNELS, 3, stride=2, **swish),
+                ConvNormActivation(in_channels, STEM_CHANNELS, 3, stride=2, **swish),
                 InvertedResidual(STEM_CHANNELS, STEM_BLOCK, **options),
             ]
         )
@@ -163,7 +165,7 @@ class MobileNetV3(nnx.Module):
         self.remat = remat
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Return the outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, 3]."""
+        """Return the outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, I]."""
         run = nnx.remat(_apply) if self.remat else _apply
         x, outputs = images, []
         for layer in self.stem:

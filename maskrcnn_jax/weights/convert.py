@@ -28,6 +28,8 @@ BACKBONES = {  # families of mere backbones -> two arrays by which they are know
     "a ResNet, for the backbone": {"conv1.weight", "layer1.0.conv1.weight"},
     "a MobileNetV3, for the backbone": {"features.0.0.weight", "features.1.block.0.0.weight"},
 }
+# The convolutions that see the image.
+_STEMS = {("backbone", "stem", "conv", "kernel"), ("backbone", "stem", 0, "conv", "kernel")}
 
 
 class Report(NamedTuple):
@@ -35,6 +37,7 @@ class Report(NamedTuple):
 
     family: str  # what the file was taken for
     loaded: list[str]
+    widened: list[str]  # loaded for RGB; what the model sees beside it begins with the mean of these three
     reinitialised: list[str]  # in the file, but for other classes: the model keeps its initial values
     untouched: list[str]  # not in a file that holds only a backbone: likewise
     ignored: list[str]
@@ -43,6 +46,7 @@ class Report(NamedTuple):
         """Return a table."""
         rows = [
             ("loaded", self.loaded),
+            ("more channels", self.widened),
             ("re-initialised", self.reinitialised),
             ("not in the file", self.untouched),
             ("ignored", self.ignored),
@@ -64,8 +68,9 @@ def load_weights(
       arrays: of torchvision's Mask R-CNN (version 1, with old or new names, or 2), of detectron2's, or of a ResNet
         (torchvision's or timm's) or MobileNetV3 that was trained on ImageNet, which fills the backbone alone.
       source: what errors call the arrays.
-      partial: allow, for training to go on from, a mere backbone and another number of classes; the rest of the model,
-        or its predictors of classes, boxes and masks, then keep their initial values. Otherwise these are errors.
+      partial: allow, for training to go on from, a mere backbone, another number of classes, and RGB where the model
+        has more channels. The rest of the model, or its predictors of classes, boxes and masks, then keep their
+        initial values, and the weights of a further channel are the mean of the three. Otherwise these are errors.
 
     Returns:
       What became of every array.
@@ -82,11 +87,20 @@ def load_weights(
     known = {entry.key for entry in entries}
     ignored = [key for key in arrays if key not in known and _is_ignored(key)]
     problems = [f"{key} is unknown" for key in arrays if key not in known and key not in ignored]
+    widened = []
     for entry in entries:
-        wanted = _foreign_shape(entry, state)
+        shape = state[entry.path].shape
+        if entry.path in _STEMS and model.in_channels > 3 and _num_inputs(arrays.get(entry.key)) == 3:
+            shape = (*shape[:2], 3, shape[3])
+            widened.append(entry.key)
+        wanted = _foreign_shape(entry, shape)
         if partial and entry.rows_per_class:
             wanted = (wanted[0] + entry.rows_per_class * more_classes, *wanted[1:])
         problems += _problems_of(entry.key, arrays.get(entry.key), wanted, state[entry.path].dtype)
+    if widened and not partial:
+        problems.append(
+            f"{widened[0]} is for 3 channels where model.in_channels is {model.in_channels}; train with it"
+        )
     if problems:
         advice = "use the config that these weights belong to"
         if more_classes:
@@ -99,13 +113,17 @@ def load_weights(
         entries = [entry for entry in entries if not entry.rows_per_class]
     entries = [entry for entry in entries if entry.key in arrays]
     for entry in entries:
-        variable = state[entry.path]
+        variable, array = state[entry.path], entry.layout.read(arrays[entry.key])
+        if entry.key in widened:
+            mean = np.mean(array, axis=2, keepdims=True)  # [S, S, 1, O]
+            array = np.concatenate([array, *[mean] * (model.in_channels - 3)], axis=2)
         # A copy: on CPUs jnp.asarray may share the memory of what it is given, which its owner may change.
-        variable[...] = jnp.array(entry.layout.read(arrays[entry.key]), variable.dtype, copy=True)
+        variable[...] = jnp.array(array, variable.dtype, copy=True)
     filled = {entry.path for entry in (*entries, *reinitialised)}
     return Report(
         family,
-        [entry.key for entry in entries],
+        [entry.key for entry in entries if entry.key not in widened],
+        widened,
         [entry.key for entry in reinitialised],
         ["/".join(map(str, path)) for path in state if path not in filled],
         ignored,
@@ -166,10 +184,15 @@ def _problems_of(key: str, array: np.ndarray | None, shape: tuple[int, ...], dty
     return [] if finite else [f"{key} holds values that are not finite in {dtype}"]
 
 
+def _num_inputs(array: np.ndarray | None) -> int:
+    """Return the input channels of a foreign convolution, 0 of anything else."""
+    return array.shape[1] if array is not None and array.ndim == 4 else 0
+
+
 def _is_ignored(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in IGNORED)
 
 
-def _foreign_shape(entry: Entry, state: dict) -> tuple[int, ...]:
+def _foreign_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     # A view of one number: only its shape matters.
-    return entry.layout.write(np.broadcast_to(np.float32(0), state[entry.path].shape)).shape
+    return entry.layout.write(np.broadcast_to(np.float32(0), shape)).shape

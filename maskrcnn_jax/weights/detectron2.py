@@ -14,8 +14,8 @@ from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.weights.layout import Entry, Layout, Path, module_and_leaf, module_layout, then
 
 _STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
-# Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first. [O, 3, 7, 7]
-_STEM = Layout(lambda x: x[:, ::-1] * _STD, lambda x: (x / _STD)[:, ::-1])
+# Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first, and nothing but RGB.
+_STEM = Layout(lambda x: x[:, ::-1] * _STD, lambda x: (x[:, :3] / _STD)[:, ::-1])  # [O, 3, 7, 7]
 _BACKGROUND_FIRST = Layout(lambda x: np.roll(x, 1, axis=0), lambda x: np.roll(x, -1, axis=0))
 
 

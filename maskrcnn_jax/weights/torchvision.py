@@ -21,6 +21,7 @@ BACKBONE = "backbone.body."
 _MOBILENET_FEATURES = "features."
 # Options of MaskRCNN that change what is found, and the only value that torchvision has.
 _FIXED_OPTIONS = {
+    "in_channels": 3,
     "stride_in_1x1": False,
     "exact_anchors": False,
     "rpn_min_size": 1e-3,

@@ -243,6 +243,30 @@ def test_a_backbone_fills_the_backbone_and_is_not_enough_to_detect_with():
     assert all(np.array_equal(out[f"backbone.body.{key}"], arrays[key]) for key in arrays if "fc" not in key)
 
 
+@pytest.mark.parametrize("family", ["torchvision", "mobilenet", "detectron2"])
+def test_weights_of_rgb_fill_a_model_of_more_channels_by_their_mean(family):
+    options = MOBILENET if family == "mobilenet" else {}
+    original = narrow_model(**options)
+    arrays = detectron2_arrays(original) if family == "detectron2" else to_torchvision(original)
+    model = narrow_model(in_channels=5, **options)
+    with pytest.raises(UserError, match=r"(?s)1 arrays .*weight is for 3 channels where model.in_channels is 5"):
+        load_weights(model, arrays)
+    report = load_weights(model, arrays, partial=True)
+    assert len(report.widened) == 1
+    assert len(report.loaded) == len(arrays) - 1
+    assert f"more channels      1  {report.widened[0]}" in str(report)
+    before, after = state(original), state(model)
+    (path,) = [path for path in before if before[path].shape != after[path].shape]
+    rgb, kernel = before[path], after[path]
+    # detectron2's went through a division and a multiplication.
+    np.testing.assert_allclose(kernel[:, :, :3], rgb, rtol=1e-6)
+    for channel in (3, 4):
+        np.testing.assert_allclose(kernel[:, :, channel], rgb.mean(axis=2), rtol=1e-4, atol=1e-6)
+    if family != "detectron2":
+        out = to_torchvision(model)
+        assert not load_weights(narrow_model(in_channels=5, **options), out).widened
+
+
 def mobilenet_of_imagenet() -> dict:
     """Return arrays by the names that torchvision's classifier has."""
     arrays = other_values(to_torchvision(narrow_model(**MOBILENET, norm="batch")))
