@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 
 from maskrcnn_jax import losses
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.backbone import make_backbone
+from maskrcnn_jax.models.backbone import feature_list, make_backbone
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
@@ -40,7 +40,6 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 # Of further channels, about which nothing is known: roughly those of values that fill 0..1.
 EXTRA_MEAN, EXTRA_STD = 0.5, 0.25
-NUM_LEVELS = 5
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
 # Of options that are a choice. The losses of the heads: the paper's first set and its second (Sec. 3.2).
@@ -63,7 +62,7 @@ class MaskRCNN(nnx.Module):
         self,
         num_classes: int = 91,
         *,
-        backbone: str = "resnet50",
+        backbone: str | nnx.Module = "resnet50",
         in_channels: int = 3,
         stem_channels: int = 64,
         stage_channels: int = 0,
@@ -117,6 +116,9 @@ class MaskRCNN(nnx.Module):
 
         Args:
           num_classes: C + 1, background included.
+          backbone: its name, or a network of your own as :func:`.backbone.make_backbone` describes it, to which the
+            options from ``stem_channels`` to ``stride_in_1x1`` and ``remat`` do not apply.
+          anchor_sizes: as many as pyramid levels: one more than the backbone has maps.
           rngs: for the initial values.
 
         Raises:
@@ -128,8 +130,6 @@ class MaskRCNN(nnx.Module):
                 raise UserError(f"{name} is {value!r}; use one of {', '.join(choices)}")
         if in_channels < 3:
             raise UserError(f"in_channels is {in_channels}; use 3 (RGB; grey images are read as such) or more")
-        if len(anchor_sizes) != NUM_LEVELS:
-            raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
         self.classification_loss, self.box_loss, self.mask_loss = classification_loss, box_loss, mask_loss
         self.dtype = jnp.dtype(dtype)
         self.in_channels = in_channels
@@ -179,6 +179,12 @@ class MaskRCNN(nnx.Module):
         }
         shared_options = {"in_channels": in_channels, "norm": norm, "remat": remat}
         self.backbone = make_backbone(backbone, resnet_options=resnet_options, **shared_options, **common)
+        num_maps = len(self.backbone.out_channels)
+        if len(anchor_sizes) != num_maps + 1:
+            raise UserError(
+                f"anchor_sizes {tuple(anchor_sizes)} must be {num_maps + 1} sizes, one for each pyramid level: those "
+                f"of the backbone's {num_maps} maps and one coarser"
+            )
         self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)
         self.rpn = RPNHead(
             fpn_channels,
@@ -219,8 +225,9 @@ class MaskRCNN(nnx.Module):
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
     def features(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
-        """Return the pyramid P2..P6 of images [B, H, W, I] in 0..255."""
-        return self.fpn(self.backbone(self.normalize(images, sizes)))
+        """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
+        maps = self.backbone(self.normalize(images, sizes))
+        return self.fpn(feature_list(maps, self.backbone.out_channels))
 
     def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
         """Return the anchors [A_l, 4] of each level."""
@@ -234,14 +241,14 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(lambda o, d, s: select_proposals(o, d, anchors, s, **selection))(objectness, deltas, sizes)
 
     def pool(self, features: list[jax.Array], boxes: jax.Array, image_shape, output_size: int) -> jax.Array:
-        """Pool boxes [B, R, 4] from P2..P5 to [B, R, output_size, output_size, K]."""
+        """Pool boxes [B, R, 4] from all levels but the coarsest to [B, R, output_size, output_size, K]."""
         options = {"image_shape": image_shape, "output_size": output_size}
         if self.roi_operator == "pool":
             operator = functools.partial(multiscale_roi_pool, **options)
         else:
             options |= {"sampling_ratio": self.roi_sampling_ratio, "aligned": self.roi_aligned}
             operator = functools.partial(multiscale_roi_align, **options)
-        return jax.vmap(operator)(features[:4], boxes)
+        return jax.vmap(operator)(features[:-1], boxes)
 
     def select(self, logits: jax.Array, deltas: jax.Array, proposals: Proposals, sizes: jax.Array) -> tuple:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
