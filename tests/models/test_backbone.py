@@ -14,7 +14,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from maskrcnn_jax.weights.convert import to_torchvision
-from tests.models.tiny import OPTIONS, SIDE, all_finite, tiny_batch
+from tests.models.tiny import OPTIONS, all_finite, tiny_batch
 
 CONTAINERS = {
     "array": lambda maps: maps[0],
@@ -102,11 +102,13 @@ def test_pyramid_anchors_and_pooling_follow_the_maps(num_maps):
 
 def test_pooling_reads_the_one_map_at_its_own_scale():
     model = model_with(Strided(1), (16, 32))
-    rows = jnp.broadcast_to(jnp.arange(8.0).reshape(1, 8, 1, 1), (1, 8, 8, 16))
+    rows = jnp.broadcast_to(jnp.arange(64.0).reshape(1, 64, 1, 1), (1, 64, 64, 16))
+    # So large that Eqn. 1 of the paper wants a coarser map; that which the pyramid adds is for proposals alone.
+    boxes = jnp.array([[[8.0, 16, 40, 44], [0, 0, 448, 448]]])
+    pooled = model.pool([rows, jnp.full((1, 32, 32, 16), jnp.nan)], boxes, (512, 512), 7)
     # Not aligned: the value of cell i is taken to lie at pixel 8 i.
-    box = jnp.array([[[8.0, 16, 40, 44]]])
-    pooled = model.pool([rows, rows[:, ::2, ::2]], box, (SIDE, SIDE), 7)
     np.testing.assert_allclose(pooled[0, 0, :, 0, 0], 2 + 0.5 * (np.arange(7) + 0.5), rtol=1e-5)
+    np.testing.assert_allclose(pooled[0, 1, :, 0, 0], 8 * (np.arange(7) + 0.5), rtol=1e-5)
 
 
 def ones(*shapes):
