@@ -16,6 +16,7 @@ from configs import base
 from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
 from maskrcnn_jax.data.loader import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.files import Label, Prepare, is_video, list_images, predict_images, predict_video
 from maskrcnn_jax.evaluation.inference import make_detect
 from maskrcnn_jax.structures import Batch
@@ -37,7 +38,7 @@ def make_prepare(data: ConfigDict) -> Prepare:
         height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
         exact = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
         padded = next((bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width), exact)
-        images = np.zeros((1, *padded, 3), RESIZE[data.resize])
+        images = np.zeros((1, *padded, image.shape[2]), RESIZE[data.resize])
         images[0, :height, :width] = resize_image(image, size, data.resize)
         return Batch(
             images=images,
@@ -54,6 +55,9 @@ def make_prepare(data: ConfigDict) -> Prepare:
 def main() -> None:
     paths = None if is_video(FLAGS.input) else list_images(FLAGS.input)
     config = find_config(base.get_config())
+    channels = config.model.in_channels
+    if paths is None and channels != 3:
+        raise UserError(f"the video {FLAGS.input} has 3 channels where model.in_channels is {channels}; give images")
     model, categories = load_model(config)
     columns = zip(categories.labels, categories.ids, categories.names, strict=True)
     labels = {label: Label(category_id, name) for label, category_id, name in columns}
@@ -63,7 +67,7 @@ def main() -> None:
         frames = predict_video(detect, prepare, FLAGS.input, FLAGS.output, **call)
         print(f"{frames} frames drawn into {FLAGS.output}")
         return
-    unreadable = predict_images(detect, prepare, paths, FLAGS.output, **call)
+    unreadable = predict_images(detect, prepare, paths, FLAGS.output, channels=channels, **call)
     print(
         f"{len(paths) - len(unreadable)} images drawn into {FLAGS.output}, {len(unreadable)} unreadable files skipped"
     )

@@ -24,14 +24,17 @@ def get_config() -> ConfigDict:
     # Keyword arguments of maskrcnn_jax.models.mask_rcnn.MaskRCNN, under the names that torchvision gives them.
     config.model = ConfigDict()
     model = config.model
-    model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101
-    model.stem_channels = 64
+    model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large
+    model.in_channels = (
+        3  # of the images: RGB; others, such as depth as the alpha channel of a PNG, enter as (x / 255 - 0.5) / 0.25
+    )
+    model.stem_channels = 64  # this, the next two, norm_eps and stride_in_1x1 are of ResNets only
     model.stage_channels = (
         0  # outputs of the first stage, doubled from stage to stage; 0: 256, or 64 in resnet18 and 34
     )
     model.bottleneck_channels = 64  # inside the bottlenecks of the first stage, likewise
     model.norm = "batch"  # batch: trained, over the whole batch; frozen: fixed statistics, for pretrained weights
-    model.norm_eps = 1e-5  # added to the variance; 0 with torchvision's COCO weights of its first version
+    model.norm_eps = 1e-5  # added to the variance; 0 with torchvision's COCO weights of version 1
     model.stride_in_1x1 = False  # bottleneck stride in the 1x1 (detectron2's MSRA weights) or in the 3x3 convolution
     model.head_norm = (
         "none"  # batch: also in the FPN, the box head's convolutions and the mask head (torchvision's v2)

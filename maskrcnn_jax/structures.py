@@ -1,12 +1,13 @@
 """The arrays that flow between the stages: shapes, units and what padding holds.
 
-Letters: B images in a batch, G ground-truth objects, A anchors, N proposals, R RoIs that the box head sees,
-F foreground RoIs that the mask head sees, D detections, C classes without background, H x W the padded network
-input, M the side of the square canvas that holds ground-truth masks.
+Letters: B images in a batch, I channels of an image, G ground-truth objects, A anchors, N proposals, R RoIs that the
+box head sees, F foreground RoIs that the mask head sees, D detections, C classes without background, H x W the padded
+network input, M the side of the square canvas that holds ground-truth masks.
 
 Conventions, everywhere: boxes are float32 ``x1, y1, x2, y2`` in absolute pixels of the padded network input with
-width = x2 - x1; label 0 is background; arrays of sizes are (height, width); images are RGB, channels last. Whatever
-is padded carries ``valid``; the values in invalid rows mean nothing and change no output and no loss.
+width = x2 - x1; label 0 is background; arrays of sizes are (height, width); images are RGB, channels last, and what
+there is beside RGB, such as depth, comes after it. Whatever is padded carries ``valid``; the values in invalid rows
+mean nothing and change no output and no loss.
 
 The classes are NamedTuples: JAX treats them as pytrees, and this module needs no import of JAX, so that data-loading
 processes can use it.
@@ -36,7 +37,7 @@ class GroundTruth(NamedTuple):
 class Batch(NamedTuple):
     """A batch of padded images, as the loader yields it and the device receives it."""
 
-    images: Array  # [B, H, W, 3] uint8, or float32 in 0..255; zero right of and below the image
+    images: Array  # [B, H, W, I] uint8, or float32 in 0..255; zero right of and below the image
     sizes: Array  # [B, 2] int32, size of the resized image inside the padding
     original_sizes: Array  # [B, 2] int32, size of the image file
     image_index: Array  # [B] int32, row of the image in its dataset index

@@ -2,7 +2,7 @@
 
 python tools/export_torchvision.py --workdir=runs/r50 --output=model.pth|model.safetensors [--checkpoint=best]
 
-With --backbone_only it writes the ResNet alone, for another training to start from: train.py --weights=FILE.
+With --backbone_only it writes the backbone alone, for another training to start from: train.py --weights=FILE.
 """
 
 import sys
@@ -17,21 +17,19 @@ from maskrcnn_jax.cli import run_app
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.files import write_arrays
-from maskrcnn_jax.weights.torchvision import BACKBONE, without_counterpart
+from maskrcnn_jax.weights.torchvision import without_counterpart
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
 flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
-flags.DEFINE_bool("backbone_only", False, "Write the ResNet alone, under the names of torchvision's ResNets.")
+flags.DEFINE_bool("backbone_only", False, "Write the backbone alone, as torchvision's classifiers have it.")
 flags.DEFINE_string("output", None, "File to write, .pth or .safetensors.", required=True)
 
 
 def main() -> None:
     options = load_config(FLAGS.workdir, base.get_config()).model
     model, _ = restore_model(FLAGS.workdir, options, which=FLAGS.checkpoint)
-    arrays = to_torchvision(model)
-    if FLAGS.backbone_only:
-        arrays = {key.removeprefix(BACKBONE): array for key, array in arrays.items() if key.startswith(BACKBONE)}
+    arrays = to_torchvision(model, backbone_only=FLAGS.backbone_only)
     write_arrays(FLAGS.output, arrays)
     print(f"{len(arrays)} arrays written to {FLAGS.output}")
     others = without_counterpart(options)

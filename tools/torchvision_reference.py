@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.library import Library
 
+from maskrcnn_jax.models.backbone import MOBILENET
 from maskrcnn_jax.models.resnet import ARCHITECTURES
 
 _SCHEMAS = (
@@ -177,14 +178,13 @@ def build_reference(
     from torchvision.ops import MultiScaleRoIAlign
     from torchvision.ops.poolers import _setup_scales
 
-    resnet = _build_resnet(options)
+    body, layers, channels = _build_mobilenet(options) if options["backbone"] == MOBILENET else _build_resnet(options)
     fpn, mask = options["fpn_channels"], options["mask_channels"]
-    outer = resnet.layer1[-1].conv1.in_channels
     norm = torch.nn.BatchNorm2d if options["head_norm"] == "batch" else None
     backbone = BackboneWithFPN(
-        resnet,
-        {f"layer{i + 1}": str(i) for i in range(4)},
-        [outer * 2**i for i in range(4)],
+        body,
+        {layer: str(i) for i, layer in enumerate(layers)},
+        channels,
         fpn,
         norm_layer=norm,
     )
@@ -223,8 +223,18 @@ def load_reference(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray])
     reference.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()}, strict=True)
 
 
-def _build_resnet(options: Mapping) -> torch.nn.Module:
-    """Build a ResNet whose stem, stages and bottlenecks are as wide as the options say."""
+def _build_mobilenet(options: Mapping) -> tuple[torch.nn.Module, list[str], list[int]]:
+    """Build a MobileNetV3-Large; return it, the layers whose outputs the pyramid takes, and their channels."""
+    from torchvision.models import mobilenet_v3_large
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
+    trained = functools.partial(torch.nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+    norm = trained if options["norm"] == "batch" else functools.partial(FrozenBatchNorm2d, eps=1e-3)
+    return mobilenet_v3_large(norm_layer=norm).features, ["3", "6", "12", "16"], [24, 40, 112, 960]
+
+
+def _build_resnet(options: Mapping) -> tuple[torch.nn.Module, list[str], list[int]]:
+    """Build a ResNet whose stem, stages and bottlenecks are as wide as the options say; return as for MobileNet."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
     from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -241,7 +251,7 @@ def _build_resnet(options: Mapping) -> torch.nn.Module:
                 self.inplanes = stem
             return super()._make_layer(block, planes * first // 64, blocks, **stride)
 
-    return Narrow(
+    resnet = Narrow(
         block,
         layers,
         width_per_group=64 * options["bottleneck_channels"] // first if bottleneck else 64,
@@ -249,6 +259,8 @@ def _build_resnet(options: Mapping) -> torch.nn.Module:
             {"frozen": FrozenBatchNorm2d, "batch": torch.nn.BatchNorm2d}[options["norm"]], eps=options["norm_eps"]
         ),
     )
+    outer = first * block.expansion
+    return resnet, [f"layer{i + 1}" for i in range(4)], [outer * 2**i for i in range(4)]
 
 
 @torch.no_grad()

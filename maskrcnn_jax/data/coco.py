@@ -181,13 +181,14 @@ class CocoIndex:
                 ) from None
         return masks
 
-    def read_image(self, i: int) -> np.ndarray:
-        """Reads image ``i`` as [h, w, 3] uint8 RGB.
+    def read_image(self, i: int, channels: int = 3) -> np.ndarray:
+        """Reads image ``i`` as [h, w, channels] uint8, as ``decode_image`` does.
 
         The orientation in EXIF is ignored, because COCO's annotations refer to the pixels as they are stored.
 
         Raises:
-            BrokenImageError: the file is missing, truncated, not an image, or of another size than annotated.
+            BrokenImageError: the file is missing, truncated, not an image, of another size than annotated, or has
+                fewer channels.
         """
         path = self.image_path(i)
         try:
@@ -196,18 +197,16 @@ class CocoIndex:
             raise _broken(path, f"cannot be read ({e.strerror})") from None
         if _is_truncated(data):
             raise _broken(path, "is truncated")
-        try:
-            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-        except cv2.error:
-            image = None
+        image = decode_image(data, channels)
         if image is None:
             raise _broken(path, "is not an image that can be decoded" if data else "is empty")
         height, width = map(int, self.sizes[i])
         if image.shape[:2] != (height, width):
             found = f"{image.shape[0]}x{image.shape[1]}"
             raise _broken(path, f"has {found} pixels (height x width) where the annotations say {height}x{width}")
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        if image.shape[2] < channels:
+            raise _broken(path, too_few_channels(image, channels))
+        return image
 
     def _rows(self, i: int, with_crowd: bool) -> np.ndarray:
         rows = np.arange(self.offsets[i], self.offsets[i + 1])
@@ -225,6 +224,41 @@ class CocoIndex:
         polygons = [self.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
         parts = coco_mask.frPyObjects(polygons, height, width)
         return coco_mask.merge(parts) if num > 1 else parts[0]
+
+
+def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np.ndarray | None:
+    """Decodes the bytes of an image file.
+
+    Args:
+        data: of the file.
+        channels: wanted. 3 gives RGB whatever the file has. More are read as they are stored, RGB first, such as a PNG
+            whose alpha channel holds depth; of 16 bits the upper 8 are kept, as OpenCV does with colours.
+        upright: turn an image of 3 channels as its EXIF entry says.
+
+    Returns:
+        [h, w, channels] uint8, with fewer channels where the file has fewer; None if it is no image.
+    """
+    if channels > 3:
+        flags = cv2.IMREAD_UNCHANGED
+    else:
+        flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        return None
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        return None
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    image = np.atleast_3d(image)[..., :channels]
+    if image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
+
+
+def too_few_channels(image: np.ndarray, channels: int) -> str:
+    """Says what is wrong with an image of fewer channels than the model takes."""
+    return f"has {image.shape[2]} channels where model.in_channels is {channels}"
 
 
 def _broken(path: Path, what: str) -> BrokenImageError:

@@ -145,6 +145,7 @@ class _BatchReader:
 
     index: CocoIndex
     plan: Plan
+    channels: int
     short_side: int
     long_side: int
     resize: str
@@ -187,7 +188,7 @@ class _BatchReader:
             ignored=np.zeros((rows, objects), bool) if self.ignore_regions else None,
         )
         return Batch(
-            images=np.zeros((rows, *padded_size, 3), transforms.RESIZE[self.resize]),
+            images=np.zeros((rows, *padded_size, self.channels), transforms.RESIZE[self.resize]),
             sizes=np.ones((rows, 2), np.int32),  # 1, so that a division by the size of an invalid row stays finite
             original_sizes=np.ones((rows, 2), np.int32),
             image_index=np.full(rows, -1, np.int32),
@@ -198,7 +199,7 @@ class _BatchReader:
     def _fill(self, batch: Batch, row: int, i: int, sample: tuple[int, int, int]) -> None:
         rng = np.random.default_rng(sample)
         flip = rng.random() < self.hflip
-        image = self.index.read_image(i)
+        image = self.index.read_image(i, self.channels)
         original_size = image.shape[:2]
         size = transforms.resized_size(*original_size, self.short_side, self.long_side, self.resize)
         if self.color_jitter:
@@ -290,6 +291,7 @@ def make_loader(
     long_side: int,
     shuffle: bool,
     annotations: bool,
+    channels: int = 3,
     buckets: str = "auto",
     resize: str = "uint8",
     hflip: float = 0.0,
@@ -317,6 +319,7 @@ def make_loader(
         shuffle: True for training: a new order every epoch, partial batches filled by other images of their bucket.
             False for evaluation: every image exactly once, partial batches filled by rows with valid False.
         annotations: whether batches carry ``gt``.
+        channels: of the images, RGB first.
         buckets: "auto" or "exact", see ``buckets_for``.
         resize: how images are resized, one of ``transforms.RESIZE``.
         hflip: probability of mirroring an image.
@@ -365,6 +368,7 @@ def make_loader(
     read = _BatchReader(
         index=index,
         plan=plan,
+        channels=channels,
         short_side=short_side,
         long_side=long_side,
         resize=resize,

@@ -47,16 +47,19 @@ def resize_image(image: np.ndarray, size: tuple[int, int], resize: str) -> np.nd
     """Resizes an image bilinearly.
 
     Args:
-        image: [h, w, 3] uint8.
+        image: [h, w, I] uint8.
         size: (height, width) wanted.
         resize: one of RESIZE.
 
     Returns:
-        [height, width, 3] of the dtype that RESIZE says, 0..255.
+        [height, width, I] of the dtype that RESIZE says, 0..255.
     """
     height, width = size
     if resize == "pillow":
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        # Not all at once: a fourth channel would count as opacity, by which Pillow weighs the others.
+        parts = [image[..., :3], *np.moveaxis(image[..., 3:], -1, 0)]
+        parts = [Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR) for part in parts]
+        return np.dstack(parts)
     return cv2.resize(image.astype(RESIZE[resize], copy=False), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
@@ -67,7 +70,7 @@ def scale_boxes(boxes: np.ndarray, old_size: tuple[int, int], new_size: tuple[in
 
 
 def hflip_image(image: np.ndarray) -> np.ndarray:
-    """Mirrors an image [h, w, 3] left to right."""
+    """Mirrors an image [h, w, I] left to right."""
     return np.ascontiguousarray(image[:, ::-1])
 
 
@@ -82,19 +85,20 @@ def hflip_masks(masks: np.ndarray) -> np.ndarray:
 
 
 def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Changes brightness, contrast and saturation, in random order.
+    """Changes brightness, contrast and saturation of the first three channels, in random order.
 
     Each factor is drawn from [1 - strength, 1 + strength]. Values are limited to 0..255 and lose their fraction
     after every change, as with torchvision's ColorJitter on an image of bytes.
 
     Args:
-        image: [h, w, 3] uint8 RGB.
+        image: [h, w, I] uint8, RGB first.
         strength: 0..1.
         rng: consumed: one permutation, three factors.
 
     Returns:
-        [h, w, 3] uint8.
+        [h, w, I] uint8.
     """
+    image, others = image[..., :3], image[..., 3:]
     order = rng.permutation(3)
     factors = rng.uniform(1 - strength, 1 + strength, 3)
     for change in order:
@@ -107,7 +111,7 @@ def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -
         else:  # saturation: towards the grey image
             other = np.floor(pixels @ _LUMA)[:, :, None]
         image = np.clip(factor * pixels + (1 - factor) * other, 0, 255).astype(np.uint8)
-    return image
+    return np.concatenate([image, others], axis=2)
 
 
 def pack_masks(masks: np.ndarray, mask_side: int) -> tuple[np.ndarray, tuple[int, int]]:

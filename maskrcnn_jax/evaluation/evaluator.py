@@ -110,6 +110,7 @@ class Evaluator:
         return make_loader(
             split.index,
             batch_size=self._config.eval_batch_size,
+            channels=self._config.model.in_channels,
             short_side=data.short_side,
             long_side=data.long_side,
             buckets=data.buckets,

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from maskrcnn_jax.data.coco import decode_image, too_few_channels
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import write_json
 from maskrcnn_jax.evaluation.inference import Detect, detect_ahead
@@ -25,7 +26,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 DEFAULT_FPS = 25.0  # of videos that do not tell theirs
 
-Prepare = Callable[[np.ndarray], Batch]  # RGB uint8 [h, w, 3] -> a batch of this one image
+Prepare = Callable[[np.ndarray], Batch]  # uint8 [h, w, I], RGB first -> a batch of this one image
 
 
 class Label(NamedTuple):
@@ -65,6 +66,7 @@ def predict_images(
     *,
     labels: Mapping[int, Label],
     min_score: float,
+    channels: int = 3,
     aligned_masks: bool = False,
 ) -> list[Path]:
     """Detect on image files; write a picture of each, under its own name, and the two JSON files.
@@ -76,13 +78,14 @@ def predict_images(
         output: folder, made if it does not exist.
         labels: what the labels of the model stand for.
         min_score: detections below are left out.
+        channels: of the images that the model takes, RGB first.
         aligned_masks: how masks are pasted, as in ``paste_mask``.
 
     Returns:
         The files that could not be read; they are skipped.
 
     Raises:
-        UserError: if no file can be read, or the pictures would overwrite the input.
+        UserError: if no file can be read, one has too few channels, or the pictures would overwrite the input.
     """
     output = _make_folder(output)
     if any(path.resolve().parent == output.resolve() for path in paths):
@@ -91,7 +94,7 @@ def predict_images(
 
     def read() -> Iterator[tuple[Batch, int, Path, np.ndarray]]:
         for image_id, path in enumerate(tqdm(paths, unit="image", desc="predict"), start=1):
-            image = read_image(path)
+            image = read_image(path, channels)
             if image is None:
                 unreadable.append(path)
                 tqdm.write(f"skipped {path}: it cannot be read as an image")
@@ -170,13 +173,19 @@ def predict_video(
     return len(images)
 
 
-def read_image(path: Path) -> np.ndarray | None:
-    """Read a file as RGB uint8 [h, w, 3], turned upright as its EXIF entry says; None if it is no image."""
+def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
+    """Read a file as uint8 [h, w, channels], RGB turned upright as its EXIF entry says; None if it is no image.
+
+    Raises:
+        UserError: if it has fewer channels.
+    """
     try:
-        image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
+        image = decode_image(path.read_bytes(), channels, upright=True)
+    except OSError:
         return None
-    return None if image is None else np.ascontiguousarray(image[..., ::-1])
+    if image is not None and image.shape[2] < channels:
+        raise UserError(f"image {path} {too_few_channels(image, channels)}; give files like those of the training")
+    return image
 
 
 def select(instances: Instances, labels: Mapping[int, Label], min_score: float) -> Instances:

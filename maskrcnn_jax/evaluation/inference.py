@@ -25,7 +25,7 @@ from maskrcnn_jax.structures import Batch, Detections
 _log = logging.getLogger(__name__)
 
 _AHEAD = 4  # images that wait for each process which encodes masks
-Detect = Callable[[np.ndarray, np.ndarray], Detections]  # (images [B, H, W, 3], sizes [B, 2]) -> [B, D, ...]
+Detect = Callable[[np.ndarray, np.ndarray], Detections]  # (images [B, H, W, I], sizes [B, 2]) -> [B, D, ...]
 
 
 def make_detect(model: nnx.Module) -> Detect:
@@ -35,7 +35,7 @@ def make_detect(model: nnx.Module) -> Detect:
         model: a ``MaskRCNN``; it is switched to evaluation mode.
 
     Returns:
-        ``detect(images [B, H, W, 3], sizes [B, 2]) -> Detections``; compiles once per shape and dtype of the
+        ``detect(images [B, H, W, I], sizes [B, 2]) -> Detections``; compiles once per shape and dtype of the
         images, also when it is made again for a model of the same structure.
     """
     model.eval()

@@ -37,7 +37,7 @@ def draw_instances(
     """Draw translucent masks, box outlines and captions such as "person 0.93".
 
     Args:
-        image: [H, W, 3] uint8 RGB; left as it is.
+        image: [H, W, I] uint8, of which the first three channels are drawn, RGB; left as it is.
         boxes: [K, 4] ``x1, y1, x2, y2`` in pixels of the image, the most important first: they are drawn last and
             their captions get the best places.
         names: K captions.
@@ -51,7 +51,7 @@ def draw_instances(
     """
     height, width = image.shape[:2]
     factor = max(1, -(-min_side // max(height, width)))
-    picture = np.ascontiguousarray(np.repeat(np.repeat(image, factor, axis=0), factor, axis=1))
+    picture = np.ascontiguousarray(np.repeat(np.repeat(image[..., :3], factor, axis=0), factor, axis=1))
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4) * factor
     colours = [instance_colour(index) for index in range(len(boxes))]
     thickness = max(1, round(max(picture.shape[:2]) / 400))

@@ -1,4 +1,4 @@
-"""Feature Pyramid Network: the backbone's four maps, merged from coarse to fine, plus P6."""
+"""Feature Pyramid Network: the backbone's maps, merged from coarse to fine, plus a coarser one."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from maskrcnn_jax.models.layers import ConvNorm
 class FPN(nnx.Module):
     """Lateral 1x1 convolutions, nearest-neighbour top-down additions, 3x3 output convolutions.
 
-    P6 is every second cell of P5 (torchvision's LastLevelMaxPool). Source: Sec. 3, Feature Pyramid Networks.
+    The coarser one, P6 over P2..P5, is every second cell of the last (torchvision's LastLevelMaxPool).
+    Source: Sec. 3, Feature Pyramid Networks.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class FPN(nnx.Module):
         self.layer = nnx.List([ConvNorm(out_channels, out_channels, 3, **options) for _ in in_channels])
 
     def __call__(self, features: list[jax.Array]) -> list[jax.Array]:
-        """Return P2..P6 [B, H / 2^l, W / 2^l, K] for the outputs of the backbone's stages."""
+        """Return the levels [B, H_l, W_l, K], one more than the backbone's maps, which come finest first."""
         merged = self.inner[-1](features[-1])
         outputs = [self.layer[-1](merged)]
         for i in reversed(range(len(features) - 1)):

@@ -7,7 +7,7 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
-from maskrcnn_jax.ops.convolution import conv2d
+from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 
 default_init = kaiming_uniform(1.0)
 
@@ -18,7 +18,7 @@ def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Conv(nnx.Module):
-    """A square convolution that keeps the size up to its stride."""
+    """A square convolution that keeps the size up to its stride; a depthwise one has a window per channel."""
 
     def __init__(
         self,
@@ -27,20 +27,22 @@ class Conv(nnx.Module):
         kernel_size: int,
         *,
         stride: int = 1,
+        depthwise: bool = False,
         use_bias: bool = True,
         kernel_init: Initializer = default_init,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         kept = parameter_dtype(dtype)
-        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        shape = (kernel_size, kernel_size, 1 if depthwise else in_channels, out_channels)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, kept))
         self.bias = nnx.Param(jnp.zeros(out_channels, kept)) if use_bias else None
-        self.stride, self.dtype = stride, dtype
+        self.stride, self.depthwise, self.dtype = stride, depthwise, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to x [N, H, W, K] in the compute dtype."""
-        x = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
+        convolve = depthwise_conv2d if self.depthwise else conv2d
+        x = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
 
 
@@ -136,13 +138,16 @@ def _normalize(x, mean, var, scale, bias, eps, dtype):
     return (x * factor.reshape(shape) + offset.reshape(shape)).astype(dtype)
 
 
-def make_norm(kind: str, channels: int, *, eps: float, gain: float, dtype: jnp.dtype) -> nnx.Module | None:
+def make_norm(
+    kind: str, channels: int, *, eps: float, momentum: float, gain: float, dtype: jnp.dtype
+) -> nnx.Module | None:
     """Build a normalisation layer.
 
     Args:
       kind: "batch", "frozen" or "none".
       channels: of its input.
       eps: added to the variance.
+      momentum: weight of a batch in the running statistics.
       gain: initial scale.
       dtype: of its output.
 
@@ -151,10 +156,11 @@ def make_norm(kind: str, channels: int, *, eps: float, gain: float, dtype: jnp.d
     """
     if kind == "none":
         return None
-    kinds = {"batch": BatchNorm, "frozen": FrozenBatchNorm}
-    if kind not in kinds:
-        raise UserError(f"norm is {kind!r}; use 'batch', 'frozen' or 'none'")
-    return kinds[kind](channels, eps=eps, gain=gain, dtype=dtype)
+    if kind == "batch":
+        return BatchNorm(channels, eps=eps, momentum=momentum, gain=gain, dtype=dtype)
+    if kind == "frozen":
+        return FrozenBatchNorm(channels, eps=eps, gain=gain, dtype=dtype)
+    raise UserError(f"norm is {kind!r}; use 'batch', 'frozen' or 'none'")
 
 
 class ConvNorm(nnx.Module):
@@ -167,8 +173,10 @@ class ConvNorm(nnx.Module):
         kernel_size: int,
         *,
         stride: int = 1,
+        depthwise: bool = False,
         norm: str = "none",
         norm_eps: float = 1e-5,
+        norm_momentum: float = 0.1,
         norm_gain: float = 1.0,
         kernel_init: Initializer = default_init,
         dtype: jnp.dtype,
@@ -179,12 +187,13 @@ class ConvNorm(nnx.Module):
             out_channels,
             kernel_size,
             stride=stride,
+            depthwise=depthwise,
             use_bias=norm == "none",
             kernel_init=kernel_init,
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = make_norm(norm, out_channels, eps=norm_eps, gain=norm_gain, dtype=dtype)
+        self.norm = make_norm(norm, out_channels, eps=norm_eps, momentum=norm_momentum, gain=norm_gain, dtype=dtype)
 
     def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """Apply to x [N, H, W, K]; rows for which ``valid`` [N] does not hold count for no statistics."""

@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 
 from maskrcnn_jax import losses
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.backbone import feature_list, make_backbone
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
@@ -25,7 +26,6 @@ from maskrcnn_jax.models.proposals import (
     sample_rois,
     select_proposals,
 )
-from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
@@ -38,7 +38,8 @@ from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, R
 # Of ImageNet's images scaled to 0..1, the statistics that pretrained backbones expect.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-NUM_LEVELS = 5
+# Of further channels, about which nothing is known: roughly those of values that fill 0..1.
+EXTRA_MEAN, EXTRA_STD = 0.5, 0.25
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
 # Of options that are a choice. The losses of the heads: the paper's first set and its second (Sec. 3.2).
@@ -55,13 +56,14 @@ FOCAL_PRIOR = 0.01
 
 
 class MaskRCNN(nnx.Module):
-    """Mask R-CNN with a ResNet-FPN backbone; options carry torchvision's names and default to its values."""
+    """Mask R-CNN with a feature pyramid; options carry torchvision's names and default to its values."""
 
     def __init__(
         self,
         num_classes: int = 91,
         *,
-        backbone: str = "resnet50",
+        backbone: str | nnx.Module = "resnet50",
+        in_channels: int = 3,
         stem_channels: int = 64,
         stage_channels: int = 0,
         bottleneck_channels: int = 64,
@@ -114,6 +116,9 @@ class MaskRCNN(nnx.Module):
 
         Args:
           num_classes: C + 1, background included.
+          backbone: its name, or a network of your own as :func:`.backbone.make_backbone` describes it, to which the
+            options from ``stem_channels`` to ``stride_in_1x1`` and ``remat`` do not apply.
+          anchor_sizes: as many as pyramid levels: one more than the backbone has maps.
           rngs: for the initial values.
 
         Raises:
@@ -123,10 +128,11 @@ class MaskRCNN(nnx.Module):
         for (name, choices), value in zip(CHOICES.items(), chosen, strict=True):
             if value not in choices:
                 raise UserError(f"{name} is {value!r}; use one of {', '.join(choices)}")
-        if len(anchor_sizes) != NUM_LEVELS:
-            raise UserError(f"anchor_sizes {tuple(anchor_sizes)} must be {NUM_LEVELS} sizes, one for each of P2..P6")
+        if in_channels < 3:
+            raise UserError(f"in_channels is {in_channels}; use 3 (RGB; grey images are read as such) or more")
         self.classification_loss, self.box_loss, self.mask_loss = classification_loss, box_loss, mask_loss
         self.dtype = jnp.dtype(dtype)
+        self.in_channels = in_channels
         self.anchor_options = FrozenDict(
             sizes=tuple(anchor_sizes),
             aspect_ratios=tuple(aspect_ratios),
@@ -164,17 +170,21 @@ class MaskRCNN(nnx.Module):
         )
         self.mask_targets_binary = mask_targets_binary
         common = {"dtype": self.dtype, "rngs": rngs}
-        self.backbone = ResNet(
-            backbone,
-            stem_channels=stem_channels,
-            stage_channels=stage_channels,
-            bottleneck_channels=bottleneck_channels,
-            norm=norm,
-            norm_eps=norm_eps,
-            stride_in_1x1=stride_in_1x1,
-            remat=remat,
-            **common,
-        )
+        resnet_options = {
+            "stem_channels": stem_channels,
+            "stage_channels": stage_channels,
+            "bottleneck_channels": bottleneck_channels,
+            "norm_eps": norm_eps,
+            "stride_in_1x1": stride_in_1x1,
+        }
+        shared_options = {"in_channels": in_channels, "norm": norm, "remat": remat}
+        self.backbone = make_backbone(backbone, resnet_options=resnet_options, **shared_options, **common)
+        num_maps = len(self.backbone.out_channels)
+        if len(anchor_sizes) != num_maps + 1:
+            raise UserError(
+                f"anchor_sizes {tuple(anchor_sizes)} must be {num_maps + 1} sizes, one for each pyramid level: those "
+                f"of the backbone's {num_maps} maps and one coarser"
+            )
         self.fpn = FPN(self.backbone.out_channels, fpn_channels, norm=head_norm, **common)
         self.rpn = RPNHead(
             fpn_channels,
@@ -201,9 +211,13 @@ class MaskRCNN(nnx.Module):
     # Stages
 
     def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Return images [B, H, W, 3] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
+        """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
+        if images.shape[-1] != self.in_channels:
+            raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {self.in_channels}")
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        mean, std = (jnp.array(values, wide).reshape(1, 1, 1, 3) for values in (IMAGE_MEAN, IMAGE_STD))
+        extra = self.in_channels - 3
+        values = (*IMAGE_MEAN, *[EXTRA_MEAN] * extra), (*IMAGE_STD, *[EXTRA_STD] * extra)
+        mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in values)
         normalized = (images.astype(wide) / 255 - mean) / std
         inside_y = jnp.arange(images.shape[1])[None, :] < sizes[:, :1]
         inside_x = jnp.arange(images.shape[2])[None, :] < sizes[:, 1:]
@@ -211,8 +225,9 @@ class MaskRCNN(nnx.Module):
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
     def features(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
-        """Return the pyramid P2..P6 of images [B, H, W, 3] in 0..255."""
-        return self.fpn(self.backbone(self.normalize(images, sizes)))
+        """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
+        maps = self.backbone(self.normalize(images, sizes))
+        return self.fpn(feature_list(maps, self.backbone.out_channels))
 
     def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
         """Return the anchors [A_l, 4] of each level."""
@@ -226,14 +241,14 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(lambda o, d, s: select_proposals(o, d, anchors, s, **selection))(objectness, deltas, sizes)
 
     def pool(self, features: list[jax.Array], boxes: jax.Array, image_shape, output_size: int) -> jax.Array:
-        """Pool boxes [B, R, 4] from P2..P5 to [B, R, output_size, output_size, K]."""
+        """Pool boxes [B, R, 4] from all levels but the coarsest to [B, R, output_size, output_size, K]."""
         options = {"image_shape": image_shape, "output_size": output_size}
         if self.roi_operator == "pool":
             operator = functools.partial(multiscale_roi_pool, **options)
         else:
             options |= {"sampling_ratio": self.roi_sampling_ratio, "aligned": self.roi_aligned}
             operator = functools.partial(multiscale_roi_align, **options)
-        return jax.vmap(operator)(features[:4], boxes)
+        return jax.vmap(operator)(features[:-1], boxes)
 
     def select(self, logits: jax.Array, deltas: jax.Array, proposals: Proposals, sizes: jax.Array) -> tuple:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
@@ -406,7 +421,7 @@ class MaskRCNN(nnx.Module):
         """Find the objects in a batch of images.
 
         Args:
-          images: [B, H, W, 3] in 0..255, padded.
+          images: [B, H, W, I] in 0..255, padded; I is ``in_channels``.
           sizes: [B, 2] int32 (height, width) inside the padding.
 
         Returns:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import kaiming_normal
 from maskrcnn_jax.models.layers import ConvNorm
 
@@ -89,6 +88,7 @@ class ResNet(nnx.Module):
         self,
         name: str = "resnet50",
         *,
+        in_channels: int = 3,
         stem_channels: int = 64,
         stage_channels: int = 0,
         bottleneck_channels: int = 64,
@@ -103,6 +103,7 @@ class ResNet(nnx.Module):
 
         Args:
           name: one of ARCHITECTURES.
+          in_channels: of the images.
           stem_channels: outputs of the 7x7 convolution.
           stage_channels: outputs of the first stage, twice as many in each later one; 0 means the 256 of networks with
             bottlenecks and the 64 of those without.
@@ -113,17 +114,12 @@ class ResNet(nnx.Module):
           remat: compute each block again in the gradient instead of keeping what is inside it.
           dtype: compute dtype.
           rngs: for the initial values.
-
-        Raises:
-          UserError: for an unknown name.
         """
-        if name not in ARCHITECTURES:
-            raise UserError(f"backbone is {name!r}; use one of {', '.join(ARCHITECTURES)}")
         depths, bottleneck = ARCHITECTURES[name]
         options = {"norm": norm, "norm_eps": norm_eps, "dtype": dtype, "rngs": rngs}
         inner = bottleneck_channels if bottleneck else 0
         outer = stage_channels or (256 if bottleneck else 64)
-        self.stem = ConvNorm(3, stem_channels, 7, stride=2, kernel_init=kaiming_normal, **options)
+        self.stem = ConvNorm(in_channels, stem_channels, 7, stride=2, kernel_init=kaiming_normal, **options)
         stages, channels = [], stem_channels
         for stage, depth in enumerate(depths):
             blocks = []
@@ -139,7 +135,7 @@ class ResNet(nnx.Module):
         self.remat = remat
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, 3]."""
+        """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, I]."""
         x = max_pool(nnx.relu(self.stem(images)))
         outputs, run = [], nnx.remat(Block.__call__) if self.remat else Block.__call__
         for stage in self.stages:

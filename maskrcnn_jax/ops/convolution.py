@@ -3,12 +3,14 @@
 XLA's convolutions are good on accelerators. On CPUs wide 3x3 convolutions are faster by Winograd's algorithm, and the
 gradients of the others are written as convolutions of the one layout that XLA has a fast kernel for. It brings others
 into that layout by itself, but not inside a conditional or a loop, where a gradient took 15 to 30 times as long.
+Depthwise ones have no fast kernel there at all, and are written as sums of shifted products.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskrcnn_jax.ops.winograd import conv3x3
 
@@ -101,18 +103,105 @@ def _kernel_gradient(x, kernel, gradient, stride):
     return sum(of_some(*(array[:, i] for array in chunks)) for i in range(num_chunks))
 
 
+def depthwise_conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    """Convolve each channel with a window of its own, with zeros around as in :func:`conv2d`.
+
+    Args:
+      x: [N, H, W, K].
+      kernel: [S, S, 1, K], S odd.
+      stride: of both axes.
+
+    Returns:
+      [N, ceil(H / stride), ceil(W / stride), K].
+    """
+    return _depthwise(x, kernel, stride)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise(x, kernel, stride):
+    direct, shifted = (functools.partial(form, stride=stride) for form in (_depthwise_direct, _depthwise_shifted))
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=direct)
+
+
+def _depthwise_forward(x, kernel, stride):
+    return _depthwise(x, kernel, stride), (x, kernel)
+
+
+def _depthwise_backward(stride, residuals, gradient):
+    def direct(x, kernel, gradient):
+        return jax.vjp(functools.partial(_depthwise_direct, stride=stride), x, kernel)[1](gradient)
+
+    shifted = functools.partial(_depthwise_shifted_gradients, stride=stride)
+    return jax.lax.platform_dependent(*residuals, gradient, cpu=shifted, default=direct)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise = jax.jit(_depthwise, static_argnums=2)
+
+
+def _depthwise_direct(x, kernel, stride):
+    return _direct(x, kernel, stride, feature_group_count=x.shape[-1])
+
+
+def _depthwise_shifted(x, kernel, stride):
+    """Return the sum of S * S products, each of x shifted and one cell of the window.
+
+    In the shapes of MobileNetV3 10 to 100 times as fast as XLA's own on CPUs, and the whole network 3 times.
+    """
+    height, width = (-(-size // stride) for size in x.shape[1:3])
+    padding = (len(kernel) - 1) // 2
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    return _sum_of_shifts(padded, kernel, (height, width), stride)
+
+
+def _sum_of_shifts(x, kernel, shape, stride=1):
+    """Return [N, *shape, K], the depthwise convolution of x [N, H, W, K] without any padding."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the sum
+    height, width = ((size - 1) * stride + 1 for size in shape)
+    total = 0
+    for i, j in np.ndindex(kernel.shape[:2]):
+        window = jax.lax.slice(x, (0, i, j, 0), (len(x), i + height, j + width, x.shape[-1]), (1, stride, stride, 1))
+        total = total + window.astype(dtype) * kernel[i, j].astype(dtype).reshape(1, 1, 1, -1)
+    return total.astype(x.dtype)
+
+
+def _depthwise_shifted_gradients(x, kernel, gradient, stride):
+    """Return the gradients of x and the kernel as sums of shifted products, too."""
+    side, padding = len(kernel), (len(kernel) - 1) // 2
+    height, width = ((size - 1) * stride + 1 for size in gradient.shape[1:3])
+    margins = [
+        (side - 1 - padding, size + padding - spread, stride - 1)
+        for size, spread in zip(x.shape[1:3], (height, width), strict=True)
+    ]
+    spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+
+    # A loop, for S * S reductions compile slowly; devices that share the batch meet after it, in the sum over images.
+    def of_cell(index):
+        corner = (0, index // side, index % side, 0)
+        window = jax.lax.dynamic_slice(padded, corner, (len(x), height, width, x.shape[-1]))[:, ::stride, ::stride]
+        return jnp.sum(window.astype(dtype) * gradient.astype(dtype), axis=(1, 2))  # [N, K]
+
+    of_cells = jnp.sum(jax.lax.map(of_cell, jnp.arange(side * side)), axis=1)
+    return (
+        _sum_of_shifts(spread, kernel[::-1, ::-1], x.shape[1:3]),
+        of_cells.reshape(kernel.shape).astype(kernel.dtype),
+    )
+
+
 def _suits_winograd(x, kernel, stride):
     # Half precision would lose more digits in the transforms than it has to spare.
     precise = jnp.finfo(x.dtype).bits >= 32
     return kernel.shape[0] == 3 and stride == 1 and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS and precise
 
 
-def _direct(x, kernel, stride):
+def _direct(x, kernel, stride, **options):
     padding = (kernel.shape[0] - 1) // 2
-    return _convolve(x, kernel, [(padding, padding)] * 2, window_strides=(stride, stride))
+    return _convolve(x, kernel, [(padding, padding)] * 2, window_strides=(stride, stride), **options)
 
 
-def _convolve(x, kernel, padding, window_strides=(1, 1), **dilation):
+def _convolve(x, kernel, padding, window_strides=(1, 1), **options):
     """Convolve in the layout that has a fast kernel on CPUs."""
     layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, dimension_numbers=layout, **dilation)
+    return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, dimension_numbers=layout, **options)

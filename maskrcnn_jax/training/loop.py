@@ -172,6 +172,7 @@ def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_step
     return make_loader(
         index,
         batch_size=config.batch_size,
+        channels=config.model.in_channels,
         short_side=data.short_side,
         long_side=data.long_side,
         buckets=data.buckets,

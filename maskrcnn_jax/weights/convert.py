@@ -18,11 +18,18 @@ IGNORED = (
     "*.num_batches_tracked",
     "fc.weight",
     "fc.bias",
+    "classifier.[03].weight",
+    "classifier.[03].bias",
     "pixel_mean",
     "pixel_std",
     "proposal_generator.anchor_generator.cell_anchors.*",
 )
-RESNET = "a ResNet, for the backbone"
+BACKBONES = {  # families of mere backbones -> two arrays by which they are known
+    "a ResNet, for the backbone": {"conv1.weight", "layer1.0.conv1.weight"},
+    "a MobileNetV3, for the backbone": {"features.0.0.weight", "features.1.block.0.0.weight"},
+}
+# The convolutions that see the image.
+_STEMS = {("backbone", "stem", "conv", "kernel"), ("backbone", "stem", 0, "conv", "kernel")}
 
 
 class Report(NamedTuple):
@@ -30,6 +37,7 @@ class Report(NamedTuple):
 
     family: str  # what the file was taken for
     loaded: list[str]
+    widened: list[str]  # loaded for RGB; what the model sees beside it begins with the mean of these three
     reinitialised: list[str]  # in the file, but for other classes: the model keeps its initial values
     untouched: list[str]  # not in a file that holds only a backbone: likewise
     ignored: list[str]
@@ -38,6 +46,7 @@ class Report(NamedTuple):
         """Return a table."""
         rows = [
             ("loaded", self.loaded),
+            ("more channels", self.widened),
             ("re-initialised", self.reinitialised),
             ("not in the file", self.untouched),
             ("ignored", self.ignored),
@@ -57,10 +66,11 @@ def load_weights(
     Args:
       model: changed in place, only if everything fits.
       arrays: of torchvision's Mask R-CNN (version 1, with old or new names, or 2), of detectron2's, or of a ResNet
-        that was trained on ImageNet (torchvision's or timm's), which fills the backbone alone.
+        (torchvision's or timm's) or MobileNetV3 that was trained on ImageNet, which fills the backbone alone.
       source: what errors call the arrays.
-      partial: allow, for training to go on from, a mere backbone and another number of classes; the rest of the model,
-        or its predictors of classes, boxes and masks, then keep their initial values. Otherwise these are errors.
+      partial: allow, for training to go on from, a mere backbone, another number of classes, and RGB where the model
+        has more channels. The rest of the model, or its predictors of classes, boxes and masks, then keep their
+        initial values, and the weights of a further channel are the mean of the three. Otherwise these are errors.
 
     Returns:
       What became of every array.
@@ -71,17 +81,26 @@ def load_weights(
     family, arrays, entries = _recognise(model, arrays, source)
     state = dict(nnx.to_flat_state(nnx.state(model)))
     reinitialised = []
-    if not partial and family == RESNET:
+    if not partial and family in BACKBONES:
         raise UserError(f"{source} holds only a backbone, which finds nothing; train with it first")
     more_classes = _more_classes(entries, arrays, state)
     known = {entry.key for entry in entries}
     ignored = [key for key in arrays if key not in known and _is_ignored(key)]
     problems = [f"{key} is unknown" for key in arrays if key not in known and key not in ignored]
+    widened = []
     for entry in entries:
-        wanted = _foreign_shape(entry, state)
+        shape = state[entry.path].shape
+        if entry.path in _STEMS and model.in_channels > 3 and _num_inputs(arrays.get(entry.key)) == 3:
+            shape = (*shape[:2], 3, shape[3])
+            widened.append(entry.key)
+        wanted = _foreign_shape(entry, shape)
         if partial and entry.rows_per_class:
             wanted = (wanted[0] + entry.rows_per_class * more_classes, *wanted[1:])
         problems += _problems_of(entry.key, arrays.get(entry.key), wanted, state[entry.path].dtype)
+    if widened and not partial:
+        problems.append(
+            f"{widened[0]} is for 3 channels where model.in_channels is {model.in_channels}; train with it"
+        )
     if problems:
         advice = "use the config that these weights belong to"
         if more_classes:
@@ -94,24 +113,33 @@ def load_weights(
         entries = [entry for entry in entries if not entry.rows_per_class]
     entries = [entry for entry in entries if entry.key in arrays]
     for entry in entries:
-        variable = state[entry.path]
+        variable, array = state[entry.path], entry.layout.read(arrays[entry.key])
+        if entry.key in widened:
+            mean = np.mean(array, axis=2, keepdims=True)  # [S, S, 1, O]
+            array = np.concatenate([array, *[mean] * (model.in_channels - 3)], axis=2)
         # A copy: on CPUs jnp.asarray may share the memory of what it is given, which its owner may change.
-        variable[...] = jnp.array(entry.layout.read(arrays[entry.key]), variable.dtype, copy=True)
+        variable[...] = jnp.array(array, variable.dtype, copy=True)
     filled = {entry.path for entry in (*entries, *reinitialised)}
     return Report(
         family,
-        [entry.key for entry in entries],
+        [entry.key for entry in entries if entry.key not in widened],
+        widened,
         [entry.key for entry in reinitialised],
         ["/".join(map(str, path)) for path in state if path not in filled],
         ignored,
     )
 
 
-def to_torchvision(model: MaskRCNN) -> dict[str, np.ndarray]:
-    """Return a model as a state dict of torchvision's MaskRCNN, the inverse of loading one."""
+def to_torchvision(model: MaskRCNN, *, backbone_only: bool = False) -> dict[str, np.ndarray]:
+    """Return a model as a state dict of torchvision's MaskRCNN, the inverse of loading one.
+
+    Args:
+      model: to be written.
+      backbone_only: return that of its backbone instead, as torchvision's classifiers of ImageNet have it.
+    """
     state = dict(nnx.to_flat_state(nnx.state(model)))
     arrays = {}
-    for entry in torchvision.entries(model):
+    for entry in torchvision.backbone_entries(model) if backbone_only else torchvision.entries(model):
         array = entry.layout.write(np.asarray(state[entry.path][...]))
         # torch counts batches in 64 bits.
         arrays[entry.key] = np.array(array, np.int64 if array.dtype == np.int32 else None, order="C")
@@ -124,10 +152,11 @@ def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[
         return "detectron2's Mask R-CNN", arrays, detectron2.entries(model)
     if any(key.startswith(torchvision.BACKBONE) for key in arrays):
         return "torchvision's Mask R-CNN", torchvision.modern_names(arrays), torchvision.entries(model)
-    if "conv1.weight" in arrays and "layer1.0.conv1.weight" in arrays:
-        return RESNET, arrays, torchvision.backbone_entries(model)
+    for family, known_by in BACKBONES.items():
+        if known_by <= arrays.keys():
+            return family, arrays, torchvision.backbone_entries(model)
     raise UserError(
-        f"{source} holds no Mask R-CNN of torchvision or detectron2 and no ResNet (its arrays: "
+        f"{source} holds no Mask R-CNN of torchvision or detectron2, no ResNet and no MobileNetV3 (its arrays: "
         f"{', '.join(list(arrays)[:3]) or 'none'}); give one of these"
     )
 
@@ -160,10 +189,15 @@ def _problems_of(key: str, array: np.ndarray | None, shape: tuple[int, ...], dty
     return [] if finite else [f"{key} holds values that are not finite in {dtype}"]
 
 
+def _num_inputs(array: np.ndarray | None) -> int:
+    """Return the input channels of a foreign convolution, 0 of anything else."""
+    return array.shape[1] if array is not None and array.ndim == 4 else 0
+
+
 def _is_ignored(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in IGNORED)
 
 
-def _foreign_shape(entry: Entry, state: dict) -> tuple[int, ...]:
+def _foreign_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     # A view of one number: only its shape matters.
-    return entry.layout.write(np.broadcast_to(np.float32(0), state[entry.path].shape)).shape
+    return entry.layout.write(np.broadcast_to(np.float32(0), shape)).shape

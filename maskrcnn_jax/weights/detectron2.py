@@ -8,12 +8,14 @@ What is no matter of weights (anchors, RoIAlign, resizing) is in configs/detectr
 import numpy as np
 from flax import nnx
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, IMAGE_STD, MaskRCNN
+from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.weights.layout import Entry, Layout, Path, module_and_leaf, module_layout, then
 
 _STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
-# Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first. [O, 3, 7, 7]
-_STEM = Layout(lambda x: x[:, ::-1] * _STD, lambda x: (x / _STD)[:, ::-1])
+# Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first, and nothing but RGB.
+_STEM = Layout(lambda x: x[:, ::-1] * _STD, lambda x: (x[:, :3] / _STD)[:, ::-1])  # [O, 3, 7, 7]
 _BACKGROUND_FIRST = Layout(lambda x: np.roll(x, 1, axis=0), lambda x: np.roll(x, -1, axis=0))
 
 
@@ -35,7 +37,15 @@ _PREDICTORS = {
 
 
 def entries(model: MaskRCNN) -> list[Entry]:
-    """Return the counterpart of every array of a model with frozen norms."""
+    """Return the counterpart of every array of a model with frozen norms.
+
+    Raises:
+      UserError: when the backbone is no ResNet.
+    """
+    if not isinstance(model.backbone, ResNet):
+        raise UserError(
+            f"the backbone {type(model.backbone).__name__} has no counterpart in detectron2's files; use a ResNet"
+        )
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         layout = module_layout(path, variable.ndim, BOX_POOL_SIZE)

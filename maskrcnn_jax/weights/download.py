@@ -31,6 +31,8 @@ FILES = {
     "torchvision:resnet50_v2": "resnet50-11ad3fa6.pth",
     "torchvision:resnet101": "resnet101-63fe2227.pth",
     "torchvision:resnet101_v2": "resnet101-cd907fc2.pth",
+    "torchvision:mobilenet_v3_large": "mobilenet_v3_large-8738ca79.pth",
+    "torchvision:mobilenet_v3_large_v2": "mobilenet_v3_large-5c1a4163.pth",
     "detectron2:mask_rcnn_R_50_FPN_1x": "mask_rcnn_R_50_FPN_1x/137260431/model_final_a54504.pkl",
     "detectron2:mask_rcnn_R_50_FPN_3x": "mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl",
     "detectron2:mask_rcnn_R_101_FPN_3x": "mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72.pkl",

@@ -1,4 +1,4 @@
-"""Names of torchvision's Mask R-CNN (both versions), of its ResNets, and of timm's, which are the same.
+"""Names of torchvision's Mask R-CNN (both versions), of its ResNets and MobileNetV3, and of timm's ResNets.
 
 A model with ``head_norm="batch"`` has the names of maskrcnn_resnet50_fpn_v2, one without those of
 maskrcnn_resnet50_fpn. The first version's published weights carry older names, which are brought up to date first.
@@ -12,11 +12,16 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
+from maskrcnn_jax.models.mobilenet import InvertedResidual, MobileNetV3
+from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.weights.layout import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
+# In a detector the backbone is what the classifier calls its features.
+_MOBILENET_FEATURES = "features."
 # Options of MaskRCNN that change what is found, and the only value that torchvision has.
 _FIXED_OPTIONS = {
+    "in_channels": 3,
     "stride_in_1x1": False,
     "exact_anchors": False,
     "rpn_min_size": 1e-3,
@@ -42,11 +47,20 @@ def without_counterpart(options: Mapping) -> list[str]:
 
 
 def entries(model: MaskRCNN) -> list[Entry]:
-    """Return the counterpart of every array of a model."""
+    """Return the counterpart of every array of a model.
+
+    Raises:
+      UserError: when torchvision has no such backbone.
+    """
+    if not isinstance(model.backbone, ResNet | MobileNetV3):
+        raise UserError(
+            f"the backbone {type(model.backbone).__name__} has no counterpart in torchvision's files; use a ResNet or "
+            "MobileNetV3"
+        )
     return [
         Entry(
             path,
-            _key(path, num_convs=len(model.box_head.convs)),
+            _key(path, model),
             module_layout(path, variable.ndim, BOX_POOL_SIZE),
             rows_per_class=0 if path[0] == "rpn" else _ROWS_PER_CLASS.get(path[1], 0),
         )
@@ -55,9 +69,10 @@ def entries(model: MaskRCNN) -> list[Entry]:
 
 
 def backbone_entries(model: MaskRCNN) -> list[Entry]:
-    """Return the counterparts, in a plain ResNet, of the arrays of a model's backbone."""
+    """Return the counterparts, in a classifier of ImageNet, of the arrays of a model's backbone."""
+    prefix = _MOBILENET_FEATURES if isinstance(model.backbone, MobileNetV3) else ""
     return [
-        entry._replace(key=entry.key.removeprefix(BACKBONE))
+        entry._replace(key=prefix + entry.key.removeprefix(BACKBONE))
         for entry in entries(model)
         if entry.key.startswith(BACKBONE)
     ]
@@ -87,13 +102,15 @@ def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _key(path: Path, num_convs: int) -> str:
+def _key(path: Path, model: MaskRCNN) -> str:
     module, leaf = module_and_leaf(path)
-    return f"{_module_name(module, num_convs)}.{leaf}"
+    return f"{_module_name(module, model)}.{leaf}"
 
 
-def _module_name(module: list[str | int], num_convs: int) -> str:
+def _module_name(module: list[str | int], model: MaskRCNN) -> str:
     match module:
+        case ["backbone", *within] if isinstance(model.backbone, MobileNetV3):
+            return BACKBONE + _mobilenet_name(within, model.backbone)
         case ["backbone", "stem", part]:
             return BACKBONE + {"conv": "conv1", "norm": "bn1"}[part]
         case ["backbone", "stages", stage, block, "convs", i, part]:
@@ -109,6 +126,7 @@ def _module_name(module: list[str | int], num_convs: int) -> str:
         case ["box_head" | "mask_head" as head, "convs", i, part]:
             return f"roi_heads.{head}.{i}.{_position(part)}"
         case ["box_head", "fcs", i]:
+            num_convs = len(model.box_head.convs)
             # With convolutions the head is one sequence: convolutions, flattening, then linear layers and ReLUs.
             return f"roi_heads.box_head.{num_convs + 1 + 2 * i if num_convs else f'fc{6 + i}'}"
         case ["box_head", name]:
@@ -118,6 +136,21 @@ def _module_name(module: list[str | int], num_convs: int) -> str:
         case ["mask_head", "logits"]:
             return "roi_heads.mask_predictor.mask_fcn_logits"
     raise ValueError(f"{module} has no counterpart in torchvision")
+
+
+def _mobilenet_name(module: list[str | int], backbone: MobileNetV3) -> str:
+    """Return the name of a module by its place in torchvision's one sequence of layers."""
+    match module:
+        case ["stem", i, *within]:
+            layer, place = backbone.stem[i], i
+        case ["stages", stage, i, *within]:
+            layer = backbone.stages[stage][i]
+            place = len(backbone.stem) + sum(len(backbone.stages[before]) for before in range(stage)) + i
+    if not isinstance(layer, InvertedResidual):
+        return f"{place}.{_position(within[0])}"
+    part, name = within
+    parts = [part for part in ("expand", "depthwise", "squeeze", "project") if getattr(layer, part) is not None]
+    return f"{place}.block.{parts.index(part)}.{name if part == 'squeeze' else _position(name)}"
 
 
 def _position(part: str) -> int:

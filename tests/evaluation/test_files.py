@@ -63,6 +63,25 @@ def test_a_folder_gives_pictures_and_results_and_names_what_it_cannot_read(tmp_p
     assert len(coco.loadRes(str(output / "detections.json")).anns) == 2
 
 
+def test_depth_reaches_the_model_and_a_file_without_it_is_named(tmp_path):
+    image = np.dstack([np.full((40, 50), value, np.uint8) for value in (1, 2, 30, 77)])  # OpenCV writes BGRA
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    seen = []
+
+    def prepare_rgbd(image):
+        seen.append(image)
+        return prepare(image[..., :3])
+
+    call = {"labels": LABELS, "min_score": 0.5, "channels": 4}
+    predict_images(detect, prepare_rgbd, [tmp_path / "a.png"], tmp_path / "out", **call)
+    assert seen[0].shape == (40, 50, 4)
+    assert seen[0][0, 0].tolist() == [30, 2, 1, 77]
+    assert cv2.imread(str(tmp_path / "out" / "a.png"), cv2.IMREAD_UNCHANGED).shape[2] == 3
+    write_image(tmp_path / "b.png", 30)
+    with pytest.raises(UserError, match=r"b\.png has 3 channels where model.in_channels is 4"):
+        predict_images(detect, prepare_rgbd, [tmp_path / "b.png"], tmp_path / "out", **call)
+
+
 def test_the_minimum_score_lets_weaker_detections_through(tmp_path):
     write_image(tmp_path / "a.png", 30)
     predict_images(detect, prepare, [tmp_path / "a.png"], tmp_path / "out", labels=LABELS, min_score=0.2)

@@ -10,6 +10,25 @@ from maskrcnn_jax.structures import Batch, GroundTruth
 
 SIDE = 64
 NUM_CLASSES = 5
+OPTIONS = {
+    "num_classes": NUM_CLASSES,
+    "backbone": "resnet18",
+    "stem_channels": 8,
+    "stage_channels": 8,
+    "norm": "frozen",
+    "fpn_channels": 16,
+    "anchor_sizes": (8, 16, 24, 32, 48),
+    "rpn_batch_size_per_image": 32,
+    "rpn_pre_nms_top_n_train": 24,
+    "rpn_pre_nms_top_n_test": 24,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 20,
+    "box_fc_channels": (32, 32),
+    "box_batch_size_per_image": 16,
+    "box_score_thresh": 0.01,
+    "box_detections_per_img": 6,
+    "mask_channels": 16,
+}
 
 
 def tiny_model(**options) -> MaskRCNN:
@@ -18,26 +37,7 @@ def tiny_model(**options) -> MaskRCNN:
     Its values are drawn with numpy: drawing each in its own compiled program takes far longer. Biases and statistics
     are not the trivial ones of an initialised network, so that forgetting one shows.
     """
-    defaults = {
-        "num_classes": NUM_CLASSES,
-        "backbone": "resnet18",
-        "stem_channels": 8,
-        "stage_channels": 8,
-        "norm": "frozen",
-        "fpn_channels": 16,
-        "anchor_sizes": (8, 16, 24, 32, 48),
-        "rpn_batch_size_per_image": 32,
-        "rpn_pre_nms_top_n_train": 24,
-        "rpn_pre_nms_top_n_test": 24,
-        "rpn_post_nms_top_n_train": 20,
-        "rpn_post_nms_top_n_test": 20,
-        "box_fc_channels": (32, 32),
-        "box_batch_size_per_image": 16,
-        "box_score_thresh": 0.01,
-        "box_detections_per_img": 6,
-        "mask_channels": 16,
-    }
-    model = nnx.eval_shape(lambda: MaskRCNN(**(defaults | options), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: MaskRCNN(**(OPTIONS | options), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskrcnn_jax.ops import convolution, winograd
-from maskrcnn_jax.ops.convolution import conv2d
+from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 from maskrcnn_jax.ops.winograd import conv3x3
 from tests.programs import collectives_in_loops
 
@@ -88,11 +88,11 @@ def test_half_precision_and_narrow_convolutions_stay_direct(monkeypatch):
         conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), np.float32))
 
 
-@pytest.mark.parametrize("convolve", [conv2d, conv3x3])
+@pytest.mark.parametrize(("convolve", "inputs"), [(conv2d, 8), (conv3x3, 8), (depthwise_conv2d, 1)])
 @pytest.mark.parametrize("shape", [(8, 70, 64, 8), (256, 14, 14, 8)])
-def test_devices_that_share_the_maps_exchange_only_a_sum_outside_of_loops(shape, convolve):
+def test_devices_that_share_the_maps_exchange_only_a_sum_outside_of_loops(shape, convolve, inputs):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    x, kernel = draw(shape, (3, 3, 8, 8), np.float32)
+    x, kernel = draw(shape, (3, 3, inputs, 8), np.float32)
     x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
 
     def gradients(x, kernel):
@@ -109,3 +109,34 @@ def test_a_wrong_transform_shows(monkeypatch):
     monkeypatch.setattr(winograd, "_INPUT", winograd._INPUT[::-1])
     with jax.enable_x64(True), pytest.raises(AssertionError):
         assert_same(conv3x3, direct, *draw((2, 8, 8, 3), (3, 3, 3, 6)), 1e-13)
+
+
+def direct_depthwise(x, kernel, stride):
+    padding = (kernel.shape[0] - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize("shape", [(2, 11, 14, 3), (3, 6, 5, 4), (1, 1, 2, 2)])
+def test_a_depthwise_convolution_filters_each_channel_by_itself(size, stride, shape):
+    ours, reference = (functools.partial(f, stride=stride) for f in (depthwise_conv2d, direct_depthwise))
+    with jax.enable_x64(True):
+        assert_same(ours, reference, *draw(shape, (size, size, 1, shape[-1])), 1e-13)
+        # What accelerators run.
+        direct_form = functools.partial(convolution._depthwise_direct, stride=stride)
+        assert_same(direct_form, reference, *draw(shape, (size, size, 1, shape[-1])), 1e-13)
+
+
+def test_a_depthwise_convolution_in_half_precision_rounds_only_its_result():
+    x, kernel = draw((1, 9, 9, 4), (5, 5, 1, 4), jnp.bfloat16)
+    out = depthwise_conv2d(x, kernel)
+    assert out.dtype == jnp.bfloat16
+    exact = direct_depthwise(x.astype(jnp.float32), kernel.astype(jnp.float32), 1)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8)  # half a unit in the last place

@@ -53,7 +53,10 @@ def other_values(arrays: dict, seed: int = 1) -> dict:
     }
 
 
-@pytest.mark.parametrize("options", [{}, V2], ids=["v1", "v2"])
+MOBILENET = {"backbone": "mobilenet_v3_large"}
+
+
+@pytest.mark.parametrize("options", [{}, V2, MOBILENET], ids=["v1", "v2", "mobilenet"])
 def test_a_state_dict_goes_in_and_out_bit_for_bit(options):
     model = narrow_model(**options)
     arrays = other_values(to_torchvision(model))
@@ -103,14 +106,16 @@ def test_the_configs_have_torchvisions_arrays_by_name_shape_and_number(config, b
     assert ours == theirs
 
 
-@pytest.mark.parametrize("options", [{}, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    "options", [{}, V2, MOBILENET, MOBILENET | {"norm": "batch"}], ids=["v1", "v2", "mobilenet", "trained_norms"]
+)
 def test_an_exported_model_loads_strictly_into_torchvision(options):
     torch = pytest.importorskip("torch")
     from tools.torchvision_reference import build_reference
 
     model = narrow_model(**options)
     arrays = to_torchvision(model)
-    config = (torchvision_r50_fpn_v2 if options else torchvision_r50_fpn).get_config().model.to_dict()
+    config = (torchvision_r50_fpn_v2 if options is V2 else torchvision_r50_fpn).get_config().model.to_dict()
     config |= NARROW | {"norm_eps": 1e-5, "fpn_channels": 16, "mask_channels": 16} | options
     reference = build_reference(config, 5)
     reference.load_state_dict({key: torch.tensor(array) for key, array in arrays.items()}, strict=True)
@@ -236,6 +241,81 @@ def test_a_backbone_fills_the_backbone_and_is_not_enough_to_detect_with():
     assert all(not name.startswith("backbone") for name in report.untouched)
     out = to_torchvision(model)
     assert all(np.array_equal(out[f"backbone.body.{key}"], arrays[key]) for key in arrays if "fc" not in key)
+
+
+@pytest.mark.parametrize("family", ["torchvision", "mobilenet", "detectron2"])
+def test_weights_of_rgb_fill_a_model_of_more_channels_by_their_mean(family):
+    options = MOBILENET if family == "mobilenet" else {}
+    original = narrow_model(**options)
+    arrays = detectron2_arrays(original) if family == "detectron2" else to_torchvision(original)
+    model = narrow_model(in_channels=5, **options)
+    with pytest.raises(UserError, match=r"(?s)1 arrays .*weight is for 3 channels where model.in_channels is 5"):
+        load_weights(model, arrays)
+    report = load_weights(model, arrays, partial=True)
+    assert len(report.widened) == 1
+    assert len(report.loaded) == len(arrays) - 1
+    assert f"more channels      1  {report.widened[0]}" in str(report)
+    before, after = state(original), state(model)
+    (path,) = [path for path in before if before[path].shape != after[path].shape]
+    rgb, kernel = before[path], after[path]
+    # detectron2's went through a division and a multiplication.
+    np.testing.assert_allclose(kernel[:, :, :3], rgb, rtol=1e-6)
+    for channel in (3, 4):
+        np.testing.assert_allclose(kernel[:, :, channel], rgb.mean(axis=2), rtol=1e-4, atol=1e-6)
+    if family != "detectron2":
+        out = to_torchvision(model)
+        assert not load_weights(narrow_model(in_channels=5, **options), out).widened
+
+
+def mobilenet_of_imagenet() -> dict:
+    """Return arrays by the names that torchvision's classifier has."""
+    arrays = other_values(to_torchvision(narrow_model(**MOBILENET, norm="batch")))
+    prefix = "backbone.body."
+    arrays = {f"features.{key.removeprefix(prefix)}": a for key, a in arrays.items() if key.startswith(prefix)}
+    for layer, shape in ((0, (1280, 960)), (3, (1000, 1280))):
+        arrays |= {f"classifier.{layer}.weight": np.zeros(shape), f"classifier.{layer}.bias": np.zeros(shape[0])}
+    return arrays
+
+
+def test_the_names_of_a_mobilenet_are_those_of_torchvisions_classifier():
+    torch = pytest.importorskip("torch")
+    from tools.torchvision_reference import import_torchvision
+
+    with torch.device("meta"):
+        reference = import_torchvision().models.mobilenet_v3_large().state_dict()
+    arrays = mobilenet_of_imagenet()
+    assert {key: a.shape for key, a in arrays.items()} == {key: tuple(t.shape) for key, t in reference.items()}
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_a_mobilenet_of_imagenet_fills_the_backbone(norm):
+    arrays, model = mobilenet_of_imagenet(), narrow_model(**MOBILENET, norm=norm)
+    with pytest.raises(UserError, match="only a backbone"):
+        load_weights(model, arrays)
+    report = load_weights(model, arrays, partial=True)
+    assert report.family == "a MobileNetV3, for the backbone"
+    counters = [key for key in arrays if key.endswith("num_batches_tracked")]
+    classifier = [f"classifier.{layer}.{leaf}" for layer in (0, 3) for leaf in ("weight", "bias")]
+    assert sorted(report.ignored) == sorted(classifier + (counters if norm == "frozen" else []))
+    assert all(not name.startswith("backbone") for name in report.untouched)
+    out = to_torchvision(model)
+    for key in arrays.keys() - set(report.ignored):
+        assert out[key.replace("features.", "backbone.body.", 1)].tobytes() == arrays[key].tobytes(), key
+
+
+def test_a_mobilenet_that_lacks_an_array_or_has_one_too_many_is_refused():
+    arrays, model = mobilenet_of_imagenet(), narrow_model(**MOBILENET)
+    arrays["features.17.0.weight"] = arrays.pop("features.4.block.2.fc1.weight")
+    with pytest.raises(UserError) as error:
+        load_weights(model, arrays, partial=True)
+    assert "2 arrays do not fit" in str(error.value)
+    assert "features.4.block.2.fc1.weight is missing" in str(error.value)
+    assert "features.17.0.weight is unknown" in str(error.value)
+
+
+def test_weights_of_detectron2_do_not_fit_a_mobilenet():
+    with pytest.raises(UserError, match="MobileNetV3 has no counterpart in detectron2"):
+        load_weights(narrow_model(**MOBILENET), detectron2_arrays(narrow_model()))
 
 
 def test_a_file_of_something_else_is_refused():
