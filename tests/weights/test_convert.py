@@ -70,6 +70,17 @@ def test_a_state_dict_goes_in_and_out_bit_for_bit(options):
         assert out[key].tobytes() == array.tobytes(), key
 
 
+@pytest.mark.parametrize("options", [{}, MOBILENET], ids=["resnet", "mobilenet"])
+def test_an_exported_backbone_starts_another_model(options):
+    model, other = narrow_model(**options), narrow_model(**options)
+    arrays = other_values(to_torchvision(model, backbone_only=True))
+    report = load_weights(other, arrays, partial=True)
+    assert sorted(report.loaded) == sorted(arrays)
+    assert {path.split("/")[0] for path in report.untouched} == {"fpn", "rpn", "box_head", "mask_head"}
+    out = to_torchvision(other, backbone_only=True)
+    assert all(np.array_equal(out[key], arrays[key]) for key in arrays)
+
+
 def test_loading_copies_the_arrays():
     """torch changes its parameters in place; a model that shared their memory would change with them."""
     model = narrow_model()
