@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
     model.box_loss = "smooth_l1"  # of the box head; or iou, giou (paper, Sec. 3.2)
     model.mask_loss = "bce"  # or dice (paper, Sec. 3.2)
     model.remat = False  # compute the backbone again in the gradient, on accelerators: less memory, more time
-    model.dtype = "float32"  # of the convolutions and matrix products: float32, bfloat16, float64
+    model.dtype = "float32"  # of convolutions and matrix products: float32, bfloat16, float16 (V100, T4), float64
 
     config.optim = ConfigDict()
     optim = config.optim
@@ -88,6 +88,8 @@ def get_config() -> ConfigDict:
     optim.b2 = 0.999
     optim.momentum = 0.9  # of SGD
     optim.clip_norm = 1.0  # global norm of the gradient; 0 does not clip
+    optim.loss_scale = 2.0**15  # to begin with, in float16 alone; halved by gradients that are not finite
+    optim.loss_scale_interval = 2000  # steps with finite gradients after which it doubles (torch's GradScaler)
     optim.frozen_stages = 0  # of the backbone, that keep their initial values: 1 the stem, 2 the first stage too, ...
 
     config.data = ConfigDict()

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, model, optimizer, restore, step, then {step, log, save, evaluate}."""
+"""The training loop, top to bottom: data, model, optimizer, step, restore, then {step, log, save, evaluate}."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
-from maskrcnn_jax.training.step import TrainStep, create_train_state
+from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state
 
 
 class Evaluation(Protocol):
@@ -70,15 +70,17 @@ def train(
         final_lr_fraction=optim.pop("final_lr_fraction"),
         num_steps=num_steps,
     )
+    loss_scale, loss_scale_interval = optim.pop("loss_scale"), optim.pop("loss_scale_interval")
     optimizer = make_optimizer(schedule, **optim)
 
-    # 3. Restore: the newest checkpoint of this folder, else weights from elsewhere, else the fresh state
+    # 3. Step and state: of the newest checkpoint of this folder, else with weights from elsewhere, else fresh
     workdir = Path(workdir)
     if has_checkpoint(workdir):
         _check_same_categories(workdir, index.categories)
     elif initialise:
         initialise(model)
-    graphdef, state = create_train_state(model, optimizer, mesh)
+    graphdef, state = create_train_state(model, optimizer, mesh, loss_scale=loss_scale)
+    train_step = TrainStep(graphdef, optimizer, mesh, loss_scale_interval=loss_scale_interval)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,8 +101,7 @@ def train(
             print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
             return
 
-        # 4. Step
-        train_step = TrainStep(graphdef, optimizer, mesh)
+        # 4. Randomness and data, from that step on
         key = jax.random.key(config.seed)
         batches = iter(_make_loader(config, index, start, num_steps))
 
@@ -215,8 +216,11 @@ class _Log:
     def write(self) -> str:
         """Fetch and write what has been added since the last time; return a line for the progress bar.
 
+        What is written is the mean over the steps, in float16 over those that were not skipped, if there are any.
+
         Raises:
-          UserError: when a loss is not finite, with its terms, step and images.
+          UserError: when a loss or gradient is not finite, with its terms, step and images. In float16 such a step is
+            skipped and a smaller loss scale may mend it, so only one at the smallest scale stops the run.
         """
         if not self._pending:
             return self._line
@@ -224,7 +228,8 @@ class _Log:
         rows = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, image_index), row in zip(self._pending, rows, strict=True):
             # A loss may be finite where its gradient, and so the next state, is not.
-            if not np.isfinite(row["loss"] + row["gradient_norm"]):
+            skipped = row.get("skipped") and row["loss_scale"] > MIN_LOSS_SCALE
+            if not np.isfinite(row["loss"] + row["gradient_norm"]) and not skipped:
                 terms = ", ".join(
                     f"{name} {value:.4g}" for name, value in row.items() if "loss" in name or "norm" in name
                 )
@@ -235,14 +240,19 @@ class _Log:
                 )
         seconds = time.perf_counter() - self._started
         step = self._pending[-1][0]
+        taken = [row for row in rows if not row.get("skipped")] or rows
+
+        def mean(name):
+            return float(np.mean([row[name] for row in (rows if name in ("loss_scale", "skipped") else taken)]))
+
         values = {
             "epoch": step / self._steps_per_epoch,
             "lr": float(self._schedule(step - 1)),
-            **{name: float(np.mean([row[name] for row in rows])) for name in rows[0]},
+            **{name: mean(name) for name in rows[0]},
             "images_per_second": self._timed_steps * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
-        self._writer.scalars(step, values)
+        self._writer.scalars(step, {name: value for name, value in values.items() if np.isfinite(value)})
         self._line = (
             f"loss {values['loss']:.3f} (cls {values['loss_classifier']:.3f} box {values['loss_box_reg']:.3f} "
             f"mask {values['loss_mask']:.3f} rpn {values['loss_objectness']:.3f} {values['loss_rpn_box_reg']:.3f}) "

@@ -15,41 +15,93 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.sharding import replicated
 from maskrcnn_jax.structures import Batch
+
+# Below, a scale would only guard against gradients that are larger than float16 itself.
+MIN_LOSS_SCALE = 1.0
+# The largest power of two in float32.
+_MAX_LOSS_SCALE = 2.0**127
+
+
+class LossScale(NamedTuple):
+    """By what the loss is multiplied before it is differentiated in float16, whose smallest number is 6e-8.
+
+    Most gradients are smaller or have few digits left there. The gradient of the parameters, in float32, is divided by
+    the scale again. Source: Sec. 3.2, Mixed Precision Training; the dynamic scale is that of torch's GradScaler.
+    """
+
+    scale: jax.Array  # float32
+    good_steps: jax.Array  # int32, since the scale last changed
+
+    def after(self, finite: jax.Array, interval: int) -> "LossScale":
+        """Return what the next step uses: half after a gradient that was not finite, twice after so many that were."""
+        good_steps = jnp.where(finite, self.good_steps + 1, 0)
+        grown = jnp.where(good_steps >= interval, jnp.minimum(self.scale * 2, _MAX_LOSS_SCALE), self.scale)
+        scale = jnp.where(finite, grown, jnp.maximum(self.scale / 2, MIN_LOSS_SCALE))
+        return LossScale(scale, jnp.where(good_steps >= interval, 0, good_steps))
 
 
 class TrainState(NamedTuple):
     """All that a step changes and a checkpoint holds."""
 
-    step: jax.Array  # int32, steps done
+    step: jax.Array  # int32, steps done, skipped ones too
     params: nnx.State  # what the optimizer changes
     variables: nnx.State  # the other arrays of the model: statistics of norms
     opt_state: optax.OptState
+    loss_scale: LossScale | None = None  # of models that compute in float16
 
 
 def create_train_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh, *, loss_scale: float = 2.0**15
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Split a model into its structure, in training mode, and the state that steps change, on every device."""
+    """Split a model into its structure, in training mode, and the state that steps change, on every device.
+
+    Args:
+      model: whose attribute ``dtype`` tells whether it computes in float16.
+      optimizer: of its parameters.
+      mesh: of the devices.
+      loss_scale: to begin with, in float16.
+
+    Raises:
+      UserError: for a loss scale that cannot be.
+    """
+    if not MIN_LOSS_SCALE <= loss_scale <= _MAX_LOSS_SCALE:
+        raise UserError(f"optim.loss_scale {loss_scale} is not between 1 and 2**127; use a power of two such as 32768")
     model.train()
     graphdef, params, variables = nnx.split(model, nnx.Param, ...)
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
+    if model.dtype == jnp.float16:
+        state = state._replace(loss_scale=LossScale(jnp.float32(loss_scale), jnp.zeros((), jnp.int32)))
     return graphdef, jax.device_put(state, replicated(mesh))
 
 
 class TrainStep:
     """The compiled training step: a program for each size of the images, made when the first of this size comes."""
 
-    def __init__(self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        loss_scale_interval: int = 2000,
+    ):
         """Prepare.
 
         Args:
           graphdef: structure of the model, as create_train_state returns it.
           optimizer: the same as there.
           mesh: over which the batch is sharded.
+          loss_scale_interval: good steps in a row after which the loss scale doubles.
+
+        Raises:
+          UserError: for an option that cannot be.
         """
-        step = functools.partial(_step, graphdef, optimizer)
+        if loss_scale_interval < 1:
+            raise UserError(f"optim.loss_scale_interval {loss_scale_interval} must be a number of steps, such as 2000")
+        step = functools.partial(_step, graphdef, optimizer, loss_scale_interval)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
         # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -66,7 +118,8 @@ class TrainStep:
 
         Returns:
           The next state, and metrics as scalars on the device: the loss terms, their sum "loss", the model's metrics
-          and the norm of the gradient.
+          and the norm of the gradient. In float16 also the "loss_scale" of this step, and "skipped": 1 where the loss
+          or the gradient was not finite, so that nothing but the number of steps and the loss scale has changed.
         """
         kind = tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
         if kind not in self.programs:
@@ -75,20 +128,29 @@ class TrainStep:
         return self.programs[kind](state, batch, key)
 
 
-def _step(graphdef, optimizer, state, batch, key):
+def _step(graphdef, optimizer, loss_scale_interval, state, batch, key):
     def loss_fn(params):
         # Copied, because variables of an outer trace must not be changed inside the gradient's.
         model = nnx.merge(graphdef, params, state.variables, copy=True)
         terms, metrics = model.losses(batch, jax.random.fold_in(key, state.step))
         loss = sum(terms.values())
         variables = nnx.state(model, nnx.Not(nnx.Param))
-        return loss, (terms | metrics | {"loss": loss}, variables)
+        objective = loss if state.loss_scale is None else loss * state.loss_scale.scale
+        return objective, (terms | metrics | {"loss": loss}, variables)
 
     gradients, (metrics, variables) = jax.grad(loss_fn, has_aux=True)(state.params)
+    if state.loss_scale is not None:
+        gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
-    return TrainState(state.step + 1, params, variables, opt_state), metrics
+    changed = state._replace(params=params, variables=variables, opt_state=opt_state)
+    if state.loss_scale is not None:
+        finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"])
+        metrics |= {"loss_scale": state.loss_scale.scale, "skipped": 1 - finite.astype(jnp.float32)}
+        changed = jax.tree.map(functools.partial(jnp.where, finite), changed, state)
+        changed = changed._replace(loss_scale=state.loss_scale.after(finite, loss_scale_interval))
+    return changed._replace(step=state.step + 1), metrics
 
 
 def _give_back_memory() -> None:

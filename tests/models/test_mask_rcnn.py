@@ -180,7 +180,7 @@ def test_eight_devices_compute_the_losses_and_gradients_of_one(tiny_functions, k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_losses_and_detections_run_in_other_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
         losses, detect, *_, params, _ = compiled(tiny_model(dtype=dtype))

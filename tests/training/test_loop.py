@@ -101,8 +101,8 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
 def test_the_step_compiles_once(config, tmp_path, monkeypatch):
     steps = []
 
-    def remember(*args):
-        steps.append(TrainStep(*args))
+    def remember(*args, **options):
+        steps.append(TrainStep(*args, **options))
         return steps[-1]
 
     monkeypatch.setattr("maskrcnn_jax.training.loop.TrainStep", remember)
@@ -121,6 +121,25 @@ def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, 
     with pytest.raises(UserError, match=r"step 1 is not finite: .*loss_mask nan.*image ids \[\d+"):
         train(config, tmp_path, make_evaluate=never)
     assert Checkpoints(tmp_path).latest_step is None
+
+
+@pytest.mark.slow
+def test_float16_goes_on_from_skipped_steps_until_the_loss_scale_is_at_its_smallest(config, tmp_path, monkeypatch):
+    real = MaskRCNN.losses
+
+    def broken(self, batch, key):
+        terms, metrics = real(self, batch, key)
+        return terms | {"loss_mask": terms["loss_mask"] * np.inf}, metrics
+
+    config.model.dtype = "float16"
+    config.optim.loss_scale = 4.0
+    config.eval_every = 0
+    monkeypatch.setattr(MaskRCNN, "losses", broken)
+    with pytest.raises(UserError, match=r"step 3 is not finite: .*loss_scale 1;"):
+        train(config, tmp_path, make_evaluate=lambda categories: None)
+    (line,) = lines(tmp_path)
+    assert (line["step"], line["skipped"], line["loss_scale"]) == (2, 1, 3)
+    assert "loss" not in line
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):

@@ -1,13 +1,157 @@
-"""The compiled step under its options."""
+"""The compiled step under its options, on a network of one layer where the whole one is not what is tested."""
+
+import contextlib
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.layers import BatchNorm, Conv
 from maskrcnn_jax.sharding import make_mesh, shard_batch
+from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tests.models.tiny import tiny_batch, tiny_model
+
+
+class Points(NamedTuple):
+    """What the small network is trained on."""
+
+    x: np.ndarray  # [B, 1, 1, 3]
+    y: np.ndarray  # [B, 1, 1, 4]
+
+
+class Layer(nnx.Module):
+    """A convolution with trained statistics, and the squared distance of its output from what is wanted."""
+
+    def __init__(self, dtype, *, normalized=True):
+        self.dtype = jnp.dtype(dtype)
+        self.conv = Conv(3, 4, 1, dtype=self.dtype, rngs=nnx.Rngs(0))
+        self.norm = BatchNorm(4, dtype=self.dtype) if normalized else None
+
+    def losses(self, batch, key):
+        x = self.conv(batch.x)
+        x = x if self.norm is None else self.norm(x)
+        loss = jnp.mean(jnp.square(x.astype(jnp.float32) - batch.y))
+        return {"loss_y": loss}, {"draw": jax.random.uniform(key)}
+
+
+def points(batch_size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (batch_size, 1, 1, 3), (batch_size, 1, 1, 4)
+    return Points(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+
+
+class Training:
+    """A state and the step that changes it."""
+
+    def __init__(self, dtype="float16", *, optimizer=None, normalized=True, loss_scale=2.0**15, **options):
+        self.mesh, optimizer = make_mesh(), optimizer or optax.adamw(optax.linear_schedule(0.1, 0.0, 100))
+        model = Layer(dtype, normalized=normalized)
+        graphdef, self.state = create_train_state(model, optimizer, self.mesh, loss_scale=loss_scale)
+        self.train_step = TrainStep(graphdef, optimizer, self.mesh, **options)
+
+    def step(self, batch):
+        """Take a step; returns its metrics."""
+        self.state, metrics = self.train_step(self.state, shard_batch(batch, self.mesh), jax.random.key(0))
+        return {name: float(value) for name, value in metrics.items()}
+
+    def arrays(self, *fields):
+        """Return copies of the arrays of the state, or of these fields."""
+        chosen = [getattr(self.state, field) for field in fields or self.state._fields]
+        return [np.array(leaf) for leaf in jax.tree.leaves(chosen)]
+
+
+def assert_same(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_float16_skips_a_step_whose_gradient_overflows_and_goes_on_with_half_the_scale():
+    training = Training(loss_scale=2.0**127)
+    unchanged = training.arrays("params", "variables", "opt_state")
+    metrics = training.step(points())
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert (metrics["skipped"], metrics["loss_scale"]) == (1, 2.0**127)
+    assert_same(training.arrays("params", "variables", "opt_state"), unchanged)
+    assert (int(training.state.step), float(training.state.loss_scale.scale)) == (1, 2.0**126)
+
+    rows = [training.step(points()) for _ in range(130)]
+    skipped = int(sum(row["skipped"] for row in rows))
+    assert 90 < skipped < 127
+    assert not any(row["skipped"] for row in rows[skipped:])
+    assert rows[-1]["loss_scale"] == 2.0 ** (126 - skipped)
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    count = training.state.opt_state[0].count
+    assert int(count) == 130 - skipped, "the schedule goes by steps that were taken"
+
+
+def test_float16_skips_a_loss_that_overflows_in_the_network():
+    training = Training(normalized=False)
+    training.step(points())
+    before = training.arrays("params", "opt_state")
+    good = points()
+    metrics = training.step(good._replace(x=good.x * 1e6))
+    assert not np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == 1
+    assert_same(training.arrays("params", "opt_state"), before)
+    assert training.step(good)["skipped"] == 0
+
+
+def test_the_loss_scale_doubles_after_good_steps_and_never_falls_below_one():
+    training = Training(loss_scale=4.0, loss_scale_interval=3)
+    scales = [training.step(points())["loss_scale"] for _ in range(7)]
+    assert scales == [4, 4, 4, 8, 8, 8, 16]
+    broken = points()._replace(y=np.full((8, 1, 1, 4), np.nan, np.float32))
+    scales = [training.step(broken)["loss_scale"] for _ in range(6)]
+    assert scales == [16, 8, 4, 2, 1, 1]
+    assert [training.step(points())["loss_scale"] for _ in range(4)] == [1, 1, 1, 2], "three in a row"
+
+
+def test_the_loss_scale_changes_no_gradient_but_for_rounding():
+    states = []
+    for scale in (1.0, 2.0**12):
+        training = Training(loss_scale=scale, optimizer=optax.sgd(0.5))
+        training.step(points())
+        states.append(training.arrays("params"))
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_dtypes_have_no_loss_scale(dtype):
+    training = Training(dtype)
+    assert training.state.loss_scale is None
+    assert not {"loss_scale", "skipped"} & set(training.step(points()))
+
+
+@pytest.mark.parametrize("loss_scale", [0.5, float("nan"), 2.0**128])
+def test_a_loss_scale_that_cannot_be_is_refused(loss_scale):
+    with pytest.raises(UserError, match="optim.loss_scale .* is not between"):
+        Training(loss_scale=loss_scale)
+    with pytest.raises(UserError, match="optim.loss_scale_interval 0"):
+        Training(loss_scale_interval=0)
+
+
+def test_a_state_read_from_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
+    options = {"loss_scale": 2.0**20, "loss_scale_interval": 2}
+    training = Training(**options)
+    skipped = sum(training.step(points(seed=i))["skipped"] for i in range(5))
+    assert 0 < skipped < 5
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(training.state)
+    rows = [training.step(points(seed=i)) for i in range(5, 8)]
+
+    again = Training(**options)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        again.state = checkpoints.restore(5, again.state)
+    assert [again.step(points(seed=i)) for i in range(5, 8)] == rows
+    assert_same(again.arrays(), training.arrays())
 
 
 def take_step(**options):
