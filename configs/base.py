@@ -90,6 +90,9 @@ def get_config() -> ConfigDict:
     optim.clip_norm = 1.0  # global norm of the gradient; 0 does not clip
     optim.loss_scale = 2.0**15  # to begin with, in float16 alone; halved by gradients that are not finite
     optim.loss_scale_interval = 2000  # steps with finite gradients after which it doubles (torch's GradScaler)
+    # Evaluation and prediction then use an exponential average of the parameters, that keeps so much of itself a step
+    # (step t: at most (1 + t) / (10 + t)), with the batch statistics of the last step; 0: none. Such as 0.9998.
+    optim.ema_decay = 0.0
     optim.frozen_stages = 0  # of the backbone, that keep their initial values: 1 the stem, 2 the first stage too, ...
 
     config.data = ConfigDict()

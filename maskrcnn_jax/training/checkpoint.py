@@ -95,7 +95,8 @@ class Checkpoints:
           UserError: when the checkpoint is of another architecture or optimizer; names what differs.
         """
         items = self._restore(step, _items(like))
-        return TrainState(**items["model"], **items["training"])
+        averaged = None if like.averaged is None else items["model"]["params"]
+        return TrainState(**(items["model"] | items["training"]), averaged=averaged)
 
     def restore_model(self, step: int, model: nnx.Module) -> None:
         """Read the arrays of a model, without the optimizer's, into it; errors as in :meth:`restore`."""
@@ -134,7 +135,9 @@ def _items(state: TrainState) -> dict:
     training = {"step": state.step, "opt_state": state.opt_state}
     if state.loss_scale is not None:
         training["loss_scale"] = state.loss_scale
-    return {"model": {"params": state.params, "variables": state.variables}, "training": training}
+    if state.averaged is not None:
+        training["params"] = state.params
+    return {"model": {"params": state.inference_params, "variables": state.variables}, "training": training}
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -70,7 +70,8 @@ def train(
         final_lr_fraction=optim.pop("final_lr_fraction"),
         num_steps=num_steps,
     )
-    loss_scale, loss_scale_interval = optim.pop("loss_scale"), optim.pop("loss_scale_interval")
+    loss_scale, ema_decay = optim.pop("loss_scale"), optim.pop("ema_decay")
+    step_options = {"loss_scale_interval": optim.pop("loss_scale_interval"), "ema_decay": ema_decay}
     optimizer = make_optimizer(schedule, **optim)
 
     # 3. Step and state: of the newest checkpoint of this folder, else with weights from elsewhere, else fresh
@@ -79,8 +80,8 @@ def train(
         _check_same_categories(workdir, index.categories)
     elif initialise:
         initialise(model)
-    graphdef, state = create_train_state(model, optimizer, mesh, loss_scale=loss_scale)
-    train_step = TrainStep(graphdef, optimizer, mesh, loss_scale_interval=loss_scale_interval)
+    graphdef, state = create_train_state(model, optimizer, mesh, loss_scale=loss_scale, average=ema_decay > 0)
+    train_step = TrainStep(graphdef, optimizer, mesh, **step_options)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,7 +132,9 @@ def train(
                     evaluation = None
                     if evaluating:
                         try:
-                            evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
+                            evaluation = evaluate(
+                                nnx.merge(graphdef, state.inference_params, state.variables, copy=True)
+                            )
                         except BaseException:
                             checkpoints.save(state)  # what was trained must not be lost with it
                             raise

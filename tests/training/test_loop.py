@@ -86,6 +86,35 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
     assert timeless[0] == timeless[1]
 
 
+def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config, tmp_path, monkeypatch):
+    config.epochs, config.optim.ema_decay = 1, 0.9
+    saved, evaluated = [], []
+
+    def leaves(tree):
+        return jax.tree.map(np.array, jax.tree.leaves(nnx.to_pure_dict(tree)))
+
+    def save(self, state, metrics=None):
+        saved.extend([leaves(state.params), leaves(nnx.merge_state(state.averaged, state.variables))])
+        real(self, state, metrics)
+
+    def evaluate(model):
+        evaluated.append(leaves(nnx.state(model)))
+        return FakeEvaluation({"bbox_AP": 0.5, "segm_AP": 0.1})
+
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train(config, tmp_path, make_evaluate=lambda categories: evaluate)
+    params, expected = saved
+    for ours, restored, average in zip(evaluated[0], arrays(tmp_path), expected, strict=True):
+        np.testing.assert_array_equal(ours, average)
+        np.testing.assert_array_equal(restored, average)
+    assert not any(np.array_equal(params[0], average) for average in expected)
+
+    config.epochs, config.optim.ema_decay = 2, 0.0
+    with pytest.raises(UserError, match="or optimizer .*params/.* is not in this model"):
+        train(config, tmp_path, make_evaluate=never)
+
+
 def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
     config.keep_checkpoints = config.checkpoint_every = 1
     train(config, tmp_path, make_evaluate=scores(0.9, 0.3))

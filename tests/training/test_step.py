@@ -51,8 +51,8 @@ class Training:
 
     def __init__(self, dtype="float16", *, optimizer=None, normalized=True, loss_scale=2.0**15, **options):
         self.mesh, optimizer = make_mesh(), optimizer or optax.adamw(optax.linear_schedule(0.1, 0.0, 100))
-        model = Layer(dtype, normalized=normalized)
-        graphdef, self.state = create_train_state(model, optimizer, self.mesh, loss_scale=loss_scale)
+        model, average = Layer(dtype, normalized=normalized), options.get("ema_decay", 0) > 0
+        graphdef, self.state = create_train_state(model, optimizer, self.mesh, loss_scale=loss_scale, average=average)
         self.train_step = TrainStep(graphdef, optimizer, self.mesh, **options)
 
     def step(self, batch):
@@ -152,6 +152,47 @@ def test_a_state_read_from_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
         again.state = checkpoints.restore(5, again.state)
     assert [again.step(points(seed=i)) for i in range(5, 8)] == rows
     assert_same(again.arrays(), training.arrays())
+
+
+def test_the_average_is_that_of_the_parameters_after_each_step():
+    training = Training("float32", ema_decay=0.3)
+    (expected,) = [a.astype(np.float64) for a in training.arrays("params")[:1]]
+    np.testing.assert_array_equal(training.arrays("averaged")[0], expected)
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3):
+        training.step(points())
+        expected = decay * expected + (1 - decay) * training.arrays("params")[0]
+        np.testing.assert_allclose(training.arrays("averaged")[0], expected, rtol=1e-5, atol=1e-7)
+    assert np.abs(training.arrays("averaged")[0] - training.arrays("params")[0]).max() > 1e-3
+
+
+def test_parameters_that_never_change_are_their_own_average():
+    training = Training("float32", optimizer=optax.set_to_zero(), ema_decay=0.999)
+    before = training.arrays("params")
+    for _ in range(5):
+        training.step(points())
+    assert_same(training.arrays("averaged"), before)
+
+
+def test_the_average_changes_nothing_in_training_and_not_at_all_in_a_skipped_step():
+    with_average, without = Training(ema_decay=0.9, loss_scale=2.0**20), Training(loss_scale=2.0**20)
+    skipped = 0
+    for seed in range(6):
+        before = with_average.arrays("averaged")
+        metrics = with_average.step(points(seed=seed))
+        np.testing.assert_equal(metrics, without.step(points(seed=seed)))  # NaN where it was skipped
+        if metrics["skipped"]:
+            assert_same(with_average.arrays("averaged"), before)
+            skipped += 1
+    assert 0 < skipped < 6
+    assert_same(
+        with_average.arrays("params", "variables", "opt_state"), without.arrays("params", "variables", "opt_state")
+    )
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_cannot_be_is_refused(decay):
+    with pytest.raises(UserError, match="optim.ema_decay"):
+        Training("float32", ema_decay=decay)
 
 
 def take_step(**options):
