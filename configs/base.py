@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, sampling, shuffling and augmentation
-    config.batch_size = 16  # images a step, over all devices (paper, Sec. 3.2)
+    config.batch_size = 16  # images a step, over all devices and parts (paper, Sec. 3.2)
     config.epochs = 12
     config.max_steps = 0  # stop after this many steps; 0 means after `epochs`
     config.log_every = 20  # steps between lines of metrics.jsonl; 0 means only with checkpoints
@@ -93,6 +93,9 @@ def get_config() -> ConfigDict:
     # Evaluation and prediction then use an exponential average of the parameters, that keeps so much of itself a step
     # (step t: at most (1 + t) / (10 + t)), with the batch statistics of the last step; 0: none. Such as 0.9998.
     optim.ema_decay = 0.0
+    # The batch is worked on in so many equal parts one after the other, in the memory of one; the gradient is the mean
+    # of theirs. Losses divide by numbers of samples, and norms take their statistics, part by part.
+    optim.accumulate = 1
     optim.frozen_stages = 0  # of the backbone, that keep their initial values: 1 the stem, 2 the first stage too, ...
 
     config.data = ConfigDict()

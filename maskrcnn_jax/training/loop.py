@@ -52,7 +52,7 @@ def train(
     """
     # 1. Data
     mesh = make_mesh()
-    _check_batch_size(config.batch_size)
+    _check_batch_size(config.batch_size, config.optim.accumulate)
     data = config.data
     index = load_index(
         data.coco_dir, data.train_split, skip_broken=data.skip_broken, contiguous_labels=data.contiguous_labels
@@ -71,7 +71,7 @@ def train(
         num_steps=num_steps,
     )
     loss_scale, ema_decay = optim.pop("loss_scale"), optim.pop("ema_decay")
-    step_options = {"loss_scale_interval": optim.pop("loss_scale_interval"), "ema_decay": ema_decay}
+    step_options = {name: optim.pop(name) for name in ("loss_scale_interval", "accumulate")} | {"ema_decay": ema_decay}
     optimizer = make_optimizer(schedule, **optim)
 
     # 3. Step and state: of the newest checkpoint of this folder, else with weights from elsewhere, else fresh
@@ -93,9 +93,11 @@ def train(
         index.categories.save(workdir / "categories.json")
         start = int(state.step)
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
+        parts = config.optim.accumulate
+        in_parts = f" in {parts} parts of {config.batch_size // parts}" if parts > 1 else ""
         print(
             f"{'resuming' if start else 'starting'} at step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
-            f"batch {config.batch_size} on {jax.device_count()} {jax.default_backend()} devices, "
+            f"batch {config.batch_size}{in_parts} on {jax.device_count()} {jax.default_backend()} devices, "
             f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
         )
         if start >= num_steps:
@@ -158,12 +160,16 @@ def _check_same_categories(workdir: Path, categories: Categories) -> None:
         )
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _check_batch_size(batch_size: int, parts: int) -> None:
+    if parts < 1:
+        raise UserError(f"optim.accumulate {parts} must be a number of parts of the batch; use 1 for none")
     devices = jax.device_count()
-    if batch_size % devices:
-        lower = batch_size // devices * devices
-        choices = f"{lower} or {lower + devices}" if lower else f"{devices}"
-        raise UserError(f"batch_size {batch_size} is not divisible by {devices} devices; use {choices}")
+    unit = devices * parts
+    if batch_size % unit:
+        lower = batch_size // unit * unit
+        choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        among = f"{devices} devices" + (f" times {parts} parts (optim.accumulate)" if parts > 1 else "")
+        raise UserError(f"batch_size {batch_size} is not divisible by {among}; use {choices}")
 
 
 def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_steps: int | None) -> Loader:

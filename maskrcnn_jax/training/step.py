@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.sharding import replicated
+from maskrcnn_jax.sharding import cut_batch, replicated
 from maskrcnn_jax.structures import Batch
 
 # Below, a scale would only guard against gradients that are larger than float16 itself.
@@ -92,6 +92,15 @@ def create_train_state(
     return graphdef, jax.device_put(state, replicated(mesh))
 
 
+class _Options(NamedTuple):
+    """What a step does beside following the gradient; as TrainStep describes it."""
+
+    mesh: Mesh
+    loss_scale_interval: int
+    ema_decay: float
+    accumulate: int
+
+
 class TrainStep:
     """The compiled training step: a program for each size of the images, made when the first of this size comes."""
 
@@ -103,6 +112,7 @@ class TrainStep:
         *,
         loss_scale_interval: int = 2000,
         ema_decay: float = 0.0,
+        accumulate: int = 1,
     ):
         """Prepare.
 
@@ -113,6 +123,8 @@ class TrainStep:
           loss_scale_interval: good steps in a row after which the loss scale doubles.
           ema_decay: what the average of the parameters, where there is one, keeps of itself in a step; less in the
             first steps.
+          accumulate: equal parts of the batch that are worked on one after the other, which takes the memory of one.
+            The gradient is the mean of theirs: every part divides its losses by its own numbers of samples.
 
         Raises:
           UserError: for an option that cannot be.
@@ -121,7 +133,8 @@ class TrainStep:
             raise UserError(f"optim.loss_scale_interval {loss_scale_interval} must be a number of steps, such as 2000")
         if not 0 <= ema_decay < 1:
             raise UserError(f"optim.ema_decay {ema_decay} is not in 0..1, 1 excluded; use 0 for none, or 0.9998")
-        step = functools.partial(_step, graphdef, optimizer, loss_scale_interval, ema_decay)
+        options = _Options(mesh, loss_scale_interval, ema_decay, accumulate)
+        step = functools.partial(_step, graphdef, optimizer, options)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
         # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -133,7 +146,7 @@ class TrainStep:
 
         Args:
           state: given up: its memory is reused.
-          batch: sharded over the mesh.
+          batch: sharded over the mesh; its size is a multiple of the mesh's times ``accumulate``.
           key: folded with the step, so that a resumed run draws what it would have drawn.
 
         Returns:
@@ -148,17 +161,12 @@ class TrainStep:
         return self.programs[kind](state, batch, key)
 
 
-def _step(graphdef, optimizer, loss_scale_interval, ema_decay, state, batch, key):
-    def loss_fn(params):
-        # Copied, because variables of an outer trace must not be changed inside the gradient's.
-        model = nnx.merge(graphdef, params, state.variables, copy=True)
-        terms, metrics = model.losses(batch, jax.random.fold_in(key, state.step))
-        loss = sum(terms.values())
-        variables = nnx.state(model, nnx.Not(nnx.Param))
-        objective = loss if state.loss_scale is None else loss * state.loss_scale.scale
-        return objective, (terms | metrics | {"loss": loss}, variables)
-
-    gradients, (metrics, variables) = jax.grad(loss_fn, has_aux=True)(state.params)
+def _step(graphdef, optimizer, options, state, batch, key):
+    key = jax.random.fold_in(key, state.step)
+    if options.accumulate == 1:
+        gradients, variables, metrics = _gradient(graphdef, state, state.variables, batch, key)
+    else:
+        gradients, variables, metrics = _mean_gradient(graphdef, options, state, batch, key)
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -166,13 +174,46 @@ def _step(graphdef, optimizer, loss_scale_interval, ema_decay, state, batch, key
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     changed = state._replace(params=params, variables=variables, opt_state=opt_state)
     if state.averaged is not None:
-        changed = changed._replace(averaged=_average(state.averaged, params, state.step, ema_decay))
+        changed = changed._replace(averaged=_average(state.averaged, params, state.step, options.ema_decay))
     if state.loss_scale is not None:
         finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"])
         metrics |= {"loss_scale": state.loss_scale.scale, "skipped": 1 - finite.astype(jnp.float32)}
         changed = jax.tree.map(functools.partial(jnp.where, finite), changed, state)
-        changed = changed._replace(loss_scale=state.loss_scale.after(finite, loss_scale_interval))
+        changed = changed._replace(loss_scale=state.loss_scale.after(finite, options.loss_scale_interval))
     return changed._replace(step=state.step + 1), metrics
+
+
+def _gradient(graphdef, state, variables, batch, key):
+    """Return the gradient, times the loss scale if there is one, the next variables and the metrics."""
+
+    def loss_fn(params):
+        # Copied, because variables of an outer trace must not be changed inside the gradient's.
+        model = nnx.merge(graphdef, params, variables, copy=True)
+        terms, metrics = model.losses(batch, key)
+        loss = sum(terms.values())
+        objective = loss if state.loss_scale is None else loss * state.loss_scale.scale
+        return objective, (nnx.state(model, nnx.Not(nnx.Param)), terms | metrics | {"loss": loss})
+
+    gradients, (variables, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    return gradients, variables, metrics
+
+
+def _mean_gradient(graphdef, options, state, batch, key):
+    """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other."""
+    parts, mesh = options.accumulate, options.mesh
+
+    def visit(carry, part):
+        total, variables = carry
+        gradients, variables, metrics = _gradient(graphdef, state, variables, *part)
+        return (jax.tree.map(jnp.add, total, gradients), variables), metrics
+
+    start = jax.tree.map(jnp.zeros_like, state.params), state.variables
+    # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
+    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    inputs = cut_batch(batch, parts, mesh), jax.random.split(key, parts)
+    (total, variables), metrics = jax.lax.scan(visit, start, inputs, unroll=simulated)
+    gradients = jax.tree.map(lambda gradient: gradient / parts, total)
+    return gradients, variables, jax.tree.map(lambda values: values.mean(axis=0), metrics)
 
 
 def _average(averaged, params, step, decay):

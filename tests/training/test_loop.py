@@ -57,8 +57,12 @@ def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_p
     assert [line["segm_AP"] for line in lines(tmp_path) if "segm_AP" in line] == [0.1, 0.2]
 
 
-def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, capsys):
     config.eval_every = 1
+    if mixed:
+        config.epochs, config.eval_every, config.batch_size, config.model.dtype = 4, 2, 16, "float16"
+        config.optim.update(ema_decay=0.9, accumulate=2, loss_scale=2.0**26)
     train(config, tmp_path / "whole", make_evaluate=scores(0.1, 0.2))
 
     def stopping(categories):
@@ -84,6 +88,11 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
         for run in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
+    assert ("batch 16 in 2 parts of 8 on 8 cpu devices" in capsys.readouterr().out) == mixed
+    if mixed:
+        skipped = [line["skipped"] for line in timeless[0] if "skipped" in line]
+        assert skipped[0] > 0, "the scale is too small to tell anything"
+        assert skipped[1] < 1, "no step was taken"
 
 
 def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config, tmp_path, monkeypatch):
@@ -177,6 +186,12 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
         train(config, tmp_path, make_evaluate=never)
     config.batch_size = 12
     with pytest.raises(UserError, match="use 8 or 16"):
+        train(config, tmp_path, make_evaluate=never)
+    config.batch_size, config.optim.accumulate = 40, 2
+    with pytest.raises(UserError, match=r"8 devices times 2 parts \(optim.accumulate\); use 32 or 48"):
+        train(config, tmp_path, make_evaluate=never)
+    config.optim.accumulate = 0
+    with pytest.raises(UserError, match="optim.accumulate 0"):
         train(config, tmp_path, make_evaluate=never)
 
 

@@ -9,13 +9,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.layers import BatchNorm, Conv
 from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints
+from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tests.models.tiny import tiny_batch, tiny_model
+from tests.programs import collectives_in_loops
 
 
 class Points(NamedTuple):
@@ -44,6 +47,10 @@ def points(batch_size=8, seed=0):
     rng = np.random.default_rng(seed)
     shapes = (batch_size, 1, 1, 3), (batch_size, 1, 1, 4)
     return Points(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+
+
+def _like(tree, arrays):
+    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
 
 class Training:
@@ -193,6 +200,126 @@ def test_the_average_changes_nothing_in_training_and_not_at_all_in_a_skipped_ste
 def test_a_decay_that_cannot_be_is_refused(decay):
     with pytest.raises(UserError, match="optim.ema_decay"):
         Training("float32", ema_decay=decay)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_two_equal_half_batches_have_the_gradient_of_one(normalized):
+    half = points(8, seed=1)
+    whole = jax.tree.map(lambda array: np.repeat(array, 2, axis=0), half)  # each of 8 devices has the same image twice
+    options = {"dtype": "float32", "optimizer": optax.sgd(1.0), "normalized": normalized}
+    in_parts, alone = Training(accumulate=2, **options), Training(**options)
+    ours, expected = in_parts.step(whole), alone.step(half)
+    for name in ("loss", "loss_y", "gradient_norm"):
+        assert ours[name] == pytest.approx(expected[name], rel=1e-5)
+    for a, b in zip(in_parts.arrays("params"), alone.arrays("params"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_the_mean_of_those_of_the_parts_and_statistics_follow_part_by_part():
+    whole = points(24, seed=1)
+    # Of the three images of each of 8 devices, the first, the second and the third.
+    parts = [jax.tree.map(lambda array, i=i: array[i::3], whole) for i in range(3)]
+    in_parts = Training("float32", optimizer=optax.sgd(1.0), accumulate=3)
+    separate = Training("float32", optimizer=optax.sgd(1.0))
+    start = separate.arrays("params")
+    metrics = in_parts.step(whole)
+
+    losses, moves = [], []
+    for part in parts:
+        separate.state = separate.state._replace(params=jax.tree.map(jnp.array, _like(separate.state.params, start)))
+        losses.append(separate.step(part)["loss"])
+        moves.append([after - before for after, before in zip(separate.arrays("params"), start, strict=True)])
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    for after, before, *moved in zip(in_parts.arrays("params"), start, *moves, strict=True):
+        np.testing.assert_allclose(after - before, np.mean(moved, axis=0), rtol=1e-4, atol=1e-6)
+    for a, b in zip(in_parts.arrays("variables"), separate.arrays("variables"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_every_part_has_draws_of_its_own():
+    def draws(accumulate):
+        training = Training("float32", accumulate=accumulate)
+        return [training.step(points(16))["draw"] for _ in range(2)]
+
+    key = jax.random.key(0)
+    expected = [
+        np.mean([jax.random.uniform(part) for part in jax.random.split(jax.random.fold_in(key, step))])
+        for step in range(2)
+    ]
+    np.testing.assert_allclose(draws(2), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        draws(1), [jax.random.uniform(jax.random.fold_in(key, step)) for step in range(2)], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_options_together_are_finite_and_go_on_from_a_checkpoint(
+    dtype, ema_decay, accumulate, clip_norm, tmp_path
+):
+    def start():
+        optimizer = make_optimizer(
+            optax.constant_schedule(1e-2),
+            kind="adamw",
+            weight_decay=1e-4,
+            decay_norm_and_bias=False,
+            b1=0.9,
+            b2=0.999,
+            momentum=0.9,
+            clip_norm=clip_norm,
+            frozen_stages=0,
+        )
+        options = {"ema_decay": ema_decay, "accumulate": accumulate, "loss_scale": 2.0**18, "loss_scale_interval": 2}
+        return Training(dtype, optimizer=optimizer, **options)
+
+    training = start()
+    rows = []
+    averages = training.arrays("averaged")
+    for step in range(6):
+        if step == 3:
+            with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+                checkpoints.save(training.state)
+        rows.append(training.step(points(16, seed=step)))
+        if not rows[-1].get("skipped"):
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            averages = [decay * a + (1 - decay) * p for a, p in zip(averages, training.arrays("params"), strict=False)]
+    for array in training.arrays():
+        assert np.all(np.isfinite(array))
+    assert training.state.params["conv"]["kernel"].dtype == jnp.float32
+    for ours, expected in zip(training.arrays("averaged"), averages, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    if dtype == "float16":
+        assert 0 < sum(row["skipped"] for row in rows) < 6
+
+    again = start()
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        again.state = checkpoints.restore(3, again.state)
+    np.testing.assert_equal([again.step(points(16, seed=step)) for step in range(3, 6)], rows[3:])
+    assert_same(again.arrays(), training.arrays())
+
+
+def lowered(num_devices, **options):
+    """Return the compiled step of the tiny network on a batch of 16."""
+    devices = jax.devices()[:num_devices]
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    graphdef, state = create_train_state(tiny_model(norm="batch"), optax.sgd(1e-3), mesh)
+    train_step = TrainStep(graphdef, optax.sgd(1e-3), mesh, **options)
+    train_step(state, shard_batch(tiny_batch(batch_size=16), mesh), jax.random.key(0))
+    (program,) = train_step.programs.values()
+    return program
+
+
+@pytest.mark.slow
+def test_simulated_devices_work_on_parts_without_meeting_in_a_loop():
+    assert collectives_in_loops(lowered(8, accumulate=2).as_text()) == []
+
+
+@pytest.mark.slow
+def test_parts_take_less_memory():
+    whole, quarters = (lowered(1, accumulate=parts).memory_analysis().temp_size_in_bytes for parts in (1, 4))
+    assert quarters < 0.5 * whole
 
 
 def take_step(**options):
