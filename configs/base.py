@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, sampling, shuffling and augmentation
-    config.batch_size = 16  # images a step, over all devices (paper, Sec. 3.2)
+    config.batch_size = 16  # images a step, over all devices and parts (paper, Sec. 3.2)
     config.epochs = 12
     config.max_steps = 0  # stop after this many steps; 0 means after `epochs`
     config.log_every = 20  # steps between lines of metrics.jsonl; 0 means only with checkpoints
@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     model.box_loss = "smooth_l1"  # of the box head; or iou, giou (paper, Sec. 3.2)
     model.mask_loss = "bce"  # or dice (paper, Sec. 3.2)
     model.remat = False  # compute the backbone again in the gradient, on accelerators: less memory, more time
-    model.dtype = "float32"  # of the convolutions and matrix products: float32, bfloat16, float64
+    model.dtype = "float32"  # of convolutions and matrix products: float32, bfloat16, float16 (V100, T4), float64
 
     config.optim = ConfigDict()
     optim = config.optim
@@ -93,6 +93,14 @@ def get_config() -> ConfigDict:
     optim.b2 = 0.999
     optim.momentum = 0.9  # of SGD
     optim.clip_norm = 1.0  # global norm of the gradient; 0 does not clip
+    optim.loss_scale = 2.0**15  # to begin with, in float16 alone; halved by gradients that are not finite
+    optim.loss_scale_interval = 2000  # steps with finite gradients after which it doubles (torch's GradScaler)
+    # Evaluation and prediction then use an exponential average of the parameters, that keeps so much of itself a step
+    # (step t: at most (1 + t) / (10 + t)), with the batch statistics of the last step; 0: none. Such as 0.9998.
+    optim.ema_decay = 0.0
+    # The batch is worked on in so many equal parts one after the other, in the memory of one; the gradient is the mean
+    # of theirs. Losses divide by numbers of samples, and norms take their statistics, part by part.
+    optim.accumulate = 1
     optim.frozen_stages = 0  # of the backbone, that keep their initial values: 1 the stem, 2 the first stage too, ...
 
     config.data = ConfigDict()

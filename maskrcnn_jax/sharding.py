@@ -23,6 +23,18 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def cut_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """Arrange the rows [B, ...] of a sharded batch as [parts, B / parts, ...]; no row leaves its device."""
+    layout = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def cut(array):
+        rows = array.reshape(mesh.size, parts, -1, *array.shape[1:]).swapaxes(0, 1)
+        rows = rows.reshape(parts, -1, *array.shape[1:])
+        return jax.lax.with_sharding_constraint(rows, layout)
+
+    return jax.tree.map(cut, batch)
+
+
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Put this process's rows of a numpy batch on its devices, as a part of the global batch."""
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(split(mesh), np.asarray(array)), batch)

@@ -49,7 +49,7 @@ CHOICES = {
     "classification_loss": ("cross_entropy", "focal"),
     "box_loss": ("smooth_l1", "iou", "giou"),
     "mask_loss": ("bce", "dice"),
-    "dtype": ("float32", "bfloat16", "float64"),
+    "dtype": ("float32", "bfloat16", "float16", "float64"),
 }
 # Of a class that decides for itself, before training: otherwise the many that are absent would drown the one present.
 FOCAL_PRIOR = 0.01

@@ -92,10 +92,11 @@ class Checkpoints:
           like: state whose structure, shapes and placement on devices the result has.
 
         Raises:
-          UserError: when the checkpoint is of another architecture; names what differs.
+          UserError: when the checkpoint is of another architecture or optimizer; names what differs.
         """
         items = self._restore(step, _items(like))
-        return TrainState(**items["model"], **items["training"])
+        averaged = None if like.averaged is None else items["model"]["params"]
+        return TrainState(**(items["model"] | items["training"]), averaged=averaged)
 
     def restore_model(self, step: int, model: nnx.Module) -> None:
         """Read the arrays of a model, without the optimizer's, into it; errors as in :meth:`restore`."""
@@ -131,10 +132,12 @@ def has_checkpoint(workdir: str | Path) -> bool:
 
 def _items(state: TrainState) -> dict:
     """Split the state into what prediction needs and what only training needs."""
-    return {
-        "model": {"params": state.params, "variables": state.variables},
-        "training": {"step": state.step, "opt_state": state.opt_state},
-    }
+    training = {"step": state.step, "opt_state": state.opt_state}
+    if state.loss_scale is not None:
+        training["loss_scale"] = state.loss_scale
+    if state.averaged is not None:
+        training["params"] = state.params
+    return {"model": {"params": state.inference_params, "variables": state.variables}, "training": training}
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -159,8 +162,8 @@ def _check_same_arrays(metadata, like, path) -> None:
     if differences:
         shown = "; ".join(differences[:3])
         raise UserError(
-            f"checkpoint {path} is of another architecture ({len(differences)} arrays differ: {shown}); use the "
-            "config that it was trained with, or another --workdir"
+            f"checkpoint {path} is of another architecture or optimizer ({len(differences)} arrays differ: {shown}); "
+            "use the config that it was trained with, or another --workdir"
         )
 
 

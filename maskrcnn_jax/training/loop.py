@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, model, optimizer, restore, step, then {step, log, save, evaluate}."""
+"""The training loop, top to bottom: data, model, optimizer, step, restore, then {step, log, save, evaluate}."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
-from maskrcnn_jax.training.step import TrainStep, create_train_state
+from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state
 
 
 class Evaluation(Protocol):
@@ -52,7 +52,7 @@ def train(
     """
     # 1. Data
     mesh = make_mesh()
-    _check_batch_size(config.batch_size)
+    _check_batch_size(config.batch_size, config.optim.accumulate)
     data = config.data
     index = load_index(
         data.coco_dir,
@@ -75,15 +75,18 @@ def train(
         final_lr_fraction=optim.pop("final_lr_fraction"),
         num_steps=num_steps,
     )
+    loss_scale, ema_decay = optim.pop("loss_scale"), optim.pop("ema_decay")
+    step_options = {name: optim.pop(name) for name in ("loss_scale_interval", "accumulate")} | {"ema_decay": ema_decay}
     optimizer = make_optimizer(schedule, **optim)
 
-    # 3. Restore: the newest checkpoint of this folder, else weights from elsewhere, else the fresh state
+    # 3. Step and state: of the newest checkpoint of this folder, else with weights from elsewhere, else fresh
     workdir = Path(workdir)
     if has_checkpoint(workdir):
         _check_same_categories(workdir, index.categories)
     elif initialise:
         initialise(model)
-    graphdef, state = create_train_state(model, optimizer, mesh)
+    graphdef, state = create_train_state(model, optimizer, mesh, loss_scale=loss_scale, average=ema_decay > 0)
+    train_step = TrainStep(graphdef, optimizer, mesh, **step_options)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,17 +98,18 @@ def train(
         index.categories.save(workdir / "categories.json")
         start = int(state.step)
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
+        parts = config.optim.accumulate
+        in_parts = f" in {parts} parts of {config.batch_size // parts}" if parts > 1 else ""
         print(
             f"{'resuming' if start else 'starting'} at step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
-            f"batch {config.batch_size} on {jax.device_count()} {jax.default_backend()} devices, "
+            f"batch {config.batch_size}{in_parts} on {jax.device_count()} {jax.default_backend()} devices, "
             f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
         )
         if start >= num_steps:
             print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
             return
 
-        # 4. Step
-        train_step = TrainStep(graphdef, optimizer, mesh)
+        # 4. Randomness and data, from that step on
         key = jax.random.key(config.seed)
         batches = iter(_make_loader(config, index, start, num_steps))
 
@@ -135,7 +139,9 @@ def train(
                     evaluation = None
                     if evaluating:
                         try:
-                            evaluation = evaluate(nnx.merge(graphdef, state.params, state.variables, copy=True))
+                            evaluation = evaluate(
+                                nnx.merge(graphdef, state.inference_params, state.variables, copy=True)
+                            )
                         except BaseException:
                             checkpoints.save(state)  # what was trained must not be lost with it
                             raise
@@ -159,12 +165,16 @@ def _check_same_categories(workdir: Path, categories: Categories) -> None:
         )
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _check_batch_size(batch_size: int, parts: int) -> None:
+    if parts < 1:
+        raise UserError(f"optim.accumulate {parts} must be a number of parts of the batch; use 1 for none")
     devices = jax.device_count()
-    if batch_size % devices:
-        lower = batch_size // devices * devices
-        choices = f"{lower} or {lower + devices}" if lower else f"{devices}"
-        raise UserError(f"batch_size {batch_size} is not divisible by {devices} devices; use {choices}")
+    unit = devices * parts
+    if batch_size % unit:
+        lower = batch_size // unit * unit
+        choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        among = f"{devices} devices" + (f" times {parts} parts (optim.accumulate)" if parts > 1 else "")
+        raise UserError(f"batch_size {batch_size} is not divisible by {among}; use {choices}")
 
 
 def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_steps: int | None) -> Loader:
@@ -222,8 +232,11 @@ class _Log:
     def write(self) -> str:
         """Fetch and write what has been added since the last time; return a line for the progress bar.
 
+        What is written is the mean over the steps, in float16 over those that were not skipped, if there are any.
+
         Raises:
-          UserError: when a loss is not finite, with its terms, step and images.
+          UserError: when a loss or gradient is not finite, with its terms, step and images. In float16 such a step is
+            skipped and a smaller loss scale may mend it, so only one at the smallest scale stops the run.
         """
         if not self._pending:
             return self._line
@@ -231,7 +244,8 @@ class _Log:
         rows = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, image_index), row in zip(self._pending, rows, strict=True):
             # A loss may be finite where its gradient, and so the next state, is not.
-            if not np.isfinite(row["loss"] + row["gradient_norm"]):
+            skipped = row.get("skipped") and row["loss_scale"] > MIN_LOSS_SCALE
+            if not np.isfinite(row["loss"] + row["gradient_norm"]) and not skipped:
                 terms = ", ".join(
                     f"{name} {value:.4g}" for name, value in row.items() if "loss" in name or "norm" in name
                 )
@@ -242,14 +256,19 @@ class _Log:
                 )
         seconds = time.perf_counter() - self._started
         step = self._pending[-1][0]
+        taken = [row for row in rows if not row.get("skipped")] or rows
+
+        def mean(name):
+            return float(np.mean([row[name] for row in (rows if name in ("loss_scale", "skipped") else taken)]))
+
         values = {
             "epoch": step / self._steps_per_epoch,
             "lr": float(self._schedule(step - 1)),
-            **{name: float(np.mean([row[name] for row in rows])) for name in rows[0]},
+            **{name: mean(name) for name in rows[0]},
             "images_per_second": self._timed_steps * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
-        self._writer.scalars(step, values)
+        self._writer.scalars(step, {name: value for name, value in values.items() if np.isfinite(value)})
         self._line = (
             f"loss {values['loss']:.3f} (cls {values['loss_classifier']:.3f} box {values['loss_box_reg']:.3f} "
             f"mask {values['loss_mask']:.3f} rpn {values['loss_objectness']:.3f} {values['loss_rpn_box_reg']:.3f}) "

@@ -15,41 +15,126 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from maskrcnn_jax.sharding import replicated
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.sharding import cut_batch, replicated
 from maskrcnn_jax.structures import Batch
+
+# Below, a scale would only guard against gradients that are larger than float16 itself.
+MIN_LOSS_SCALE = 1.0
+# The largest power of two in float32.
+_MAX_LOSS_SCALE = 2.0**127
+
+
+class LossScale(NamedTuple):
+    """By what the loss is multiplied before it is differentiated in float16, whose smallest number is 6e-8.
+
+    Many gradients are smaller or have few digits left there. The gradient of the parameters, in float32, is divided by
+    the scale again. Source: Sec. 3.2, Mixed Precision Training; the dynamic scale is that of torch's GradScaler.
+    """
+
+    scale: jax.Array  # float32
+    good_steps: jax.Array  # int32, since the scale last changed
+
+    def after(self, finite: jax.Array, interval: int) -> "LossScale":
+        """Return what the next step uses: half after a gradient that was not finite, twice after so many that were."""
+        good_steps = jnp.where(finite, self.good_steps + 1, 0)
+        grown = jnp.where(good_steps >= interval, jnp.minimum(self.scale * 2, _MAX_LOSS_SCALE), self.scale)
+        scale = jnp.where(finite, grown, jnp.maximum(self.scale / 2, MIN_LOSS_SCALE))
+        return LossScale(scale, jnp.where(good_steps >= interval, 0, good_steps))
 
 
 class TrainState(NamedTuple):
     """All that a step changes and a checkpoint holds."""
 
-    step: jax.Array  # int32, steps done
+    step: jax.Array  # int32, steps done, skipped ones too
     params: nnx.State  # what the optimizer changes
     variables: nnx.State  # the other arrays of the model: statistics of norms
     opt_state: optax.OptState
+    loss_scale: LossScale | None = None  # of models that compute in float16
+    averaged: nnx.State | None = None  # params averaged over the steps, where this is wanted
+
+    @property
+    def inference_params(self) -> nnx.State:
+        """What the model is evaluated with: the averaged parameters where there are any."""
+        return self.params if self.averaged is None else self.averaged
 
 
 def create_train_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    loss_scale: float = 2.0**15,
+    average: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Split a model into its structure, in training mode, and the state that steps change, on every device."""
+    """Split a model into its structure, in training mode, and the state that steps change, on every device.
+
+    Args:
+      model: whose attribute ``dtype`` tells whether it computes in float16.
+      optimizer: of its parameters.
+      mesh: of the devices.
+      loss_scale: to begin with, in float16.
+      average: also keep an average of the parameters.
+
+    Raises:
+      UserError: for a loss scale that cannot be.
+    """
+    if not MIN_LOSS_SCALE <= loss_scale <= _MAX_LOSS_SCALE:
+        raise UserError(f"optim.loss_scale {loss_scale} is not between 1 and 2**127; use a power of two such as 32768")
     model.train()
     graphdef, params, variables = nnx.split(model, nnx.Param, ...)
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
+    if model.dtype == jnp.float16:
+        state = state._replace(loss_scale=LossScale(jnp.float32(loss_scale), jnp.zeros((), jnp.int32)))
+    if average:
+        # Copied, because the memory of each array is given up to the step, once.
+        state = state._replace(averaged=jax.tree.map(jnp.copy, params))
     return graphdef, jax.device_put(state, replicated(mesh))
+
+
+class _Options(NamedTuple):
+    """What a step does beside following the gradient; as TrainStep describes it."""
+
+    mesh: Mesh
+    loss_scale_interval: int
+    ema_decay: float
+    accumulate: int
 
 
 class TrainStep:
     """The compiled training step: a program for each size of the images, made when the first of this size comes."""
 
-    def __init__(self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        loss_scale_interval: int = 2000,
+        ema_decay: float = 0.0,
+        accumulate: int = 1,
+    ):
         """Prepare.
 
         Args:
           graphdef: structure of the model, as create_train_state returns it.
           optimizer: the same as there.
           mesh: over which the batch is sharded.
+          loss_scale_interval: good steps in a row after which the loss scale doubles.
+          ema_decay: what the average of the parameters, where there is one, keeps of itself in a step; less in the
+            first steps.
+          accumulate: equal parts of the batch that are worked on one after the other, which takes the memory of one.
+            The gradient is the mean of theirs: every part divides its losses by its own numbers of samples.
+
+        Raises:
+          UserError: for an option that cannot be.
         """
-        step = functools.partial(_step, graphdef, optimizer)
+        if loss_scale_interval < 1:
+            raise UserError(f"optim.loss_scale_interval {loss_scale_interval} must be a number of steps, such as 2000")
+        if not 0 <= ema_decay < 1:
+            raise UserError(f"optim.ema_decay {ema_decay} is not in 0..1, 1 excluded; use 0 for none, or 0.9998")
+        options = _Options(mesh, loss_scale_interval, ema_decay, accumulate)
+        step = functools.partial(_step, graphdef, optimizer, options)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
         # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -61,12 +146,13 @@ class TrainStep:
 
         Args:
           state: given up: its memory is reused.
-          batch: sharded over the mesh.
+          batch: sharded over the mesh; its size is a multiple of the mesh's times ``accumulate``.
           key: folded with the step, so that a resumed run draws what it would have drawn.
 
         Returns:
           The next state, and metrics as scalars on the device: the loss terms, their sum "loss", the model's metrics
-          and the norm of the gradient.
+          and the norm of the gradient. In float16 also the "loss_scale" of this step, and "skipped": 1 where the loss
+          or the gradient was not finite, so that nothing but the number of steps and the loss scale has changed.
         """
         kind = tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
         if kind not in self.programs:
@@ -75,20 +161,66 @@ class TrainStep:
         return self.programs[kind](state, batch, key)
 
 
-def _step(graphdef, optimizer, state, batch, key):
-    def loss_fn(params):
-        # Copied, because variables of an outer trace must not be changed inside the gradient's.
-        model = nnx.merge(graphdef, params, state.variables, copy=True)
-        terms, metrics = model.losses(batch, jax.random.fold_in(key, state.step))
-        loss = sum(terms.values())
-        variables = nnx.state(model, nnx.Not(nnx.Param))
-        return loss, (terms | metrics | {"loss": loss}, variables)
-
-    gradients, (metrics, variables) = jax.grad(loss_fn, has_aux=True)(state.params)
+def _step(graphdef, optimizer, options, state, batch, key):
+    key = jax.random.fold_in(key, state.step)
+    if options.accumulate == 1:
+        gradients, variables, metrics = _gradient(graphdef, state, state.variables, batch, key)
+    else:
+        gradients, variables, metrics = _mean_gradient(graphdef, options, state, batch, key)
+    if state.loss_scale is not None:
+        gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
-    return TrainState(state.step + 1, params, variables, opt_state), metrics
+    changed = state._replace(params=params, variables=variables, opt_state=opt_state)
+    if state.averaged is not None:
+        changed = changed._replace(averaged=_average(state.averaged, params, state.step, options.ema_decay))
+    if state.loss_scale is not None:
+        finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"])
+        metrics |= {"loss_scale": state.loss_scale.scale, "skipped": 1 - finite.astype(jnp.float32)}
+        changed = jax.tree.map(functools.partial(jnp.where, finite), changed, state)
+        changed = changed._replace(loss_scale=state.loss_scale.after(finite, options.loss_scale_interval))
+    return changed._replace(step=state.step + 1), metrics
+
+
+def _gradient(graphdef, state, variables, batch, key):
+    """Return the gradient, times the loss scale if there is one, the next variables and the metrics."""
+
+    def loss_fn(params):
+        # Copied, because variables of an outer trace must not be changed inside the gradient's.
+        model = nnx.merge(graphdef, params, variables, copy=True)
+        terms, metrics = model.losses(batch, key)
+        loss = sum(terms.values())
+        objective = loss if state.loss_scale is None else loss * state.loss_scale.scale
+        return objective, (nnx.state(model, nnx.Not(nnx.Param)), terms | metrics | {"loss": loss})
+
+    gradients, (variables, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    return gradients, variables, metrics
+
+
+def _mean_gradient(graphdef, options, state, batch, key):
+    """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other."""
+    parts, mesh = options.accumulate, options.mesh
+
+    def visit(carry, part):
+        total, variables = carry
+        gradients, variables, metrics = _gradient(graphdef, state, variables, *part)
+        return (jax.tree.map(jnp.add, total, gradients), variables), metrics
+
+    start = jax.tree.map(jnp.zeros_like, state.params), state.variables
+    # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
+    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    inputs = cut_batch(batch, parts, mesh), jax.random.split(key, parts)
+    (total, variables), metrics = jax.lax.scan(visit, start, inputs, unroll=simulated)
+    gradients = jax.tree.map(lambda gradient: gradient / parts, total)
+    return gradients, variables, jax.tree.map(lambda values: values.mean(axis=0), metrics)
+
+
+def _average(averaged, params, step, decay):
+    """Move the average towards the parameters; faster at first, when it still holds initial values."""
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    # In this form, unlike optax.incremental_update's, parameters that never change are their own average to the bit.
+    return jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), averaged, params)
 
 
 def _give_back_memory() -> None:

@@ -57,8 +57,12 @@ def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_p
     assert [line["segm_AP"] for line in lines(tmp_path) if "segm_AP" in line] == [0.1, 0.2]
 
 
-def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, capsys):
     config.eval_every = 1
+    if mixed:
+        config.epochs, config.eval_every, config.batch_size, config.model.dtype = 4, 2, 16, "float16"
+        config.optim.update(ema_decay=0.9, accumulate=2, loss_scale=2.0**16)
     train(config, tmp_path / "whole", make_evaluate=scores(0.1, 0.2))
 
     def stopping(categories):
@@ -84,6 +88,40 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path):
         for run in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
+    assert ("batch 16 in 2 parts of 8 on 8 cpu devices" in capsys.readouterr().out) == mixed
+    if mixed:
+        skipped = [line["skipped"] for line in timeless[0] if "skipped" in line]
+        assert skipped[0] > 0, "the scale is too small to tell anything"
+        assert skipped[1] < 1, "no step was taken"
+
+
+def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config, tmp_path, monkeypatch):
+    config.epochs, config.optim.ema_decay = 1, 0.9
+    saved, evaluated = [], []
+
+    def leaves(tree):
+        return jax.tree.map(np.array, jax.tree.leaves(nnx.to_pure_dict(tree)))
+
+    def save(self, state, metrics=None):
+        saved.extend([leaves(state.params), leaves(nnx.merge_state(state.averaged, state.variables))])
+        real(self, state, metrics)
+
+    def evaluate(model):
+        evaluated.append(leaves(nnx.state(model)))
+        return FakeEvaluation({"bbox_AP": 0.5, "segm_AP": 0.1})
+
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train(config, tmp_path, make_evaluate=lambda categories: evaluate)
+    params, expected = saved
+    for ours, restored, average in zip(evaluated[0], arrays(tmp_path), expected, strict=True):
+        np.testing.assert_array_equal(ours, average)
+        np.testing.assert_array_equal(restored, average)
+    assert not any(np.array_equal(params[0], average) for average in expected)
+
+    config.epochs, config.optim.ema_decay = 2, 0.0
+    with pytest.raises(UserError, match="or optimizer .*params/.* is not in this model"):
+        train(config, tmp_path, make_evaluate=never)
 
 
 def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
@@ -101,8 +139,8 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
 def test_the_step_compiles_once(config, tmp_path, monkeypatch):
     steps = []
 
-    def remember(*args):
-        steps.append(TrainStep(*args))
+    def remember(*args, **options):
+        steps.append(TrainStep(*args, **options))
         return steps[-1]
 
     monkeypatch.setattr("maskrcnn_jax.training.loop.TrainStep", remember)
@@ -123,12 +161,37 @@ def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, 
     assert Checkpoints(tmp_path).latest_step is None
 
 
+@pytest.mark.slow
+def test_float16_goes_on_from_skipped_steps_until_the_loss_scale_is_at_its_smallest(config, tmp_path, monkeypatch):
+    real = MaskRCNN.losses
+
+    def broken(self, batch, key):
+        terms, metrics = real(self, batch, key)
+        return terms | {"loss_mask": terms["loss_mask"] * np.inf}, metrics
+
+    config.model.dtype = "float16"
+    config.optim.loss_scale = 4.0
+    config.eval_every = 0
+    monkeypatch.setattr(MaskRCNN, "losses", broken)
+    with pytest.raises(UserError, match=r"step 3 is not finite: .*loss_scale 1;"):
+        train(config, tmp_path, make_evaluate=lambda categories: None)
+    (line,) = lines(tmp_path)
+    assert (line["step"], line["skipped"], line["loss_scale"]) == (2, 1, 3)
+    assert "loss" not in line
+
+
 def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
     config.batch_size = 6
     with pytest.raises(UserError, match="batch_size 6 is not divisible by 8 devices; use 8"):
         train(config, tmp_path, make_evaluate=never)
     config.batch_size = 12
     with pytest.raises(UserError, match="use 8 or 16"):
+        train(config, tmp_path, make_evaluate=never)
+    config.batch_size, config.optim.accumulate = 40, 2
+    with pytest.raises(UserError, match=r"8 devices times 2 parts \(optim.accumulate\); use 32 or 48"):
+        train(config, tmp_path, make_evaluate=never)
+    config.optim.accumulate = 0
+    with pytest.raises(UserError, match="optim.accumulate 0"):
         train(config, tmp_path, make_evaluate=never)
 
 
