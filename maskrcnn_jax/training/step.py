@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from maskrcnn_jax.sharding import replicated
 from maskrcnn_jax.structures import Batch
+from maskrcnn_jax.training.program_cache import ProgramCache, programs_from_jax, step_key
 
 
 class TrainState(NamedTuple):
@@ -41,19 +42,29 @@ def create_train_state(
 class TrainStep:
     """The compiled training step: a program for each size of the images, made when the first of this size comes."""
 
-    def __init__(self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        cache: ProgramCache | None = None,
+    ):
         """Prepare.
 
         Args:
           graphdef: structure of the model, as create_train_state returns it.
           optimizer: the same as there.
           mesh: over which the batch is sharded.
+          cache: of compiled programs, for the entry points: it knows the sources of this package, but not what was
+            put in the place of one of its functions.
         """
         step = functools.partial(_step, graphdef, optimizer)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
         # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+        self._key = functools.partial(step_key, graphdef, optimizer, mesh, self._options)
+        self._mesh, self._cache = mesh, cache
         self.programs: dict[tuple, jax.stages.Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -70,9 +81,19 @@ class TrainStep:
         """
         kind = tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
         if kind not in self.programs:
-            self.programs[kind] = self._step.lower(state, batch, key).compile(self._options)
+            self.programs[kind] = self._program(state, batch, key)
             _give_back_memory()
         return self.programs[kind](state, batch, key)
+
+    def _program(self, *arguments) -> jax.stages.Compiled:
+        name = self._key(arguments) if self._cache else None
+        program = self._cache.load(name, self._mesh) if name else None
+        if program is None:
+            with programs_from_jax() as taken:
+                program = self._step.lower(*arguments).compile(self._options)
+            if name and not taken:
+                self._cache.save(name, program)
+        return program
 
 
 def _step(graphdef, optimizer, state, batch, key):
