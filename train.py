@@ -7,7 +7,7 @@ Run again with the same --workdir, it goes on from the newest checkpoint there. 
 from absl import flags
 from ml_collections import config_flags
 
-from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.cli import program_cache, run_app
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.training.loop import train
@@ -41,7 +41,13 @@ def main() -> None:
     def initialise(model):
         print(load_weights(model, read_arrays(resolve(FLAGS.weights)), source=FLAGS.weights, partial=True))
 
-    train(config, FLAGS.workdir, make_evaluate=make_evaluate, initialise=initialise if FLAGS.weights else None)
+    train(
+        config,
+        FLAGS.workdir,
+        make_evaluate=make_evaluate,
+        initialise=initialise if FLAGS.weights else None,
+        cache=program_cache(),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from maskrcnn_jax.data.coco import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
+from maskrcnn_jax.training.program_cache import ProgramCache
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.download import resolve
 from maskrcnn_jax.weights.files import read_arrays
@@ -49,6 +50,14 @@ def run_app(main: Callable[[], None]) -> None:
         said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
         print(f"error: a --config.FIELD does not exist: {said}; configs/base.py lists them all", file=sys.stderr)
         sys.exit(1)
+
+
+def program_cache() -> ProgramCache | None:
+    """Return the cache of training steps, beside that of JAX; nothing where that is switched off or on a server."""
+    folder = jax.config.jax_compilation_cache_dir
+    if not (folder and jax.config.jax_enable_compilation_cache) or "://" in folder:
+        return None
+    return ProgramCache(Path(folder) / "programs")
 
 
 def define_model_flags() -> None:

@@ -101,8 +101,20 @@ def test_rows_of_a_subject_replace_those_that_the_document_has(tmp_path):
     assert "old" not in text and "7 s" not in text and "kept" in text and "Z80, 2 cores; jax 1." in text
 
 
+def test_an_interrupted_benchmark_keeps_the_rows_so_far(capsys):
+    row = Row("x", Spread(2, 1, 3))
+
+    def interrupted():
+        yield row
+        assert "x: 2 s" in capsys.readouterr().err, "told before the next is measured"
+        raise KeyboardInterrupt
+
+    assert benchmark.collect(interrupted()) == ([row], True)
+    assert benchmark.collect([row, row]) == ([row, row], False)
+
+
 def measured(subject: str, settings: Settings) -> dict[str, Row]:
-    rows = benchmark.run(subject, settings)
+    rows = list(benchmark.run(subject, settings))
     assert all(row.ours.low <= row.ours.median <= row.ours.high for row in rows)
     assert json.dumps([row.as_json() for row in rows])
     return {row.name: row for row in rows}
@@ -163,10 +175,19 @@ def test_memory_and_compilation_are_measured_in_processes_of_their_own(against):
 
 @pytest.mark.slow
 def test_every_axis_of_scaling_is_measured_and_drawn(tmp_path, monkeypatch):
-    for name, values in (("SIDES", (512,)), ("BATCHES", (1,)), ("OBJECTS", (1,)), ("DETECTIONS", (5,))):
+    for name, values in (("SIDES", (1,)), ("BATCHES", (1,)), ("OBJECTS", (1,)), ("DETECTIONS", (5,))):
         monkeypatch.setattr(scaling, name, values)
     monkeypatch.setattr(scaling, "DEVICES", (1, 2))
     monkeypatch.setattr(scaling, "IMAGES", (200,))
     rows = list(measured("scaling", dataclasses.replace(TINY, height=64, width=64, rounds=1)).values())
-    scaling.write_html(tmp_path / "page.html", rows)
-    assert (tmp_path / "page.html").read_text().count("<svg") == len({row.settings["axis"] for row in rows}) == 7
+    where = {"hardware": {"cpu": "Z80", "cores": 2, "gpu": None}, "versions": {"jax": "1"}, "commit": "c", "date": "d"}
+    scaling.write_html(tmp_path / "page.html", rows, where)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == len({row.settings["axis"] for row in rows}) == 7
+    assert page.count("<circle") == len(rows), "a point for each row"
+    assert all(f">{unit}</text>" in page for unit in ("seconds", "MB", "pixels", "devices", "images"))
+
+
+@pytest.mark.parametrize(("highest", "wanted"), [(0.07, "0 0.02 0.04 0.06 0.08"), (118_287, "0 50000 100000 150000")])
+def test_ticks_are_round_numbers_that_reach_the_highest_value(highest, wanted):
+    assert " ".join(f"{tick:g}" for tick in scaling._ticks(highest)) == wanted

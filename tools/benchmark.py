@@ -6,7 +6,10 @@ Both sides get the same weights and images and take turns in one process. Prints
 
 import importlib
 import os
+import signal
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
@@ -19,15 +22,28 @@ from absl import flags
 from maskrcnn_jax.cli import run_app
 from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.report import write_docs
-from tools.benchmarks.timing import Row, environment, table, write_json
+from tools.benchmarks.timing import Row, cell, environment, table, write_json
 
 SUBJECTS = ("inference", "train", "ops", "data", "eval", "compile", "memory", "scaling")
 
 
-def run(subject: str, settings: Settings) -> list[Row]:
-    """Measure one subject."""
+def run(subject: str, settings: Settings) -> Iterable[Row]:
+    """Measure one subject; a subject of many points yields each as soon as it is there."""
     # Imported only now: those subjects that start processes must not have used a device before.
     return importlib.import_module(f"tools.benchmarks.{subject}").run(settings)
+
+
+def collect(rows: Iterable[Row]) -> tuple[list[Row], bool]:
+    """Take rows as they are measured, telling of each; returns them, and whether Ctrl-C came before the last."""
+    found, start = [], time.monotonic()
+    try:
+        for row in rows:
+            elapsed = f"{time.monotonic() - start:6.0f} s"
+            print(f"{elapsed}  {row.name}: {cell(row.ours, row.unit)}", file=sys.stderr, flush=True)
+            found.append(row)
+    except KeyboardInterrupt:
+        return found, True
+    return found, False
 
 
 FLAGS = flags.FLAGS
@@ -63,16 +79,19 @@ def main() -> None:
         options=NARROW if FLAGS.narrow else {},
         **{name: FLAGS[name].value for name in common},
     )
-    rows = run(subject, settings)
+    rows, interrupted = collect(run(subject, settings))
     print(table(rows))
     if FLAGS.json:
         write_json(FLAGS.json, subject, rows)
-    if FLAGS.docs:
+    if FLAGS.docs and not interrupted:  # its rows would take the place of all that the document has
         write_docs(FLAGS.docs, subject, rows, environment())
     if FLAGS.html and subject == "scaling":
         from tools.benchmarks.scaling import write_html
 
-        write_html(FLAGS.html, rows)
+        write_html(FLAGS.html, rows, environment())
+    if interrupted:
+        print("interrupted: these are the rows so far", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

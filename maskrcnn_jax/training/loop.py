@@ -21,6 +21,7 @@ from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
+from maskrcnn_jax.training.program_cache import ProgramCache
 from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state
 
 
@@ -37,6 +38,7 @@ def train(
     *,
     make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation] | None],
     initialise: Callable[[MaskRCNN], None] | None = None,
+    cache: ProgramCache | None = None,
 ) -> None:
     """Train a model, going on from the newest checkpoint in ``workdir`` if there is one.
 
@@ -46,6 +48,7 @@ def train(
       make_evaluate: called once with the categories; what it returns is called with the model after epochs, unless
         ``eval_every`` is 0.
       initialise: called with the model when there is no checkpoint, to change its initial values.
+      cache: of compiled programs, as TrainStep describes it.
 
     Raises:
       UserError: when the config, the data or the folder do not fit, or a loss is not finite.
@@ -86,7 +89,7 @@ def train(
     elif initialise:
         initialise(model)
     graphdef, state = create_train_state(model, optimizer, mesh, loss_scale=loss_scale, average=ema_decay > 0)
-    train_step = TrainStep(graphdef, optimizer, mesh, **step_options)
+    train_step = TrainStep(graphdef, optimizer, mesh, cache, **step_options)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

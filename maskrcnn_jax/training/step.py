@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.sharding import cut_batch, replicated
 from maskrcnn_jax.structures import Batch
+from maskrcnn_jax.training.program_cache import ProgramCache, programs_from_jax, step_key
 
 # Below, a scale would only guard against gradients that are larger than float16 itself.
 MIN_LOSS_SCALE = 1.0
@@ -92,7 +93,7 @@ def create_train_state(
     return graphdef, jax.device_put(state, replicated(mesh))
 
 
-class _Options(NamedTuple):
+class Settings(NamedTuple):
     """What a step does beside following the gradient; as TrainStep describes it."""
 
     mesh: Mesh
@@ -109,6 +110,7 @@ class TrainStep:
         graphdef: nnx.GraphDef,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
+        cache: ProgramCache | None = None,
         *,
         loss_scale_interval: int = 2000,
         ema_decay: float = 0.0,
@@ -120,6 +122,8 @@ class TrainStep:
           graphdef: structure of the model, as create_train_state returns it.
           optimizer: the same as there.
           mesh: over which the batch is sharded.
+          cache: of compiled programs, for the entry points: it knows the sources of this package, but not what was
+            put in the place of one of its functions.
           loss_scale_interval: good steps in a row after which the loss scale doubles.
           ema_decay: what the average of the parameters, where there is one, keeps of itself in a step; less in the
             first steps.
@@ -133,12 +137,14 @@ class TrainStep:
             raise UserError(f"optim.loss_scale_interval {loss_scale_interval} must be a number of steps, such as 2000")
         if not 0 <= ema_decay < 1:
             raise UserError(f"optim.ema_decay {ema_decay} is not in 0..1, 1 excluded; use 0 for none, or 0.9998")
-        options = _Options(mesh, loss_scale_interval, ema_decay, accumulate)
-        step = functools.partial(_step, graphdef, optimizer, options)
+        settings = Settings(mesh, loss_scale_interval, ema_decay, accumulate)
+        step = functools.partial(_step, graphdef, optimizer, settings)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
         # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+        self._key = functools.partial(step_key, graphdef, optimizer, settings, self._options)
+        self._mesh, self._cache = mesh, cache
         self.programs: dict[tuple, jax.stages.Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -156,17 +162,27 @@ class TrainStep:
         """
         kind = tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
         if kind not in self.programs:
-            self.programs[kind] = self._step.lower(state, batch, key).compile(self._options)
+            self.programs[kind] = self._program(state, batch, key)
             _give_back_memory()
         return self.programs[kind](state, batch, key)
 
+    def _program(self, *arguments) -> jax.stages.Compiled:
+        name = self._key(arguments) if self._cache else None
+        program = self._cache.load(name, self._mesh) if name else None
+        if program is None:
+            with programs_from_jax() as taken:
+                program = self._step.lower(*arguments).compile(self._options)
+            if name and not taken:
+                self._cache.save(name, program)
+        return program
 
-def _step(graphdef, optimizer, options, state, batch, key):
+
+def _step(graphdef, optimizer, settings, state, batch, key):
     key = jax.random.fold_in(key, state.step)
-    if options.accumulate == 1:
+    if settings.accumulate == 1:
         gradients, variables, metrics = _gradient(graphdef, state, state.variables, batch, key)
     else:
-        gradients, variables, metrics = _mean_gradient(graphdef, options, state, batch, key)
+        gradients, variables, metrics = _mean_gradient(graphdef, settings, state, batch, key)
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -174,12 +190,12 @@ def _step(graphdef, optimizer, options, state, batch, key):
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     changed = state._replace(params=params, variables=variables, opt_state=opt_state)
     if state.averaged is not None:
-        changed = changed._replace(averaged=_average(state.averaged, params, state.step, options.ema_decay))
+        changed = changed._replace(averaged=_average(state.averaged, params, state.step, settings.ema_decay))
     if state.loss_scale is not None:
         finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"])
         metrics |= {"loss_scale": state.loss_scale.scale, "skipped": 1 - finite.astype(jnp.float32)}
         changed = jax.tree.map(functools.partial(jnp.where, finite), changed, state)
-        changed = changed._replace(loss_scale=state.loss_scale.after(finite, options.loss_scale_interval))
+        changed = changed._replace(loss_scale=state.loss_scale.after(finite, settings.loss_scale_interval))
     return changed._replace(step=state.step + 1), metrics
 
 
@@ -198,9 +214,9 @@ def _gradient(graphdef, state, variables, batch, key):
     return gradients, variables, metrics
 
 
-def _mean_gradient(graphdef, options, state, batch, key):
+def _mean_gradient(graphdef, settings, state, batch, key):
     """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other."""
-    parts, mesh = options.accumulate, options.mesh
+    parts, mesh = settings.accumulate, settings.mesh
 
     def visit(carry, part):
         total, variables = carry

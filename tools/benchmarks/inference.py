@@ -11,7 +11,7 @@ from maskrcnn_jax.evaluation.inference import make_detect
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.structures import Detections
 from tools.benchmarks.inputs import Settings, default_dtype, make_model, on_gpu, pad_images, read_photos
-from tools.benchmarks.timing import OURS, Row, compare, measure
+from tools.benchmarks.timing import OURS, Row, Spread, compare, measure
 
 FEW = 5
 SAME_PIXELS, SAME_SCORE = 0.05, 1e-3
@@ -129,8 +129,8 @@ def _by_stage(model: MaskRCNN, images: np.ndarray, sizes: np.ndarray, best, sett
     return rows
 
 
-def time_of_ours(settings: Settings, **changes) -> Row:
-    """Time our detection alone, as :mod:`scaling` needs it; random weights, as many detections as are allowed."""
-    detect = make_detect(make_model(settings, box_score_thresh=0.0, **changes))
+def time_of_ours(model: MaskRCNN, settings: Settings) -> Spread:
+    """Time our detection alone, as :mod:`scaling` needs it."""
+    detect = make_detect(model)
     inputs = jax.device_put(pad_images(read_photos(settings, settings.batch_size)))
-    return Row("inference", measure({OURS: lambda: detect(*inputs)}, settings.rounds)[OURS], settings=changes)
+    return measure({OURS: lambda: detect(*inputs)}, settings.rounds)[OURS]

@@ -52,4 +52,7 @@ def _block(subject: str, rows: Sequence[Row], environment: Mapping) -> str:
     for row in rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
         lines.append(f"| {row.name} | {cell(row.ours, row.unit)} | {cell(row.reference, row.unit) or '–'} | {ratio} |")
+    notes = dict.fromkeys(row.settings["at"] for row in rows if "at" in row.settings)
+    if notes:
+        lines += ["", "Measured at sizes as follows.", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

@@ -1,75 +1,125 @@
 """How our cost grows with the image, the batch, objects, detections, devices and the dataset; a table and plots."""
 
 import dataclasses
+import functools
 import html
+import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from configs import shapes
 from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.structures import Batch
 from tests.data import large_index
 from tools.benchmarks import inference, train
 from tools.benchmarks.child import peak_memory, run_child
 from tools.benchmarks.inputs import Settings, default_dtype, make_batch, make_model, random_objects, read_photos
-from tools.benchmarks.timing import OURS, Row, Spread, measure
+from tools.benchmarks.timing import OURS, Row, Spread, cell, measure
 
-SIDES = (256, 384, 512, 768, 1024)
-BATCHES = (1, 2, 4, 8)
-OBJECTS = (1, 8, 32, 96)
-DETECTIONS = (5, 25, 100, 200)
-DEVICES = (1, 2, 4, 8)
+SIDE = 256  # pixels; most of the time goes into compiling, which takes as long for larger images
+SIDES = (0.5, 1, 1.5, 2)  # times that
+BATCHES = (1, 2, 4)
+DETECTIONS = (10, 50, 100)
+OBJECTS = (1, 8, 64)
+DEVICES = (1, 2, 4)
 IMAGES = (10_000, 40_000, 118_287)
 
 
-def run(settings: Settings) -> list[Row]:
-    """Measure every axis, the others kept at 512x512, batch 1, 7 objects and 100 detections."""
-    side = settings.height or 512
+class Axis(NamedTuple):
+    """What is measured over what."""
+
+    name: str
+    unit: str  # of the numbers along the axis
+    at: str  # what does not change
+
+    def row(self, x: int, value: Spread, unit: str = "s") -> Row:
+        """Return the row of a point."""
+        said = {"axis": self.name, "x": x, "x_unit": self.unit, "at": f"{self.name}: {self.at}"}
+        return Row(f"{self.name}: {x:,} {self.unit}", value, unit=unit, settings=said)
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    """Measure every axis, at images of SIDE or of --height, a batch of 1, 100 detections and 7 objects."""
+    side = settings.height or SIDE
     settings = settings.having(height=side, width=side, rounds=3, dtype=default_dtype())
-    one = settings.having(batch_size=1)
-    rows = []
-    for scaled in (s * side // 512 for s in SIDES):
+    one, network = dataclasses.replace(settings, batch_size=1), settings.model_options["backbone"]
+    square = f"{side}x{side}"
+    infer = functools.partial(inference.time_of_ours, make_model(one, box_score_thresh=0.0))
+
+    axis = Axis("inference by image area", "pixels", f"{network}, square images, batch 1, 100 detections")
+    for scaled in (int(factor * side) for factor in SIDES):
         at = dataclasses.replace(one, height=scaled, width=scaled)
-        rows.append(_row("inference by image area, pixels", scaled**2, inference.time_of_ours(at).ours))
+        yield axis.row(scaled**2, infer(at))
+
+    axis = Axis("inference by batch", "images", f"{network}, {square}, 100 detections an image")
     for batch_size in BATCHES:
-        at = dataclasses.replace(settings, batch_size=batch_size)
-        rows.append(_row("inference by batch", batch_size, inference.time_of_ours(at).ours))
+        yield axis.row(batch_size, infer(dataclasses.replace(one, batch_size=batch_size)))
+
+    axis = Axis("inference by detections", "detections", f"{network}, {square}, batch 1")
     for number in DETECTIONS:
-        time = inference.time_of_ours(one, box_detections_per_img=number).ours
-        rows.append(_row("inference by detections", number, time))
-    rows += [_row("training step by objects an image", n, _train_step(one, n)) for n in OBJECTS]
-    for number in DEVICES if jax.default_backend() == "cpu" else ():
-        at = dataclasses.replace(settings, batch_size=max(DEVICES))
-        others = os.environ.get("XLA_FLAGS", "")
-        flags = {"XLA_FLAGS": f"{others} --xla_force_host_platform_device_count={number}".strip()}
-        seconds = run_child("scaling:time_train_step", at, environment=flags)["seconds"]
-        rows.append(_row(f"training step of {max(DEVICES)} images by simulated devices", number, Spread(*seconds)))
+        model = make_model(one, box_score_thresh=0.0, box_detections_per_img=number)
+        yield axis.row(number, inference.time_of_ours(model, one))
+
+    axis = Axis("training step by objects", "objects an image", f"{network}, {square}, batch 1")
+    training = train.OurTraining(make_model(one), _batch(one, max(OBJECTS)))
+    for number in OBJECTS:
+        training.load(_batch(one, number))
+        yield axis.row(number, _time_step(training, one))
+
+    if jax.default_backend() == "cpu":
+        yield from _devices(settings)
+    yield from _datasets(settings)
+
+
+def _devices(settings: Settings) -> Iterator[Row]:
+    """Measure simulated devices, which share the cores: what dividing the work costs, with a network that is small."""
+    options = shapes.get_config().model.to_dict() | dict(settings.options)
+    side, batch_size = settings.height // 2, 2 * max(DEVICES)
+    settings = dataclasses.replace(settings, height=side, width=side, batch_size=batch_size, options=options)
+    at = f"the network of configs/shapes.py, batch {batch_size}, {side}x{side}, {train.ORDINARY} objects an image"
+    axis = Axis("training step by simulated devices", "devices", at)
+    # Set by the entry points for their own process only. Compiling takes most of the time here.
+    environment = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    others = os.environ.get("XLA_FLAGS", "")
+    for number in DEVICES:
+        environment["XLA_FLAGS"] = f"{others} --xla_force_host_platform_device_count={number}".strip()
+        seconds = run_child("scaling:time_train_step", settings, environment=environment)["seconds"]
+        yield axis.row(number, Spread(*seconds))
+
+
+def _datasets(settings: Settings) -> Iterator[Row]:
+    """Measure what opening a dataset takes, once each."""
+    at = f"{large_index.NUM_ANNOTATIONS / large_index.NUM_IMAGES:.1f} objects an image, measured once"
+    start_up, memory = (Axis(f"{what} of a dataset", "images", at) for what in ("start-up time", "index memory"))
     for number in sorted({min(n, settings.num_images or n) for n in IMAGES}):
         with tempfile.TemporaryDirectory() as folder:
             run_child("scaling:write_dataset", settings, folder, number)
             opened = run_child("scaling:open_dataset", settings, folder)
-        rows.append(_row("opening a dataset by images", number, Spread.of([opened["seconds"]])))
-        rows.append(_row("memory of a dataset by images", number, Spread.of([opened["mb"]]), unit="mb"))
-    return rows
+        yield start_up.row(number, Spread.of([opened["seconds"]]))
+        yield memory.row(number, Spread.of([opened["mb"]]), unit="mb")
 
 
-def _row(axis: str, x: int, value: Spread, unit: str = "s") -> Row:
-    return Row(f"{axis}: {x}", value, unit=unit, settings={"axis": axis, "x": x})
-
-
-def _train_step(settings: Settings, num_objects: int) -> Spread:
+def _batch(settings: Settings, num_objects: int) -> Batch:
+    """Return a batch of images with so many objects each."""
     photos, rng = read_photos(settings, settings.batch_size), np.random.default_rng(settings.seed)
-    batch = make_batch(photos, [random_objects(settings, num_objects, rng) for _ in photos])
-    return measure({OURS: train.OurTraining(make_model(settings), batch).step}, settings.rounds)[OURS]
+    return make_batch(photos, [random_objects(settings, num_objects, rng) for _ in photos])
+
+
+def _time_step(training: train.OurTraining, settings: Settings) -> Spread:
+    return measure({OURS: training.step}, settings.rounds)[OURS]
 
 
 def time_train_step(settings: Settings) -> dict:
     """Time our training step on the devices of this process."""
-    return {"seconds": _train_step(settings, train.ORDINARY)}
+    training = train.OurTraining(make_model(settings), _batch(settings, train.ORDINARY))
+    return {"seconds": _time_step(training, settings)}
 
 
 def write_dataset(settings: Settings, folder: str, num_images: str) -> dict:
@@ -88,39 +138,89 @@ def open_dataset(settings: Settings, folder: str) -> dict:
     return {"seconds": time.perf_counter() - start, "mb": peak_memory() - before}
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 460, 240, 60, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 260, 70, 30, 14, 44
+STYLE = """
+body { font: 14px sans-serif; margin: 24px; max-width: 1080px }
+main { display: flex; flex-wrap: wrap; gap: 32px }
+section { width: 480px }
+h2 { font-size: 16px; margin: 0 }
+p { margin: 4px 0 8px }
+td, th { padding: 1px 16px 1px 0; text-align: right }
+svg { font-size: 12px }
+.grid { stroke: #ddd }
+.tick { fill: #555 }
+"""
 
 
-def write_html(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write one page with a plot of every axis; both scales start at zero, so that a straight line is linear cost."""
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>How cost grows</title><h1>How cost grows</h1>"]
+def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> None:
+    """Write one page with a plot and a table of every axis.
+
+    Args:
+      path: of the page, which needs no other file.
+      rows: as run yields them.
+      environment: as timing.environment returns it.
+    """
+    hardware, versions = environment["hardware"], environment["versions"]
+    where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, jax {versions['jax']}"
+    about = f"{where}; commit {environment['commit']}, {environment['date']}. Median, and a bar between the quartiles."
+    sections = []
     for axis in dict.fromkeys(row.settings["axis"] for row in rows):
-        parts.append(_plot(axis, [row for row in rows if row.settings["axis"] == axis]))
-    Path(path).write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8")
+        sections.append(_section([row for row in rows if row.settings["axis"] == axis]))
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>How cost grows</title><style>{STYLE}</style>
+<h1>How cost grows</h1><p>{html.escape(about)}</p><p>Both scales start at zero: a straight line through the origin is
+cost in proportion.</p>
+<main>{"".join(sections)}</main></html>
+"""
+    Path(path).write_text(page, encoding="utf-8")
 
 
-def _plot(axis: str, rows: Sequence[Row]) -> str:
+def _section(rows: Sequence[Row]) -> str:
+    """Return the plot and the table of an axis."""
+    said = rows[0].settings
+    name, _, at = said["at"].partition(": ")
+    cells = "".join(f"<tr><td>{row.settings['x']:,}</td><td>{cell(row.ours, row.unit)}</td></tr>" for row in rows)
+    return f"""<section><h2>{html.escape(name)}</h2><p>{html.escape(at)}</p>{_plot(rows)}
+<table><tr><th>{said["x_unit"]}</th><th>median (quartiles)</th></tr>{cells}</table></section>
+"""
+
+
+def _plot(rows: Sequence[Row]) -> str:
     """Draw the median of each row over its x, with a bar between the quartiles, as SVG."""
-    right, top = max(row.settings["x"] for row in rows), max(row.ours.high for row in rows) or 1.0
+    unit = {"s": "seconds", "mb": "MB"}[rows[0].unit]
+    x_ticks = _ticks(max(row.settings["x"] for row in rows))
+    y_ticks = _ticks(max(row.ours.high for row in rows))
 
     def place(x, y):
-        return LEFT + x / right * (WIDTH - LEFT - 20), HEIGHT - BOTTOM - y / top * (HEIGHT - BOTTOM - 20)
+        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+        return LEFT + x / x_ticks[-1] * width, HEIGHT - BOTTOM - y / y_ticks[-1] * height
 
-    points, marks = [], []
-    for row in rows:
-        x, y = place(row.settings["x"], row.ours.median)
+    (left, bottom), (right, top) = place(0, 0), place(x_ticks[-1], y_ticks[-1])
+    parts = []
+    for y in y_ticks:
+        height = place(0, y)[1]
+        parts.append(f'<path class="grid" d="M{left} {height:.1f}H{right}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{height + 4:.1f}" text-anchor="end">{y:,.4g}</text>')
+    for x in x_ticks:
+        along = place(x, 0)[0]
+        parts.append(f'<text class="tick" x="{along:.1f}" y="{bottom + 16}" text-anchor="middle">{x:,.0f}</text>')
+    parts.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888"/>')
+    points = [place(row.settings["x"], row.ours.median) for row in rows]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#3b6fb6"/>')
+    for row, (x, y) in zip(rows, points, strict=True):
         low, high = (place(0, value)[1] for value in (row.ours.low, row.ours.high))
-        points.append(f"{x:.1f},{y:.1f}")
-        marks.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/><path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="#000"/>'
-        )
-        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{row.settings["x"]}</text>')
-    (x0, y0), (x1, y1), name = place(0, 0), place(right, top), html.escape(axis)
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11" font-family="sans-serif" role="img" '
-        f'aria-label="{name}"><path d="M{x0} {y1}V{y0}H{x1}" fill="none" stroke="#888"/>'
-        f'<text x="{LEFT - 6}" y="{y1 + 4:.1f}" text-anchor="end">{top:.3g} {rows[0].unit}</text>'
-        f'<text x="{LEFT - 6}" y="{y0 + 4:.1f}" text-anchor="end">0</text>'
-        f'<polyline points="{" ".join(points)}" fill="none" stroke="#3b6fb6"/>{"".join(marks)}'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{name}</text></svg>'
-    )
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#3b6fb6"/>')
+        parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="#000"/>')
+    x, y, said = (left + right) / 2, (top + bottom) / 2, rows[0].settings
+    parts.append(f'<text x="{x}" y="{HEIGHT - 8}" text-anchor="middle">{said["x_unit"]}</text>')
+    parts.append(f'<text transform="translate(14 {y}) rotate(-90)" text-anchor="middle">{unit}</text>')
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
+    return f'<svg {size} role="img" aria-label="{said["axis"]}">{"".join(parts)}</svg>'
+
+
+def _ticks(highest: float) -> list[float]:
+    """Return up to six round numbers from zero to the first that is not below ``highest``."""
+    power = 10 ** math.floor(math.log10(highest or 1))
+    step = next(step for step in (0.2 * power, 0.5 * power, power, 2 * power) if highest <= 5 * step)
+    return [i * step for i in range(max(1, math.ceil(highest / step)) + 1)]

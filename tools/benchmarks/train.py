@@ -9,6 +9,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.sharding import replicated, shard_batch
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import make_optimizer
+from maskrcnn_jax.training.program_cache import ProgramCache
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tools.benchmarks.inputs import (
     Objects,
@@ -111,7 +112,7 @@ def mesh_for(batch_size: int) -> Mesh:
 class OurTraining:
     """Our training on one batch: loss, gradient and the optimizer's step, as the training loop has them."""
 
-    def __init__(self, model: MaskRCNN, batch: Batch):
+    def __init__(self, model: MaskRCNN, batch: Batch, cache: ProgramCache | None = None):
         mesh = mesh_for(len(batch.images))
         optimizer = make_optimizer(
             lambda _: LEARNING_RATE,
@@ -127,7 +128,7 @@ class OurTraining:
         graphdef, self.state = create_train_state(model, optimizer, mesh)
         self._mesh, self.key = mesh, jax.device_put(jax.random.key(0), replicated(mesh))
         self.load(batch)
-        self._step = TrainStep(graphdef, optimizer, mesh)
+        self._step = TrainStep(graphdef, optimizer, mesh, cache)
 
         def loss(params, variables, batch, key):
             return sum(nnx.merge(graphdef, params, variables, copy=True).losses(batch, key)[0].values())
