@@ -1,6 +1,9 @@
-"""What compiled programs do, read from their text."""
+"""What programs do, read from their text when compiled or from their equations before."""
 
 import re
+from collections.abc import Iterator
+
+import jax
 
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 _CALLED = re.compile(
@@ -26,3 +29,13 @@ def collectives_in_loops(text: str) -> list[str]:
             rest += re.findall(r"%[\w.\-]+", " ".join(_CALLED.findall(line)))
             found += [line] if _COLLECTIVE.search(line) else []
     return found
+
+
+def equations(jaxpr) -> Iterator:
+    """Yield the equations of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

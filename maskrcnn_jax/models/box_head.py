@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
-from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, Linear, parameter_dtype
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
@@ -31,7 +31,7 @@ class BoxHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def linear(in_features, out_features, kernel_init, bias=0.0):
-            return nnx.Linear(
+            return Linear(
                 in_features,
                 out_features,
                 kernel_init=kernel_init,

@@ -17,6 +17,24 @@ def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add bias [K] to x [..., K], in the dtype of x."""
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    if x.dtype == jnp.float16:
+        # Repeated before it is rounded, so that its gradient is summed in float32: times the loss scale, the sum over
+        # all cells easily is beyond 65504.
+        return x + jnp.broadcast_to(bias.reshape(shape), x.shape).astype(x.dtype)
+    return x + bias.astype(x.dtype).reshape(shape)
+
+
+class Linear(nnx.Linear):
+    """A fully connected layer."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to x [..., K] in the compute dtype."""
+        return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])
+
+
 class Conv(nnx.Module):
     """A square convolution that keeps the size up to its stride."""
 
@@ -41,7 +59,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Apply to x [N, H, W, K] in the compute dtype."""
         x = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
-        return x if self.bias is None else x + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
+        return x if self.bias is None else add_bias(x, self.bias[...])
 
 
 def apply_together(convolutions: list[Conv], x: jax.Array) -> list[jax.Array]:
@@ -50,7 +68,7 @@ def apply_together(convolutions: list[Conv], x: jax.Array) -> list[jax.Array]:
     kernel = jnp.concatenate([convolution.kernel[...] for convolution in convolutions], axis=-1)
     bias = jnp.concatenate([convolution.bias[...] for convolution in convolutions])
     outputs = conv2d(x.astype(first.dtype), kernel.astype(first.dtype), stride=first.stride)
-    outputs = outputs + bias.astype(first.dtype).reshape(1, 1, 1, -1)
+    outputs = add_bias(outputs, bias)
     ends = np.cumsum([convolution.bias.shape[0] for convolution in convolutions])
     return jnp.split(outputs, ends[:-1], axis=-1)
 

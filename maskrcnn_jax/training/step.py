@@ -28,7 +28,7 @@ _MAX_LOSS_SCALE = 2.0**127
 class LossScale(NamedTuple):
     """By what the loss is multiplied before it is differentiated in float16, whose smallest number is 6e-8.
 
-    Most gradients are smaller or have few digits left there. The gradient of the parameters, in float32, is divided by
+    Many gradients are smaller or have few digits left there. The gradient of the parameters, in float32, is divided by
     the scale again. Source: Sec. 3.2, Mixed Precision Training; the dynamic scale is that of torch's GradScaler.
     """
 

@@ -14,7 +14,7 @@ from maskrcnn_jax.models.proposals import limit_proposals
 from maskrcnn_jax.ops.matching import BACKGROUND, IGNORED
 from maskrcnn_jax.structures import GroundTruth, Proposals
 from tests.models.tiny import NUM_CLASSES, SIDE, all_finite, compiled, tiny_batch, tiny_model
-from tests.programs import collectives_in_loops
+from tests.programs import collectives_in_loops, equations
 
 TERMS = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
 
@@ -177,6 +177,27 @@ def test_eight_devices_compute_the_losses_and_gradients_of_one(tiny_functions, k
         np.testing.assert_allclose(terms[name], expected[0][name], rtol=1e-5)
     for a, e in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[2]), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4 * float(jnp.abs(e).max()) + 1e-8)
+
+
+def test_float16_adds_up_no_more_than_a_few_numbers():
+    """Beside matrix products and convolutions, in which XLA sums in float32."""
+    graph, params, rest = nnx.split(tiny_model(dtype="float16", norm="batch"), nnx.Param, ...)
+
+    def loss(params):
+        model = nnx.merge(graph, params, rest, copy=True)
+        return sum(model.losses(tiny_batch(), jax.random.key(0))[0].values())
+
+    sums, other = [], set()
+    for equation in equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr):
+        operand = next(iter(equation.invars), None)
+        if getattr(getattr(operand, "aval", None), "dtype", None) != jnp.float16:
+            continue
+        if equation.primitive.name == "reduce_sum":
+            sums.append(operand.aval.size // equation.outvars[0].aval.size)
+        other.add(equation.primitive.name)
+    assert sums, "upsampling adds up two cells in its gradient"
+    assert max(sums) == 2
+    assert not other & {"exp", "log", "logistic", "rsqrt", "sqrt", "integer_pow", "square", "cumsum", "scatter-add"}
 
 
 @pytest.mark.slow
