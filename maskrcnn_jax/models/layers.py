@@ -19,12 +19,12 @@ def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """Add bias [K] to x [..., K], in the dtype of x."""
-    bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    shape = (1,) * (x.ndim - 1) + (-1,)
     if x.dtype == jnp.float16:
         # Repeated before it is rounded, so that its gradient is summed in float32: times the loss scale, the sum over
         # all cells easily is beyond 65504.
-        bias = jnp.broadcast_to(bias, x.shape)
-    return x + bias.astype(x.dtype)
+        return x + jnp.broadcast_to(bias.reshape(shape), x.shape).astype(x.dtype)
+    return x + bias.astype(x.dtype).reshape(shape)
 
 
 class Linear(nnx.Linear):
