@@ -3,7 +3,8 @@
 JAX's own cache finds a program by its text, for which every run traces and lowers it first: most of what its start
 takes. Here a program is found by what the text is made from: the sources of this package and of the libraries, the
 structure of the model, what the optimizer does, the arguments, the devices, the settings of JAX and the compiler. What
-cannot be told with certainty is not kept, and what cannot be read is compiled anew.
+cannot be told with certainty is not kept, and what cannot be read is compiled anew. Neither is a program kept that JAX
+took from its own cache, which XLA cannot write out a second time.
 
 Reading a program runs code, as it does with JAX's own cache. So the files belong to the user and nobody else can read
 or write them; a file of someone else is not touched.
@@ -116,7 +117,10 @@ def _checksum(key: str, packed: bytes) -> bytes:
 
 @contextlib.contextmanager
 def programs_from_jax() -> Iterator[list[str]]:
-    """Collect an entry for each program that JAX takes from its own cache: XLA cannot write these out again."""
+    """Collect an entry for each program that JAX takes from its own cache.
+
+    XLA's CPU compiler writes such a program out again without its functions, which shows only when it is called.
+    """
     found = []
 
     def listen(event: str, **_) -> None:
@@ -180,7 +184,7 @@ def _describe(array: jax.Array) -> str:
 
 
 def _sources(package: Path, libraries: Iterable[Path], process_start: float) -> Iterator[str | bytes]:
-    """Yield the sources of the package, and name, size and time of every file of code of the libraries.
+    """Yield name, size and time of every file of code, by which Python tells whether it compiled it, and our sources.
 
     Raises:
       Unknown: when a file was changed after the process had started, which may have read the earlier one.
@@ -195,8 +199,9 @@ def _sources(package: Path, libraries: Iterable[Path], process_start: float) -> 
                 status = path.stat()
                 if status.st_ctime > process_start:
                     raise Unknown(path)
-                yield str(path)
-                yield path.read_bytes() if root == package else f"{status.st_size} {status.st_mtime_ns}"
+                yield f"{root.name}/{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}"
+                if root == package:
+                    yield path.read_bytes()
 
 
 def _process_start() -> float:
