@@ -5,7 +5,8 @@
 
 Where the paper differs from torchvision's network, which the other files have: three scales of anchors and a wider RPN
 (Sec. 2.6), masks without deconvolution (Sec. 2.5), proposals from annotated boxes first (Sec. 2.2). The weights are an
-ImageNet backbone; nothing of it is frozen. Results beside the paper's: docs/results.md.
+ImageNet backbone; nothing of it is frozen. On a V100, which has no bfloat16, add --config.model.dtype=float16, with
+which gradients are scaled (Sec. 3.2). Results beside the paper's: docs/results.md.
 """
 
 from typing import NamedTuple
