@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from maskrcnn_jax.data.coco import Categories
+from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.checkpoint import load_config, restore_model

@@ -9,7 +9,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data.coco import BrokenImageError, Categories, CocoIndex, load_index
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex, load_index
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.accuracy import measure_losses

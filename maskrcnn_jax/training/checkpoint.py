@@ -15,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from maskrcnn_jax.data.coco import Categories
+from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.step import TrainState

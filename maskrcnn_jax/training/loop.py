@@ -13,7 +13,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from maskrcnn_jax.data.coco import Categories, CocoIndex, drop_labels, load_index
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.coco import CocoIndex, drop_labels, load_index
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN

@@ -10,7 +10,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data.coco import BrokenImageError, Categories, drop_labels, load_index
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.coco import BrokenImageError, drop_labels, load_index
 from maskrcnn_jax.errors import UserError
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]

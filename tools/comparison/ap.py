@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from maskrcnn_jax.data.coco import Categories, CocoIndex, load_index
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.coco import CocoIndex, load_index
 from maskrcnn_jax.evaluation.coco_eval import evaluate
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN

@@ -1,0 +1,79 @@
+"""The classes of a dataset: its category ids and names, and the labels that the model has for them."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from maskrcnn_jax.errors import UserError
+
+# Category ids of COCO's detection task: 80 of 1..90.
+_COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+_COCO_NAMES = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
+    laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+    scissors, teddy bear, hair drier, toothbrush
+"""
+
+
+class Categories(NamedTuple):
+    """The classes of a dataset: parallel tuples in order of category id.
+
+    With COCO's own 80 ids the label is the id and ``num_classes`` is 91, as torchvision's weights have it; any other
+    dataset gets the labels 1..K, as COCO does for detectron2's weights.
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    num_classes: int  # background included
+
+    @classmethod
+    def create(cls, ids: list[int], names: list[str], contiguous: bool = False) -> "Categories":
+        """Numbers the categories of a dataset, given in any order; COCO's from 1 to 80 if ``contiguous``."""
+        ids, names = zip(*sorted(zip(ids, names, strict=True)), strict=True)
+        labels = ids if ids == _COCO_IDS and not contiguous else tuple(range(1, len(ids) + 1))
+        return cls(ids, names, labels, max(labels) + 1)
+
+    @classmethod
+    def coco(cls, contiguous: bool = False) -> "Categories":
+        """Returns those of COCO's detection task."""
+        names = [name.strip() for name in _COCO_NAMES.replace("\n", " ").split(",")]
+        return cls.create(list(_COCO_IDS), names, contiguous)
+
+    def name(self, label: int) -> str:
+        """Returns the name of a label."""
+        return self.names[self.labels.index(label)]
+
+    def category_id(self, label: int) -> int:
+        """Returns the id that the annotation file gives to a label."""
+        return self.ids[self.labels.index(label)]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the categories as JSON."""
+        rows = [
+            {"id": i, "name": n, "label": label} for i, n, label in zip(self.ids, self.names, self.labels, strict=True)
+        ]
+        content = {"num_classes": self.num_classes, "categories": rows}
+        Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Categories":
+        """Reads what ``save`` wrote.
+
+        Raises:
+            UserError: the file is missing or is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            columns = [tuple(row[key] for row in content["categories"]) for key in ("id", "name", "label")]
+            return cls(*columns, content["num_classes"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f"cannot read the categories of the model from {path} ({e!r}); it is written when training starts, "
+                "so point at the folder of a training run"
+            ) from None
