@@ -97,7 +97,7 @@ def _devices(settings: Settings) -> Iterator[Row]:
 def _datasets(settings: Settings) -> Iterator[Row]:
     """Measure what opening a dataset takes, once each."""
     at = f"{large_index.NUM_ANNOTATIONS / large_index.NUM_IMAGES:.1f} objects an image, measured once"
-    start_up, memory = (Axis(f"{what} of a dataset", "images", at) for what in ("start-up time", "index memory"))
+    start_up, memory = (Axis(f"{what} of opening a dataset", "images", at) for what in ("time", "peak memory"))
     for number in sorted({min(n, settings.num_images or n) for n in IMAGES}):
         with tempfile.TemporaryDirectory() as folder:
             run_child("scaling:write_dataset", settings, folder, number)
