@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -131,15 +134,15 @@ def test_a_training_is_summarised_once_and_a_failed_one_is_tried_again(tmp_path,
         commands.append(command)
         workdir = next(part.partition("=")[2] for part in command if part.startswith("--workdir"))
         if len(commands) == 1:
-            return SimpleNamespace(returncode=143)
+            return SimpleNamespace(wait=lambda: 143)
         lines = [{"step": step, "epoch": step / 2, "loss": 4.0 - step, "lr": 0.1 * step} for step in (1, 2, 3)]
         lines.insert(2, {"step": 2, "segm_AP": 0.1, "eval_accuracy": 0.5, "bbox_AR1": 0.3})
         lines.append({"step": 3, "segm_AP": 0.2, "eval_accuracy": 0.6})
         with open(f"{workdir}/metrics.jsonl", "w") as file:
             file.write("\n".join(map(json.dumps, lines)))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(running, "subprocess", SimpleNamespace(run=train))
+    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=train))
     run = comparison_run({"model.roi_operator": "pool"}, 1, 0.2)
     options = {"coco_dir": "data/shapes", "weights": "backbone.safetensors"}
     with pytest.raises(UserError, match="status 143; the same command goes on"):
@@ -155,3 +158,27 @@ def test_a_training_is_summarised_once_and_a_failed_one_is_tried_again(tmp_path,
         {"epoch": 1.5, "loss": 1.0, "segm_AP": 0.2, "eval_accuracy": 0.6},
     ]
     assert result["lr"] == [0.1, pytest.approx(0.3), pytest.approx(0.3)]
+
+
+def test_a_signal_to_stop_reaches_the_training_which_ends_by_itself(tmp_path):
+    """The tool in a process of its own, with a training that takes its time to save."""
+    (tmp_path / "training.py").write_text(
+        "import signal, sys, time\n"
+        "def stop(number, _):\n"
+        "    time.sleep(1)\n"
+        "    open(sys.argv[1], 'w').write('saved')\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "open(sys.argv[1], 'w').write('started')\n"
+        "time.sleep(60)\n"
+    )
+    said = tmp_path / "said"
+    command = [sys.executable, str(tmp_path / "training.py"), str(said)]
+    code = f"from tools.paper import running; print(running._run({command}))"
+    tool = subprocess.Popen([sys.executable, "-c", code], cwd=running.ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (said.exists() and said.read_text() == "started") and time.time() < deadline:
+        time.sleep(0.1)
+    tool.terminate()
+    assert tool.communicate(timeout=60)[0].strip() == "143"
+    assert said.read_text() == "saved"

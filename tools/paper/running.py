@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,10 +47,7 @@ def _train(run: Run, workdir: Path, coco_dir: str, weights: str) -> dict:
     command = [sys.executable, "train.py", *run.arguments, f"--config.data.coco_dir={coco_dir}"]
     command += [f"--workdir={workdir}"] + ([f"--weights={weights}"] if weights else [])
     started = time.time()
-    # The environment, below, is asked of JAX, which must not take the memory of a GPU from the trainings for it.
-    child = {name: value for name, value in os.environ.items() if name != PREALLOCATE}
-    os.environ[PREALLOCATE] = "false"
-    status = subprocess.run(command, cwd=ROOT, env=child).returncode
+    status = _run(command)
     if status:
         raise UserError(f"training {run.name} ended with status {status}; the same command goes on from there")
     result = {
@@ -61,6 +59,21 @@ def _train(run: Run, workdir: Path, coco_dir: str, weights: str) -> dict:
     }
     write_json(workdir / RESULT, result, indent=1)
     return result
+
+
+def _run(command: list[str]) -> int:
+    """Run a training and return its status; a signal to stop is left to it, so that it saves what it has."""
+    # The environment of a result is asked of JAX, which must not take the memory of a GPU from the trainings for it.
+    environment_of_child = {name: value for name, value in os.environ.items() if name != PREALLOCATE}
+    os.environ[PREALLOCATE] = "false"
+    process = subprocess.Popen(command, cwd=ROOT, env=environment_of_child)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to both
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _summarise(workdir: Path) -> dict:
