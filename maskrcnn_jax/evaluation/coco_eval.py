@@ -12,7 +12,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,20 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
 
 # The order of COCOeval.stats.
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def load_annotations(path: str | os.PathLike) -> COCO:
+def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None = None) -> COCO:
     """Read a COCO annotation file quietly and fill in what COCOeval needs and small datasets often leave out.
 
     Args:
         path: a COCO ``instances_*.json``.
+        image_ids: read what belongs to these images only, which takes less memory: for all of COCO's training set
+            pycocotools needs several gigabytes.
 
     Returns:
         The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` or ``bbox`` get their mask's.
@@ -40,7 +43,7 @@ def load_annotations(path: str | os.PathLike) -> COCO:
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(os.fspath(path))
+            coco = COCO(os.fspath(path)) if image_ids is None else _read_part(Path(path), set(image_ids))
             for annotation in coco.anns.values():
                 annotation.setdefault("iscrowd", 0)
                 if not annotation.get("segmentation"):
@@ -61,6 +64,16 @@ def load_annotations(path: str | os.PathLike) -> COCO:
     if not coco.dataset.get("images") or not coco.dataset.get("categories"):
         raise UserError(f"{path} holds no images or no categories; give a COCO instances_*.json")
     return coco
+
+
+def _read_part(path: Path, image_ids: set[int]) -> COCO:
+    kept = {"images": [], "annotations": []}
+
+    def keep(section: str, key: str) -> Callable[[dict], None]:
+        return lambda entry: kept[section].append(entry) if entry[key] in image_ids else None
+
+    rest = stream_json(path, {"images": keep("images", "id"), "annotations": keep("annotations", "image_id")})
+    return _make_coco(COCO, rest | kept)
 
 
 def evaluate(

@@ -1,5 +1,6 @@
 """Evaluate a model on a split of a COCO-format dataset: detect, score, and draw some of the result."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,16 +55,16 @@ class Evaluator:
           UserError: when the split cannot be read or has categories that the model does not know.
         """
         self._config, self._categories = config, categories
-        index, coco = self._load(config.data.eval_split)
-        limit = config.data.eval_limit or len(index)
-        self._split = _Split("", index, coco, np.arange(min(limit, len(index))))
+        data = config.data
+        self._split = self._load("", data.eval_split, lambda index: np.arange(len(index))[: data.eval_limit or None])
         self._train_split = None
         if config.eval_train_limit:
-            index, coco = self._load(config.data.train_split)
-            limits = [limit for limit in (config.eval_train_limit, config.data.train_limit) if limit]
-            self._train_split = _Split("train_", index, coco, training_subset(index, min(limits), config.seed))
+            limit = min(config.eval_train_limit, data.train_limit or np.inf)
+            self._train_split = self._load(
+                "train_", data.train_split, lambda index: training_subset(index, limit, config.seed)
+            )
 
-    def _load(self, split: str) -> tuple[CocoIndex, COCO]:
+    def _load(self, prefix: str, split: str, choose: Callable[[CocoIndex], np.ndarray]) -> _Split:
         data = self._config.data
         index = load_index(
             data.coco_dir,
@@ -79,7 +80,9 @@ class Evaluator:
                 f"{split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
                 "dataset with the categories of the training set"
             )
-        return index, load_annotations(Path(data.coco_dir) / "annotations" / f"instances_{split}.json")
+        rows = choose(index)
+        path = Path(data.coco_dir) / "annotations" / f"instances_{split}.json"
+        return _Split(prefix, index, load_annotations(path, index.image_ids[rows].tolist()), rows)
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``."""

@@ -166,13 +166,14 @@ def test_categories_of_one_name_are_told_apart_by_their_ids(dataset):
     assert table == pytest.approx({"cup (7)": 1.0, "cup (20)": 0.0, "owl": -1.0})
 
 
-def test_annotations_without_area_and_crowd_flag_are_filled_in(dataset):
+def test_annotations_without_area_box_and_crowd_flag_are_filled_in(dataset):
     path, big = dataset
     content = json.loads(path.read_text())
     for entry in content["annotations"]:
-        del entry["area"], entry["iscrowd"]
+        del entry["area"], entry["iscrowd"], entry["bbox"]
     path.write_text(json.dumps(content))
     assert load_annotations(path).anns[1]["area"] == 400.0
+    assert load_annotations(path).anns[1]["bbox"] == [10, 10, 20, 20]
     assert evaluate(path, [result(big, 7, (10, 10, 20, 20), 0.9)])["bbox_AP"] == pytest.approx(0.5)
 
 
@@ -195,6 +196,18 @@ def test_results_of_unknown_images_and_missing_files_are_the_users_to_mend(datas
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match="bad.json"):
             evaluate(tmp_path / "bad.json", [])
+
+
+def test_reading_a_part_gives_the_numbers_of_restricting_the_whole(coco_dir):
+    path = coco_dir / "annotations" / "instances_val2017.json"
+    whole = load_annotations(path)
+    ids = sorted(whole.imgs)[20:50]
+    part = load_annotations(path, ids)
+    assert sorted(part.imgs) == ids
+    assert {a["image_id"] for a in part.anns.values()} <= set(ids)
+    results = ground_truth_as_results(part)[::2]
+    assert results
+    assert evaluate(part, results, image_ids=ids) == evaluate(whole, results, image_ids=ids)
 
 
 def test_ground_truth_of_coco_as_detections_scores_one(coco_dir):
