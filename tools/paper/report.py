@@ -1,10 +1,10 @@
 """docs/results.md: the paper's numbers beside ours, what its text claims beside what the comparisons found."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 
@@ -17,6 +17,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402 the backend is to be chosen first
 
 RESULTS = "results.json"
+PICTURE_WIDTH = 1200  # pixels
 IMAGES_PER_SECOND = 50  # for estimates of what has not been run
 _COLUMNS = {
     "box AP": "bbox_AP",
@@ -137,7 +138,7 @@ def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> list[str
 
 
 def _of_variants(comparison: Comparison, results: Mapping[str, dict]) -> dict[str, dict[int, dict]]:
-    """Return the results of each variant by seed; nothing where there are none at all."""
+    """Return the results of each variant by seed, of the seeds that all have if there are any; nothing without any."""
     by_scale = {}
     for result in results.values():
         fields, seed = result["run"].split("/")[-2:]
@@ -149,7 +150,12 @@ def _of_variants(comparison: Comparison, results: Mapping[str, dict]) -> dict[st
             if comparison_run(dict(changes), seed_number, scale).name == result["run"]:
                 variants = by_scale.setdefault(scale, {name: {} for name in comparison.variants})
                 variants[name][seed_number] = result
-    return max(by_scale.values(), key=lambda found: sum(map(len, found.values())), default={})
+    found = max(by_scale.values(), key=lambda found: sum(map(len, found.values())), default={})
+    # Means of other seeds could not be compared: seeds differ by as much as most variants do.
+    common = set.intersection(*(set(by_seed) for by_seed in found.values())) if found else set()
+    if not common:
+        return found
+    return {name: {seed: by_seed[seed] for seed in sorted(common)} for name, by_seed in found.items()}
 
 
 def _images(result: Mapping) -> int:
@@ -182,7 +188,10 @@ def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> list[str]
     lines = ["![loss, accuracy and AP by epoch](results_curves.png)", ""]
     pictures = output / result["run"] / "predictions.jpg"
     if pictures.is_file():
-        shutil.copy(pictures, docs / "results_predictions.jpg")
+        picture = cv2.imread(str(pictures))
+        height = round(picture.shape[0] * PICTURE_WIDTH / picture.shape[1])
+        picture = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(docs / "results_predictions.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 85])
     if not (docs / "results_predictions.jpg").is_file():
         return lines
     return [
