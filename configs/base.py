@@ -25,9 +25,8 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     model = config.model
     model.backbone = "resnet50"  # resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large
-    model.in_channels = (
-        3  # of the images: RGB; others, such as depth as the alpha channel of a PNG, enter as (x / 255 - 0.5) / 0.25
-    )
+    # Of the images: RGB; others, such as depth as the alpha channel of a PNG, enter as (x / 255 - 0.5) / 0.25.
+    model.in_channels = 3
     model.stem_channels = 64  # this, the next two, norm_eps and stride_in_1x1 are of ResNets only
     model.stage_channels = (
         0  # outputs of the first stage, doubled from stage to stage; 0: 256, or 64 in resnet18 and 34

@@ -23,6 +23,15 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def place_batch(arrays, mesh: Mesh):
+    """Put the arrays [B, ...] of a batch on the devices: divided where they can share it, else whole on each of them.
+
+    For batches of any size, such as one image; training refuses those that cannot be divided.
+    """
+    (num_rows,) = {len(array) for array in jax.tree.leaves(arrays)}
+    return jax.device_put(arrays, split(mesh) if num_rows % mesh.size == 0 else replicated(mesh))
+
+
 def cut_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
     """Arrange the rows [B, ...] of a sharded batch as [parts, B / parts, ...]; no row leaves its device."""
     layout = NamedSharding(mesh, PartitionSpec(None, "data"))

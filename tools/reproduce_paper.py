@@ -46,6 +46,9 @@ def chosen_runs() -> list:
     Raises:
       UserError: for a row or a comparison that does not exist.
     """
+    wrong = [field for field in FLAGS.set if "=" not in field]
+    if wrong:
+        raise UserError(f"--set={wrong[0]} has no value; write --set=FIELD=VALUE, such as --set=batch_size=2")
     changes = dict(field.split("=", 1) for field in FLAGS.set)
     runs = []
     if FLAGS.table:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from maskrcnn_jax.sharding import make_mesh, replicated, split
+from maskrcnn_jax.sharding import make_mesh, place_batch, replicated
 from maskrcnn_jax.structures import Batch
 
 
@@ -35,8 +35,7 @@ def measure_losses(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, flo
     state = jax.device_put(state, replicated(mesh))
     totals, num_images, num_foreground = {}, 0, 0.0
     for batch in tqdm(batches, unit="batch", desc="losses"):
-        layout = split(mesh) if len(batch.images) % mesh.size == 0 else replicated(mesh)
-        metrics = jax.device_get(_losses(graphdef, state, jax.device_put(batch, layout)))
+        metrics = jax.device_get(_losses(graphdef, state, place_batch(batch, mesh)))
         images = int(np.sum(batch.valid))
         foreground = float(metrics["num_foreground"]) * images
         for name, value in metrics.items():

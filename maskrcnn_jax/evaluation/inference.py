@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.results import to_coco_results, unpad
-from maskrcnn_jax.sharding import make_mesh, replicated, split
+from maskrcnn_jax.sharding import make_mesh, place_batch, replicated
 from maskrcnn_jax.structures import Batch, Detections
 
 _log = logging.getLogger(__name__)
@@ -44,9 +44,7 @@ def make_detect(model: nnx.Module) -> Detect:
     state = jax.device_put(state, replicated(mesh))
 
     def detect(images, sizes):
-        # A batch that the devices cannot share, such as one image, is worked on by all of them.
-        layout = split(mesh) if len(images) % mesh.size == 0 else replicated(mesh)
-        return _detect(graphdef, state, *jax.device_put((images, sizes), layout))
+        return _detect(graphdef, state, *place_batch((images, sizes), mesh))
 
     return detect
 

@@ -105,7 +105,7 @@ def _starts(results: Mapping[str, dict]) -> list[str]:
     lines = ["## Rows of the tables tried at another scale", ""]
     lines += ["| row | changed | steps | first, last loss | lr first, highest, last |", "|---|---|---|---|---|"]
     for name, result in started.items():
-        _, row, changed, _ = name.split("/") if name.count("/") == 3 else ("", *name.split("/"))
+        row, changed, _ = name.split("/")
         rates = ", ".join(f"{rate:.2g}" for rate in result["lr"])
         lines.append(
             f"| {row.removeprefix('paper_')} | {changed.replace('_', ' ')} | {result['steps']} "
@@ -134,7 +134,7 @@ def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> list[str
         differences = [better[s]["curve"][-1][claim.metric] - worse[s]["curve"][-1][claim.metric] for s in seeds]
         if differences:
             lines += [f"- {claim.text}: **{_verdict(differences)}**; {claim.metric} {_mean(differences, '+')}.", ""]
-    return lines
+    return [*lines, comparison.note, ""] if comparison.note else lines
 
 
 def _of_variants(comparison: Comparison, results: Mapping[str, dict]) -> dict[str, dict[int, dict]]:
@@ -172,9 +172,9 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
 
 def _verdict(differences: Sequence[float]) -> str:
     if all(difference > 0 for difference in differences):
-        return "held, with every seed"
+        return f"held, with each of {len(differences)} seeds"
     if all(difference <= 0 for difference in differences):
-        return "did not hold, with any seed"
+        return f"did not hold, with any of {len(differences)} seeds"
     return "undecided, the seeds disagree"
 
 
