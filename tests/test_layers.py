@@ -11,6 +11,7 @@ PACKAGE = "maskrcnn_jax"
 ALLOWED = {
     "structures": set(),
     "errors": set(),
+    "page": set(),
     "ops": {"structures", "errors"},
     "losses": {"ops", "structures", "errors"},
     "models": {"losses", "ops", "structures", "errors"},
@@ -19,7 +20,7 @@ ALLOWED = {
     "training": {"sharding", "data", "models", "losses", "ops", "structures", "errors", "weights"},
     "sharding": {"structures"},
     "cli": {"training", "weights", "data", "models", "errors"},
-    "evaluation": {"sharding", "data", "models", "ops", "structures", "errors", "weights"},
+    "evaluation": {"page", "sharding", "data", "models", "ops", "structures", "errors", "weights"},
 }
 FORBIDDEN_LIBRARIES = {
     "structures": {"jax", "flax"},
