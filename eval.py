@@ -11,13 +11,15 @@ from pathlib import Path
 from absl import flags
 
 from configs import base
-from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
+from maskrcnn_jax.cli import define_model_flags, define_process_flags, find_config, load_model, run_app
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.processes import is_first
 
 FLAGS = flags.FLAGS
 define_model_flags()
+define_process_flags()
 flags.DEFINE_string("coco_dir", None, "Evaluate on this dataset instead of the one trained on.")
 flags.DEFINE_string("split", None, "Evaluate this split instead of config.data.eval_split.")
 flags.DEFINE_integer("limit", None, "Evaluate only the first images.", lower_bound=1)
@@ -39,7 +41,8 @@ def main() -> None:
     output = Path(FLAGS.output or FLAGS.workdir)
     output.mkdir(parents=True, exist_ok=True)
     evaluator.write(output, evaluation)
-    print(format_table(evaluation.metrics))
+    if is_first():
+        print(format_table(evaluation.metrics))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ Run again with the same --workdir, it goes on from the newest checkpoint there. 
 from absl import flags
 from ml_collections import config_flags
 
-from maskrcnn_jax.cli import program_cache, run_app
+from maskrcnn_jax.cli import define_process_flags, program_cache, run_app
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.processes import is_first
 from maskrcnn_jax.training.loop import train
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.download import resolve
 from maskrcnn_jax.weights.files import read_arrays
 
 FLAGS = flags.FLAGS
+define_process_flags()
 config_flags.DEFINE_config_file("config", None, "Config file, such as configs/r50_fpn.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; resumed if it has some.")
 flags.DEFINE_string("weights", None, "Start from: .pth, .safetensors, .pkl or a name, see weights/download.py.")
@@ -33,13 +35,16 @@ def main() -> None:
         def evaluate(model):
             evaluation = evaluator(model)
             evaluator.write(FLAGS.workdir, evaluation)
-            print("\n" + format_table(evaluation.metrics))
+            if is_first():
+                print("\n" + format_table(evaluation.metrics))
             return evaluation
 
         return evaluate
 
     def initialise(model):
-        print(load_weights(model, read_arrays(resolve(FLAGS.weights)), source=FLAGS.weights, partial=True))
+        table = load_weights(model, read_arrays(resolve(FLAGS.weights)), source=FLAGS.weights, partial=True)
+        if is_first():
+            print(table)
 
     train(
         config,

@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
     config.eval_train_limit = 0  # training images that evaluations measure too, the first of a seeded shuffle
     config.eval_workers = 0  # extra processes that encode masks, for accelerators that are faster than one core at it
     config.checkpoint_every = 1000  # steps between checkpoints, beside those of evaluations and the last; 0 means none
+    # Divide parameters, their averages and the optimizer's state among the devices, instead of a copy on each: less
+    # memory, more communication, the same results.
+    config.shard_params = False
     config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP
 
     # Keyword arguments of maskrcnn_jax.models.mask_rcnn.MaskRCNN, under the names that torchvision gives them.

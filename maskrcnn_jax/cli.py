@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
+from maskrcnn_jax.processes import join
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.training.program_cache import ProgramCache
 from maskrcnn_jax.weights.convert import load_weights
@@ -33,6 +34,11 @@ def run_app(main: Callable[[], None]) -> None:
         nonlocal parsed
         parsed = True
         try:
+            if "distributed" in flags.FLAGS:
+                options = flags.FLAGS
+                join(
+                    options.coordinator_address, options.num_processes, options.process_id, search=options.distributed
+                )
             if len(argv) > 1:
                 raise UserError(f"{argv[1]!r} is not an option; options are written --name=value, see --help")
             _check_config_file()
@@ -58,6 +64,14 @@ def program_cache() -> ProgramCache | None:
     if not (folder and jax.config.jax_enable_compilation_cache) or "://" in folder:
         return None
     return ProgramCache(Path(folder) / "programs")
+
+
+def define_process_flags() -> None:
+    """Define the options by which several processes of a command find each other; run_app reads them."""
+    flags.DEFINE_bool("distributed", False, "Join the other workers of a Cloud TPU; srun and mpirun need no option.")
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where nothing tells it.")
+    flags.DEFINE_integer("num_processes", None, "Of this job, likewise.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Of this process, from 0, likewise.", lower_bound=0)
 
 
 def define_model_flags() -> None:

@@ -1,4 +1,4 @@
-"""How arrays lie on the devices: batches split along their first axis, everything else on every device."""
+"""How arrays lie on the devices: batches split along their first axis, parameters whole or split as well."""
 
 import jax
 import numpy as np
@@ -8,14 +8,60 @@ from maskrcnn_jax.structures import Batch
 
 
 def make_mesh() -> Mesh:
-    """Return a mesh of all devices with one axis, "data"."""
+    """Return a mesh of all devices, those of other processes too, with one axis, "data"."""
+    return _mesh_of(jax.devices())
+
+
+def make_local_mesh() -> Mesh:
+    """Return a mesh of the devices of this process alone."""
+    return _mesh_of(jax.local_devices())
+
+
+def _mesh_of(devices: list[jax.Device]) -> Mesh:
     # Auto: under the default, Explicit, a gather along the sharded batch axis is an error.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the layout of parameters: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place_state(state, mesh: Mesh, *, divide: bool):
+    """Put the arrays of a training state, which all processes have alike, on all devices.
+
+    Args:
+      state: tree of arrays.
+      mesh: of all devices.
+      divide: split each array along the longest of its axes that the devices can share, where there is one, instead of
+        keeping a copy on every device.
+    """
+
+    def place(array):
+        axes = [axis for axis, size in enumerate(array.shape) if divide and size and size % mesh.size == 0]
+        spec = [None] * array.ndim
+        if axes:
+            spec[max(axes, key=lambda axis: array.shape[axis])] = "data"
+        layout = NamedSharding(mesh, PartitionSpec(*spec))
+        if layout.is_fully_addressable:
+            return jax.device_put(array, layout)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, layout, lambda index: host[index])
+
+    return jax.tree.map(place, state)
+
+
+def place_locally(state, mesh: Mesh):
+    """Put a tree of arrays, wherever they lie, whole on every device of this process; all processes do so together.
+
+    Args:
+      state: tree of arrays.
+      mesh: as make_local_mesh returns it.
+    """
+    if not all(array.is_fully_addressable for array in jax.tree.leaves(state)):
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated(make_mesh()))(state)
+        state = jax.tree.map(lambda array: array.addressable_data(0), whole)
+    return jax.device_put(state, replicated(mesh))
 
 
 def split(mesh: Mesh) -> NamedSharding:

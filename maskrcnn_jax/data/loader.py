@@ -239,21 +239,25 @@ def _warn_once(message: str) -> None:
 class Loader:
     """Iterates over the batches of a run from one step on; each ``iter()`` starts there again."""
 
-    def __init__(
-        self, read: _BatchReader, *, start_step: int, num_steps: int, threads: int, workers: int, prefetch: int
-    ):
+    def __init__(self, read: _BatchReader, *, steps: range, threads: int, workers: int, prefetch: int):
         self.steps_per_epoch = read.plan.steps_per_epoch
-        self.start_step, self.num_steps = start_step, num_steps
+        self.steps = steps
         self._read = read
         self._threads, self._workers, self._prefetch = threads, workers, prefetch
 
     def __len__(self) -> int:
-        return max(self.num_steps - self.start_step, 0)
+        return len(self.steps)
+
+    @property
+    def num_images(self) -> int:
+        """Images that an iteration brings, broken ones too."""
+        rows = self._read.process_rows
+        return sum(int((self._read.plan.step(step)[0][rows] >= 0).sum()) for step in self.steps)
 
     def __iter__(self) -> Iterator[Batch]:
         if not len(self):
             return
-        steps = grain.MapDataset.range(self.start_step, self.num_steps)
+        steps = grain.MapDataset.range(self.steps.start, self.steps.stop, self.steps.step)
         batches = steps.map(self._read).to_iter_dataset(
             grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, self._threads))
         )
@@ -334,8 +338,9 @@ def make_loader(
         workers: extra processes that load; 0 loads in this one. Grain wants absl flags parsed for them (``app.run``).
         prefetch: batches loaded ahead.
         skip_broken: a broken image becomes a row with valid False and is logged once, instead of an error.
-        process_index: of this process among those that train together.
-        process_count: each process loads an equal share of the rows of every batch, all at the same bucket.
+        process_index: of this process among those that work together.
+        process_count: in training, each process loads an equal share of the rows of every batch, all at the same
+            bucket; in evaluation, where ``shuffle`` is False, every batch goes to one process.
 
     Returns:
         A ``Loader`` with ``steps_per_epoch``. Iterating raises BrokenImageError at the batch with a broken image.
@@ -347,7 +352,10 @@ def make_loader(
     _check(
         (len(image_indices) > 0, "no images to load; the dataset or the chosen part of it is empty"),
         (batch_size >= 1, f"batch_size {batch_size} must be at least 1"),
-        (batch_size % process_count == 0, f"batch_size {batch_size} must be a multiple of {process_count} processes"),
+        (
+            not (shuffle and batch_size % process_count),
+            f"batch_size {batch_size} must be a multiple of {process_count} processes",
+        ),
         (mask_side >= 8 and mask_side % 8 == 0, f"data.mask_side {mask_side} must be a multiple of 8"),
         (resize in transforms.RESIZE, f"data.resize {resize!r} is unknown; use one of {', '.join(transforms.RESIZE)}"),
         (0 <= hflip <= 1, f"data.hflip {hflip} must be a probability, 0..1"),
@@ -364,6 +372,7 @@ def make_loader(
         seed=seed,
     )
     share = batch_size // process_count
+    rows = slice(process_index * share, (process_index + 1) * share) if shuffle else slice(None)
     num_objects = np.diff(index.offsets) if ignore_regions else index.num_objects
     read = _BatchReader(
         index=index,
@@ -379,12 +388,11 @@ def make_loader(
         ignore_regions=ignore_regions,
         mask_side=mask_side,
         skip_broken=skip_broken,
-        process_rows=slice(process_index * share, (process_index + 1) * share),
+        process_rows=rows,
     )
     num_steps = plan.steps_per_epoch if num_steps is None else num_steps
-    return Loader(
-        read, start_step=start_step, num_steps=num_steps, threads=threads, workers=workers, prefetch=prefetch
-    )
+    steps = range(start_step, num_steps) if shuffle else range(start_step + process_index, num_steps, process_count)
+    return Loader(read, steps=steps, threads=threads, workers=workers, prefetch=prefetch)
 
 
 def _check(*checks: tuple[bool, str]) -> None:

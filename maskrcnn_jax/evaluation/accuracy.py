@@ -7,6 +7,7 @@ start; ``accuracy_foreground`` is the share among those of objects.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import jax
@@ -14,33 +15,39 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from maskrcnn_jax.sharding import make_mesh, place_batch, replicated
+from maskrcnn_jax.processes import gather, is_first
+from maskrcnn_jax.sharding import make_local_mesh, place_batch, place_locally
 from maskrcnn_jax.structures import Batch
 
 
 def measure_losses(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Compute the losses and metrics of a model that stays as it is, averaged over a dataset.
 
+    Several processes do this together, each with batches of its own.
+
     Args:
         model: a ``MaskRCNN``; it is switched to evaluation mode.
-        batches: numpy batches with ground truth; rows with ``valid`` False count for nothing.
+        batches: numpy batches with ground truth, of this process; rows with ``valid`` False count for nothing.
 
     Returns:
         ``loss``, its terms, ``accuracy`` and the other metrics of ``MaskRCNN.losses``. Each is a mean over images, but
         ``accuracy_foreground`` over RoIs; the RoIs are drawn alike each time.
     """
     model.eval()
-    mesh = make_mesh()
+    mesh = make_local_mesh()
     graphdef, state = nnx.split(model)
-    state = jax.device_put(state, replicated(mesh))
-    totals, num_images, num_foreground = {}, 0, 0.0
-    for batch in tqdm(batches, unit="batch", desc="losses"):
+    state = place_locally(state, mesh)
+    measured = []
+    for batch in tqdm(batches, unit="batch", desc="losses", disable=not is_first()):
         metrics = jax.device_get(_losses(graphdef, state, place_batch(batch, mesh)))
-        images = int(np.sum(batch.valid))
-        foreground = float(metrics["num_foreground"]) * images
+        measured.append((int(np.sum(batch.valid)), {name: float(value) for name, value in metrics.items()}))
+    totals, num_images, num_foreground = {}, 0, 0.0
+    # Batch after batch as one process would have them, so that the sums are the same.
+    for images, metrics in (row for turn in itertools.zip_longest(*gather(measured)) for row in turn if row):
+        foreground = metrics["num_foreground"] * images
         for name, value in metrics.items():
             weight = foreground if name == "accuracy_foreground" else images
-            totals[name] = totals.get(name, 0.0) + float(value) * weight
+            totals[name] = totals.get(name, 0.0) + value * weight
         num_images, num_foreground = num_images + images, num_foreground + foreground
     counts = dict.fromkeys(totals, num_images) | {"accuracy_foreground": num_foreground}
     return {name: total / max(counts[name], 1) for name, total in totals.items()}

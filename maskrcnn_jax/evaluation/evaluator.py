@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
+import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_files
 from maskrcnn_jax.evaluation.inference import make_detect, run_detection
 from maskrcnn_jax.evaluation.visualize import draw_instances, grid, side_by_side
+from maskrcnn_jax.processes import gather, is_first
 
 NUM_PICTURES = 12  # images drawn after an evaluation
 DRAWN_SCORE = 0.5  # detections below are left out of the pictures
@@ -85,22 +87,27 @@ class Evaluator:
         return _Split(prefix, index, load_annotations(path, index.image_ids[rows].tolist()), rows)
 
     def __call__(self, model: nnx.Module) -> Evaluation:
-        """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``."""
+        """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
+
+        Several processes do this together and share the images; each returns the same.
+        """
         results, metrics = self._evaluate(model, self._split)
         if self._train_split:
             metrics |= self._evaluate(model, self._train_split)[1]
         return Evaluation(metrics, results, self._draw(results))
 
     def _evaluate(self, model: nnx.Module, split: _Split) -> tuple[list[dict], dict]:
+        batches = self._make_loader(split, annotations=False)
         results = run_detection(
             make_detect(model),
-            self._make_loader(split, annotations=False),
+            batches,
             image_ids=split.index.image_ids,
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
-            num_images=len(split.rows),
+            num_images=batches.num_images,
             aligned_masks=self._config.model.roi_aligned,
             workers=self._config.eval_workers,
         )
+        results = [result for of_process in gather(results) for result in of_process]
         metrics = evaluate(split.coco, results, image_ids=split.index.image_ids[split.rows].tolist())
         metrics = {split.prefix + name: value for name, value in metrics.items()}
         if self._config.eval_losses:
@@ -128,6 +135,8 @@ class Evaluator:
             workers=data.workers,
             prefetch=data.prefetch,
             skip_broken=data.skip_broken,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     def _draw(self, results: list[dict]) -> np.ndarray:
@@ -163,6 +172,8 @@ class Evaluator:
         return grid(pictures or [np.full((64, 64, 3), 255, np.uint8)], 2)
 
     def write(self, workdir: str | Path, evaluation: Evaluation) -> None:
-        """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder."""
+        """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder, by the first process."""
+        if not is_first():
+            return
         write_files(workdir, evaluation.metrics, evaluation.results)
         cv2.imwrite(str(Path(workdir) / "predictions.jpg"), evaluation.picture[..., ::-1])

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.results import to_coco_results, unpad
-from maskrcnn_jax.sharding import make_mesh, place_batch, replicated
+from maskrcnn_jax.processes import is_first
+from maskrcnn_jax.sharding import make_local_mesh, place_batch, place_locally
 from maskrcnn_jax.structures import Batch, Detections
 
 _log = logging.getLogger(__name__)
@@ -39,9 +40,9 @@ def make_detect(model: nnx.Module) -> Detect:
         images, also when it is made again for a model of the same structure.
     """
     model.eval()
-    mesh = make_mesh()
+    mesh = make_local_mesh()
     graphdef, state = nnx.split(model)
-    state = jax.device_put(state, replicated(mesh))
+    state = place_locally(state, mesh)
 
     def detect(images, sizes):
         return _detect(graphdef, state, *place_batch((images, sizes), mesh))
@@ -118,7 +119,7 @@ def run_detection(
                 yield {"instances": instances[row], "image_id": image_id, "image_size": batch.original_sizes[row]}
 
     encode = functools.partial(to_coco_results, category_ids=category_ids, aligned_masks=aligned_masks)
-    with tqdm(total=num_images, unit="image", desc="detect") as progress:
+    with tqdm(total=num_images, unit="image", desc="detect", disable=not is_first()) as progress:
         for of_image in _map(encode, found(), workers):
             results += of_image
             progress.update()

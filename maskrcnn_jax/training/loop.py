@@ -10,6 +10,7 @@ from typing import Protocol
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -18,7 +19,8 @@ from maskrcnn_jax.data.coco import CocoIndex, drop_labels, load_index
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.sharding import make_mesh, shard_batch
+from maskrcnn_jax.processes import is_first
+from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
@@ -89,7 +91,9 @@ def train(
         _check_same_categories(workdir, index.categories)
     elif initialise:
         initialise(model)
-    graphdef, state = create_train_state(model, optimizer, mesh, loss_scale=loss_scale, average=ema_decay > 0)
+    graphdef, state = create_train_state(
+        model, optimizer, mesh, loss_scale=loss_scale, average=ema_decay > 0, divide=config.shard_params
+    )
     train_step = TrainStep(graphdef, optimizer, mesh, cache, **step_options)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -98,31 +102,33 @@ def train(
     with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(checkpoints.latest_step, state)
-        save_config(config, workdir)
-        index.categories.save(workdir / "categories.json")
+        if is_first():
+            save_config(config, workdir)
+            index.categories.save(workdir / "categories.json")
         start = int(state.step)
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
         parts = config.optim.accumulate
         in_parts = f" in {parts} parts of {config.batch_size // parts}" if parts > 1 else ""
-        print(
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        _print(
             f"{'resuming' if start else 'starting'} at step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
-            f"batch {config.batch_size}{in_parts} on {jax.device_count()} {jax.default_backend()} devices, "
+            f"batch {config.batch_size}{in_parts} on {jax.device_count()} {jax.default_backend()} devices{processes}, "
             f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
         )
         if start >= num_steps:
-            print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
+            _print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
             return
 
         # 4. Randomness and data, from that step on
-        key = jax.random.key(config.seed)
+        key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(config.seed)
         batches = iter(_make_loader(config, index, start, num_steps))
 
         # 5. Steps
         with (
-            contextlib.closing(MetricWriter(workdir, first_step=start)) as writer,
+            contextlib.closing(MetricWriter(workdir, first_step=start, active=is_first())) as writer,
             contextlib.closing(batches),
             _StopSignals() as stop,
-            tqdm(total=num_steps, initial=start, unit="step", desc="train") as progress,
+            tqdm(total=num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
         ):
             log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch)
             for step in range(start + 1, num_steps + 1):
@@ -133,6 +139,7 @@ def train(
                 log.add(step, metrics, batch.image_index, waited)
                 progress.update()
 
+                stop.agree(step)
                 last = step == num_steps
                 evaluating = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
                 evaluating = config.eval_every and evaluating and not stop.requested
@@ -156,8 +163,13 @@ def train(
                 if stop.requested:
                     break
     if stop.requested:
-        print(f"stopped at step {int(state.step)}; the same command goes on from here")
+        _print(f"stopped at step {int(state.step)}; the same command goes on from here")
         raise SystemExit(128 + stop.requested)
+
+
+def _print(line: str) -> None:
+    if is_first():
+        print(line)
 
 
 def _check_same_categories(workdir: Path, categories: Categories) -> None:
@@ -284,12 +296,22 @@ class _Log:
 
 
 class _StopSignals:
-    """Turn Ctrl-C and SIGTERM into a request to save and stop after the current step; a second one stops at once."""
+    """Turn Ctrl-C and SIGTERM into a request to save and stop after the current step; a second one stops at once.
+
+    Several processes must stop after the same step, whichever of them is told to. JAX's preemption service, which
+    handles SIGTERM itself, makes them agree; Ctrl-C is then left alone.
+    """
 
     def __enter__(self) -> "_StopSignals":
         self.requested = 0
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+        self._previous = {number: signal.signal(number, self._request) for number in caught}
         return self
+
+    def agree(self, step: int) -> None:
+        """Learn whether any of several processes was told to stop; all call this after each step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.requested = int(signal.SIGTERM)
 
     def _request(self, number, _) -> None:
         self.requested = int(number)

@@ -14,13 +14,17 @@ class MetricWriter:
     A resumed run goes on from its checkpoint, so lines after that step are removed first: every step stands once.
     """
 
-    def __init__(self, workdir: str | Path, *, first_step: int):
+    def __init__(self, workdir: str | Path, *, first_step: int, active: bool = True):
         """Open the files.
 
         Args:
           workdir: of the run.
           first_step: steps done so far; later ones are forgotten.
+          active: False for one that writes nothing, in processes beside the one that does.
         """
+        self._active = active
+        if not active:
+            return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             lines = self._path.read_text().splitlines()
@@ -31,6 +35,8 @@ class MetricWriter:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers under their names."""
+        if not self._active:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -38,12 +44,14 @@ class MetricWriter:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an RGB image [h, w, 3] uint8."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        if self._active:
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is still buffered."""
-        self._file.close()
-        self._board.close()
+        if self._active:
+            self._file.close()
+            self._board.close()
 
 
 def _step_of(line: str) -> float:

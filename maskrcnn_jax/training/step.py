@@ -1,8 +1,9 @@
 """One training step: losses, gradient, update.
 
 The model is split once into its structure and a tree of arrays, and the step is a plain ``jax.jit`` over the arrays:
-``nnx.jit`` would take the model apart again at every call. The batch is sharded along its first axis and the state is
-replicated; XLA inserts the sums across devices, so losses and batch statistics are those of the whole batch.
+``nnx.jit`` would take the model apart again at every call. The batch is sharded along its first axis; XLA inserts the
+sums across devices, so losses and batch statistics are those of the whole batch. The state is on every device, or
+divided among them between the steps.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.sharding import cut_batch, replicated
+from maskrcnn_jax.sharding import cut_batch, place_state, replicated
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.program_cache import ProgramCache, programs_from_jax, step_key
 
@@ -67,6 +68,7 @@ def create_train_state(
     *,
     loss_scale: float = 2.0**15,
     average: bool = False,
+    divide: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Split a model into its structure, in training mode, and the state that steps change, on every device.
 
@@ -76,6 +78,7 @@ def create_train_state(
       mesh: of the devices.
       loss_scale: to begin with, in float16.
       average: also keep an average of the parameters.
+      divide: the state among the devices, instead of keeping a copy on each.
 
     Raises:
       UserError: for a loss scale that cannot be.
@@ -90,7 +93,7 @@ def create_train_state(
     if average:
         # Copied, because the memory of each array is given up to the step, once.
         state = state._replace(averaged=jax.tree.map(jnp.copy, params))
-    return graphdef, jax.device_put(state, replicated(mesh))
+    return graphdef, place_state(state, mesh, divide=divide)
 
 
 class Settings(NamedTuple):
@@ -138,8 +141,7 @@ class TrainStep:
         if not 0 <= ema_decay < 1:
             raise UserError(f"optim.ema_decay {ema_decay} is not in 0..1, 1 excluded; use 0 for none, or 0.9998")
         settings = Settings(mesh, loss_scale_interval, ema_decay, accumulate)
-        step = functools.partial(_step, graphdef, optimizer, settings)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+        self._step = functools.partial(_step, graphdef, optimizer, settings)
         # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
@@ -170,8 +172,10 @@ class TrainStep:
         name = self._key(arguments) if self._cache else None
         program = self._cache.load(name, self._mesh) if name else None
         if program is None:
+            layouts = jax.tree.map(lambda array: array.sharding, arguments[0]), replicated(self._mesh)
+            step = jax.jit(self._step, donate_argnums=0, out_shardings=layouts)
             with programs_from_jax() as taken:
-                program = self._step.lower(*arguments).compile(self._options)
+                program = step.lower(*arguments).compile(self._options)
             if name and not taken:
                 self._cache.save(name, program)
         return program
@@ -179,10 +183,12 @@ class TrainStep:
 
 def _step(graphdef, optimizer, settings, state, batch, key):
     key = jax.random.fold_in(key, state.step)
+    # Where they are divided, parameters are put together once; devices would else meet wherever they are used.
+    whole = state._replace(params=jax.lax.with_sharding_constraint(state.params, replicated(settings.mesh)))
     if settings.accumulate == 1:
-        gradients, variables, metrics = _gradient(graphdef, state, state.variables, batch, key)
+        gradients, variables, metrics = _gradient(graphdef, whole, state.variables, batch, key)
     else:
-        gradients, variables, metrics = _mean_gradient(graphdef, settings, state, batch, key)
+        gradients, variables, metrics = _mean_gradient(graphdef, settings, whole, batch, key)
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
