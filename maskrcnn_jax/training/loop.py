@@ -20,6 +20,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
+from maskrcnn_jax.training.data_check import check_before_training
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
@@ -65,6 +66,7 @@ def train(
         contiguous_labels=data.contiguous_labels,
         keep_unlisted=data.ignore_regions,
     )
+    check_before_training(config, index)
     index = drop_labels(index, data.drop_labels, config.seed)
     evaluate = make_evaluate(index.categories)
     steps_per_epoch = _make_loader(config, index, 0, None).steps_per_epoch

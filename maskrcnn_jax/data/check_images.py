@@ -1,0 +1,188 @@
+"""What is wrong, or odd, in the image files of a dataset, and in masks that only rasterising shows."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from maskrcnn_jax.data import check, faults
+from maskrcnn_jax.data.check import Finding, annotations_finding, images_finding
+from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex, wrong_size
+from maskrcnn_jax.data.formats import overlaps
+
+BROKEN = "images that cannot be read"
+SAME_PIXELS = "images with the pixels of another one"
+EMPTY_MASK = "masks without a pixel"
+
+# Forms of image files that are read, but perhaps not as somebody expects.
+TURNED = "images stored turned"
+GREY = "grey images"
+CMYK = "images in CMYK"
+DEEP = "images of more than 8 bits a channel"
+ALPHA = "images with an alpha channel"
+_FORMS = {
+    TURNED: "have an orientation in EXIF, which is ignored: boxes and masks must refer to the pixels as stored",
+    GREY: "are grey and become three equal channels",
+    CMYK: "are in CMYK, for printing, and are converted to RGB without their colour profile",
+    DEEP: "have more than 8 bits a channel, of which the upper 8 are kept: dark where a camera used fewer bits",
+    ALPHA: "have an alpha channel, which is dropped",
+}
+_ORIENTATION = 0x0112  # in EXIF
+_TIMES_LARGER = 4  # than annotated: no reason to decode an image only to say that it is
+
+
+@dataclass
+class ImageFacts:
+    """What was found out about one image."""
+
+    broken: str = ""  # the sentence of the reader
+    pixels: bytes = b""  # a hash of them
+    forms: set[str] = field(default_factory=set)
+    empty_masks: list[int] = field(default_factory=list)  # rows of annotations
+    misfits: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [4] the box around its run-length mask
+    unfilled: dict[int, str] = field(default_factory=dict)  # row -> the sentence of the reader
+
+
+def look_at_images(index: CocoIndex, images: Iterable[int], *, channels: int, threads: int) -> Iterator[ImageFacts]:
+    """Reads images and rasterises their masks, in order.
+
+    Args:
+        index: of the split.
+        images: rows of the index.
+        channels: of the images that the model takes.
+        threads: that read and decode.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # of what Pillow decodes; here it reads headers only
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(lambda i: _look_at(index, i, channels), images)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def image_findings(
+    index: CocoIndex, images: np.ndarray, facts: list[ImageFacts], *, skip_broken: bool = False
+) -> list[Finding]:
+    """Sums up what was found out about images.
+
+    Args:
+        index: of the split.
+        images: [n] rows of the index.
+        facts: n, of these images.
+        skip_broken: training goes on without images that cannot be read.
+
+    Returns:
+        Findings, with rows of the index.
+    """
+
+    def rows(chosen: Iterable) -> np.ndarray:
+        return images[np.flatnonzero(list(chosen))]
+
+    found = []
+    broken = [fact.broken for fact in facts if fact.broken]
+    if broken:
+        finding = images_finding(index, BROKEN, rows(fact.broken for fact in facts), broken[0], not skip_broken)
+        found.append(replace(finding, examples=broken[: check.NUM_EXAMPLES]))
+    first: dict[bytes, int] = {}
+    for image, fact in zip(images.tolist(), facts, strict=True):
+        if fact.pixels:
+            first.setdefault(fact.pixels, image)
+    copies = rows(fact.pixels and first[fact.pixels] != image for image, fact in zip(images, facts, strict=True))
+    original = {image: first[fact.pixels] for image, fact in zip(images.tolist(), facts, strict=True) if fact.pixels}
+    # An image that is listed twice is another finding.
+    copies = np.array([i for i in copies.tolist() if index.file_names[i] != index.file_names[original[i]]], np.int64)
+    finding = images_finding(
+        index, SAME_PIXELS, copies, f"{len(copies)} images have the pixels of another one; keep one of each"
+    )
+    if finding:
+        pairs = [
+            f"{index.file_names[i]} = {index.file_names[original[i]]}" for i in copies[: check.NUM_EXAMPLES].tolist()
+        ]
+        found.append(replace(finding, examples=pairs))
+    for form, text in _FORMS.items():
+        chosen = rows(form in fact.forms for fact in facts)
+        found.append(images_finding(index, form, chosen, f"{len(chosen)} of {len(images)} images {text}"))
+    return [finding for finding in (*found, *_mask_findings(index, facts)) if finding]
+
+
+def _mask_findings(index: CocoIndex, facts: list[ImageFacts]) -> Iterator[Finding | None]:
+    empty = np.array([row for fact in facts for row in fact.empty_masks], np.int64)
+    yield annotations_finding(
+        index,
+        EMPTY_MASK,
+        empty,
+        f"{len(empty)} masks have no pixel in their image, and are learnt as empty; correct or remove them",
+    )
+    misfits = {row: box for fact in facts for row, box in fact.misfits.items()}
+    bounds = np.full((len(index.boxes), 4), np.nan) if misfits else np.zeros((0, 4))
+    for row, box in misfits.items():
+        bounds[row] = box
+    yield check.misfit_finding(index, np.array(list(misfits), np.int64), bounds)
+    unfilled = {row: sentence for fact in facts for row, sentence in fact.unfilled.items()}
+    if unfilled:
+        rows = np.array(list(unfilled), np.int64)
+        yield annotations_finding(index, faults.UNFILLED, rows, next(iter(unfilled.values())), is_error=True)
+
+
+def _look_at(index: CocoIndex, i: int, channels: int) -> ImageFacts:
+    facts = ImageFacts()
+    height, width = map(int, index.sizes[i])
+    path = index.image_path(i)
+    try:
+        with Image.open(path) as opened:
+            found = opened.height, opened.width
+            facts.forms = _forms(opened, channels)
+        if found[0] * found[1] > _TIMES_LARGER * height * width:
+            raise wrong_size(path, found, (height, width))
+    except BrokenImageError as e:
+        facts.broken = str(e)
+        return facts
+    except Exception:  # Pillow raises all sorts of things at broken files; the reader has the word on what it can read
+        pass
+    try:
+        image = index.read_image(i, channels)
+    except BrokenImageError as e:
+        facts.broken = str(e)
+        return facts
+    facts.pixels = hashlib.blake2b(image.data, digest_size=16, person=f"{image.shape[1]}".encode()).digest()
+    for row in range(index.offsets[i], index.offsets[i + 1]):
+        if index.num_parts[row] >= 0:
+            _look_at_mask(index, i, row, facts)
+    return facts
+
+
+def _forms(opened: Image.Image, channels: int) -> set[str]:
+    forms = set()
+    if opened.getexif().get(_ORIENTATION, 1) not in (0, 1):
+        forms.add(TURNED)
+    if opened.mode in ("1", "L", "LA", "F") or opened.mode.startswith("I"):
+        forms.add(GREY)
+    if opened.mode == "CMYK":
+        forms.add(CMYK)
+    if opened.mode in ("I", "F") or ";16" in str(opened.tile):
+        forms.add(DEEP)
+    if opened.mode in ("LA", "PA", "RGBA", "RGBa") and channels == 3:
+        forms.add(ALPHA)
+    return forms
+
+
+def _look_at_mask(index: CocoIndex, i: int, row: int, facts: ImageFacts) -> None:
+    height, width = map(int, index.sizes[i])
+    rle = index.rle(row, height, width)
+    if index.num_parts[row] == 0:
+        try:
+            coco_mask.decode(rle)
+        except ValueError:
+            facts.unfilled[row] = str(index.mask_that_does_not_fit(i, row))
+            return
+    if not coco_mask.area(rle):
+        facts.empty_masks.append(row)
+    elif index.num_parts[row] == 0:
+        x, y, w, h = coco_mask.toBbox(rle).tolist()
+        around = np.array([x, y, x + w, y + h])
+        if overlaps(index.boxes[row : row + 1], around[None])[0] < check.MISMATCH:
+            facts.misfits[row] = around
