@@ -29,6 +29,7 @@ class AnnotationFile:
     problems: dict[str, np.ndarray]  # kind of problem -> places in the file's annotations
     category_ids: list[int]
     category_names: list[str]
+    category_shift: int  # what the category ids of the annotations needed; 0 unless they were off by one
     image_places: np.ndarray  # [N] int64, places in the file's images
     image_ids: np.ndarray  # [N] int64
     sizes: np.ndarray  # [N, 2] int32 (height, width)
@@ -92,6 +93,7 @@ def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Rep
         problems={kind: rows for kind, rows in problems.items() if len(rows)},
         category_ids=category_ids,
         category_names=category_names,
+        category_shift=shift,
         image_places=_numpy(images.places, np.int64)[first],
         image_ids=image_ids,
         sizes=sizes,
@@ -202,13 +204,9 @@ class _Annotations:
         for polygon in polygons or ():
             if not isinstance(polygon, list) or (polygon and isinstance(polygon[0], list)):
                 raise _NestingError("segmentation must be a list of polygons, each a flat list x, y, x, y, ...")
-            if len(polygon) < 6 or len(polygon) % 2:
-                self.problems[faults.SHORT_POLYGON].append(place)
-                continue
-            # Drawing takes memory in proportion to the outline, so one wild number could take all there is.
-            in_reach = max(map(abs, polygon)) <= _FARTHEST
-            if not in_reach or not math.isfinite(sum(polygon)):
-                self.problems[faults.FAR_POLYGON].append(place)
+            problem = polygon_problem(polygon)
+            if problem:
+                self.problems[problem].append(place)
                 continue
             self.coordinates.extend(polygon)
             self.part_offsets.append(len(self.coordinates))
@@ -241,6 +239,15 @@ class _Annotations:
         xy = self.coordinates[self.part_offsets[first] :]
         x, y = xy[::2], xy[1::2]
         return min(x), min(y), max(x) - min(x), max(y) - min(y)
+
+
+def polygon_problem(polygon: list[float]) -> str | None:
+    """Returns the kind of problem for which a polygon is dropped, None for none."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        return faults.SHORT_POLYGON
+    # Drawing takes memory in proportion to the outline, so one wild number could take all there is.
+    in_reach = max(map(abs, polygon)) <= _FARTHEST
+    return None if in_reach and math.isfinite(sum(polygon)) else faults.FAR_POLYGON
 
 
 class _NestingError(ValueError):

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.data import check, faults
+from maskrcnn_jax.data import check
 from maskrcnn_jax.data.check import Finding, annotations_finding, images_finding
-from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex, wrong_size
+from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.data.formats import overlaps
+from maskrcnn_jax.data.images import BrokenImageError
 
 BROKEN = "images that cannot be read"
 SAME_PIXELS = "images with the pixels of another one"
@@ -32,7 +33,6 @@ _FORMS = {
     ALPHA: "have an alpha channel, which is dropped",
 }
 _ORIENTATION = 0x0112  # in EXIF
-_TIMES_LARGER = 4  # than annotated: no reason to decode an image only to say that it is
 
 
 @dataclass
@@ -44,7 +44,6 @@ class ImageFacts:
     forms: set[str] = field(default_factory=set)
     empty_masks: list[int] = field(default_factory=list)  # rows of annotations
     misfits: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [4] the box around its run-length mask
-    unfilled: dict[int, str] = field(default_factory=dict)  # row -> the sentence of the reader
 
 
 def look_at_images(index: CocoIndex, images: Iterable[int], *, channels: int, threads: int) -> Iterator[ImageFacts]:
@@ -56,12 +55,8 @@ def look_at_images(index: CocoIndex, images: Iterable[int], *, channels: int, th
         channels: of the images that the model takes.
         threads: that read and decode.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # of what Pillow decodes; here it reads headers only
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(lambda i: _look_at(index, i, channels), images)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(lambda i: _look_at(index, i, channels), images)
 
 
 def image_findings(
@@ -122,32 +117,22 @@ def _mask_findings(index: CocoIndex, facts: list[ImageFacts]) -> Iterator[Findin
     for row, box in misfits.items():
         bounds[row] = box
     yield check.misfit_finding(index, np.array(list(misfits), np.int64), bounds)
-    unfilled = {row: sentence for fact in facts for row, sentence in fact.unfilled.items()}
-    if unfilled:
-        rows = np.array(list(unfilled), np.int64)
-        yield annotations_finding(index, faults.UNFILLED, rows, next(iter(unfilled.values())), is_error=True)
 
 
 def _look_at(index: CocoIndex, i: int, channels: int) -> ImageFacts:
     facts = ImageFacts()
-    height, width = map(int, index.sizes[i])
-    path = index.image_path(i)
-    try:
-        with Image.open(path) as opened:
-            found = opened.height, opened.width
-            facts.forms = _forms(opened, channels)
-        if found[0] * found[1] > _TIMES_LARGER * height * width:
-            raise wrong_size(path, found, (height, width))
-    except BrokenImageError as e:
-        facts.broken = str(e)
-        return facts
-    except Exception:  # Pillow raises all sorts of things at broken files; the reader has the word on what it can read
-        pass
     try:
         image = index.read_image(i, channels)
     except BrokenImageError as e:
         facts.broken = str(e)
         return facts
+    try:
+        with Image.open(index.image_path(i)) as opened:
+            facts.forms = _forms(opened, channels)
+    except (
+        Exception
+    ):  # Pillow raises all sorts of things at files that it does not know; they can be read all the same
+        pass
     facts.pixels = hashlib.blake2b(image.data, digest_size=16, person=f"{image.shape[1]}".encode()).digest()
     for row in range(index.offsets[i], index.offsets[i + 1]):
         if index.num_parts[row] >= 0:
@@ -157,7 +142,8 @@ def _look_at(index: CocoIndex, i: int, channels: int) -> ImageFacts:
 
 def _forms(opened: Image.Image, channels: int) -> set[str]:
     forms = set()
-    if opened.getexif().get(_ORIENTATION, 1) not in (0, 1):
+    # Pillow would decode a PNG to see whether it has EXIF at its end.
+    if opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) not in (0, 1):
         forms.add(TURNED)
     if opened.mode in ("1", "L", "LA", "F") or opened.mode.startswith("I"):
         forms.add(GREY)
@@ -173,12 +159,6 @@ def _forms(opened: Image.Image, channels: int) -> set[str]:
 def _look_at_mask(index: CocoIndex, i: int, row: int, facts: ImageFacts) -> None:
     height, width = map(int, index.sizes[i])
     rle = index.rle(row, height, width)
-    if index.num_parts[row] == 0:
-        try:
-            coco_mask.decode(rle)
-        except ValueError:
-            facts.unfilled[row] = str(index.mask_that_does_not_fit(i, row))
-            return
     if not coco_mask.area(rle):
         facts.empty_masks.append(row)
     elif index.num_parts[row] == 0:

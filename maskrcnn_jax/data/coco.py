@@ -22,13 +22,10 @@ from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_that_does_not
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.faults import Fault, Report
 from maskrcnn_jax.data.formats import correct_formats
+from maskrcnn_jax.data.images import read_image_file
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-
-
-class BrokenImageError(UserError):
-    """An image file that is missing, truncated, not an image, or of another size than the annotations say."""
 
 
 class ImageAnnotations(NamedTuple):
@@ -108,12 +105,10 @@ class CocoIndex:
                 corner = mask[: columns.shape[1], : columns.shape[0]]
                 cv2.transpose(columns, dst=corner)  # several times as fast as a transposing copy in numpy
             except ValueError:
-                raise self.mask_that_does_not_fit(i, row) from None
+                raise UserError(
+                    mask_that_does_not_fit(self.annotation_ids[row], self.file_names[i], height, width)
+                ) from None
         return masks
-
-    def mask_that_does_not_fit(self, i: int, row: int) -> UserError:
-        """Makes the error of a run-length mask, annotation ``row`` of image ``i``, with runs beyond its end."""
-        return UserError(mask_that_does_not_fit(self.annotation_ids[row], self.file_names[i], *self.sizes[i].tolist()))
 
     def read_image(self, i: int, channels: int = 3) -> np.ndarray:
         """Reads image ``i`` as [h, w, channels] uint8, as ``decode_image`` does.
@@ -124,22 +119,7 @@ class CocoIndex:
             BrokenImageError: the file is missing, truncated, not an image, of another size than annotated, or has
                 fewer channels.
         """
-        path = self.image_path(i)
-        try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise _broken(path, f"cannot be read ({e.strerror})") from None
-        if _is_truncated(data):
-            raise _broken(path, "is truncated")
-        image = decode_image(data, channels)
-        if image is None:
-            raise _broken(path, "is not an image that can be decoded" if data else "is empty")
-        height, width = map(int, self.sizes[i])
-        if image.shape[:2] != (height, width):
-            raise wrong_size(path, image.shape[:2], (height, width))
-        if image.shape[2] < channels:
-            raise _broken(path, too_few_channels(image, channels))
-        return image
+        return read_image_file(self.image_path(i), tuple(self.sizes[i].tolist()), channels)
 
     def _rows(self, i: int, with_crowd: bool) -> np.ndarray:
         rows = np.arange(self.offsets[i], self.offsets[i + 1])
@@ -157,62 +137,6 @@ class CocoIndex:
         polygons = [self.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
         parts = coco_mask.frPyObjects(polygons, height, width)
         return coco_mask.merge(parts) if num > 1 else parts[0]
-
-
-def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np.ndarray | None:
-    """Decodes the bytes of an image file.
-
-    Args:
-        data: of the file.
-        channels: wanted. 3 gives RGB whatever the file has. More are read as they are stored, RGB first, such as a PNG
-            whose alpha channel holds depth; of 16 bits the upper 8 are kept, as OpenCV does with colours.
-        upright: turn an image of 3 channels as its EXIF entry says.
-
-    Returns:
-        [h, w, channels] uint8, with fewer channels where the file has fewer; None if it is no image.
-    """
-    if channels > 3:
-        flags = cv2.IMREAD_UNCHANGED
-    else:
-        flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:
-        return None
-    if image is None or image.dtype not in (np.uint8, np.uint16):
-        return None
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    image = np.atleast_3d(image)[..., :channels]
-    if image.shape[2] == 3:
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
-
-
-def too_few_channels(image: np.ndarray, channels: int) -> str:
-    """Says what is wrong with an image of fewer channels than the model takes."""
-    return f"has {image.shape[2]} channels where model.in_channels is {channels}"
-
-
-def wrong_size(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> BrokenImageError:
-    """Makes the error of an image of another (height, width) than the annotations say."""
-    what = f"has {found[0]}x{found[1]} pixels (height x width) where the annotations say {wanted[0]}x{wanted[1]}"
-    if found == wanted[::-1]:
-        what += ", as if it were annotated turned, by EXIF, and is stored lying"
-    return _broken(path, what)
-
-
-def _broken(path: Path, what: str) -> BrokenImageError:
-    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
-
-
-def _is_truncated(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end; OpenCV decodes such files without an error, filling with grey or black."""
-    if data.startswith(b"\xff\xd8"):
-        # The marker of the end cannot occur inside compressed data, which stuffs a zero after each 0xff. A thumbnail
-        # in the header has an end of its own, so the end must come after the last start of compressed data.
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    return data.startswith(b"\x89PNG") and b"IEND" not in data
 
 
 def load_index(
@@ -308,6 +232,11 @@ def drop_labels(index: CocoIndex, share: float, seed: int) -> CocoIndex:
     )
 
 
+def annotations_name(split: str) -> str:
+    """Returns where the annotations of a split lie in COCO's layout."""
+    return f"annotations/instances_{split}.json"
+
+
 def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
     """Returns the annotation file and the folder of images of a split in COCO's layout.
 
@@ -315,12 +244,12 @@ def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
         UserError: the folder has another layout.
     """
     root = Path(coco_dir)
-    layout = f"a folder that holds {split}/ (the images) and annotations/instances_{split}.json"
+    layout = f"a folder that holds {split}/ (the images) and {annotations_name(split)}"
     if not os.fspath(coco_dir):
         raise UserError(f"no dataset was given; set --config.data.coco_dir to {layout}")
     if not root.is_dir():
         raise UserError(f"coco_dir {root} is not a folder; set --config.data.coco_dir to {layout}")
-    json_path, image_dir = root / "annotations" / f"instances_{split}.json", root / split
+    json_path, image_dir = root / annotations_name(split), root / split
     absent = [
         str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found
     ]

@@ -21,15 +21,12 @@ def is_well_formed(counts: bytes) -> bool:
 def num_pixels(counts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sums the run lengths of masks.
 
-    From the fourth on, a number of the text is what its run has more than the one two before. So number i counts once
-    for its run, and again for every second one after it.
-
     Args:
         counts: uint8, well-formed texts end to end.
         offsets: [R + 1] int64, where each starts, and the end of the last.
 
     Returns:
-        [R] int64, the pixels of each mask's image.
+        [R] int64, the pixels of each mask's image; -1 where a run has a negative length.
     """
     totals = np.zeros(len(offsets) - 1, np.int64)
     first = 0
@@ -50,9 +47,16 @@ def _sums(counts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     places = np.arange(len(digits)) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((digits & 31) << (5 * places), starts)
     numbers -= (digits[ends - 1] >> 4 & 1) << (5 * lengths)  # the sign is the fifth bit of the last digit
-    bounds = np.searchsorted(starts, offsets)  # of each mask, in numbers
-    owner = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    place = np.arange(len(numbers)) - bounds[owner]
-    following = bounds[owner + 1] - bounds[owner] - 1 - place
-    times = np.where(place == 0, 1, following // 2 + 1)
-    return np.bincount(owner, numbers * times, len(bounds) - 1).astype(np.int64)
+    first = np.searchsorted(starts, offsets)  # number of each mask
+    mask = np.repeat(np.arange(len(first) - 1), np.diff(first))
+    # From the fourth on, a number is what its run has more than the run two before: two chains of sums in each mask,
+    # beside its first number.
+    place = np.arange(len(numbers)) - first[mask]
+    chain = 3 * mask + np.where(place == 0, 0, 1 + place % 2)
+    order = np.argsort(chain, kind="stable")
+    sums = np.cumsum(numbers[order])
+    begins = np.flatnonzero(np.diff(chain[order], prepend=-1))
+    runs = sums - np.repeat(sums[begins] - numbers[order][begins], np.diff(begins, append=len(order)))
+    totals = np.bincount(mask[order], runs, len(first) - 1).astype(np.int64)
+    totals[mask[order][runs < 0]] = -1
+    return totals

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from pycocotools.coco import COCO
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex, load_index
+from maskrcnn_jax.data.coco import CocoIndex, load_index
+from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_files
