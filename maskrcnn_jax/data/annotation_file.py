@@ -329,15 +329,15 @@ def _report_unlisted(path: Path, annotations: _Annotations, what: str, rows: np.
     wrong = np.flatnonzero(rows < 0)
     if not len(wrong):
         return
-    kind, remedy = faults.UNLISTED_IMAGE, "add the image or remove them"
+    kind, article, remedy = faults.UNLISTED_IMAGE, "an", "add the image or remove them"
     ids = annotations.image_ids
     if what == "category":
         ids = annotations.category_ids
-        kind = faults.UNLISTED_CATEGORY
+        kind, article = faults.UNLISTED_CATEGORY, "a"
         remedy = "add the category, remove them, or have them ignored by --config.data.ignore_regions=true"
     first = wrong[0]
     sentence = (
-        f"{len(wrong)} annotations in {path} name a {what} that is not listed, such as annotation "
+        f"{len(wrong)} annotations in {path} name {article} {what} that is not listed, such as annotation "
         f"{annotations.ids[first]} with {what} {ids[first]}; {remedy}"
     )
     report(Fault(kind, sentence, "annotations", _numpy(annotations.places, np.int64)[wrong]))

@@ -31,7 +31,7 @@ SAME_ANNOTATION = "annotations given more than once"
 SAME_ID = "annotation ids given more than once"
 ZERO_ID = "annotations with the id 0"
 MISFIT = "boxes that do not fit their masks"
-MASK_OUTSIDE = "masks outside their image"
+EMPTY_MASK = "masks without a pixel in their image"
 SMALL = "objects too small for the anchors"
 LARGE = "objects too large or too thin for the anchors"
 CROWDS = "many crowds"
@@ -206,17 +206,16 @@ def _polygons(index: CocoIndex) -> list[Finding | None]:
     inside = np.clip(bounds, 0, limits)
     outside = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
     misfits = (overlaps(index.boxes, inside) < MISMATCH) & ~outside
-    rows = np.flatnonzero(outside)
     return [
-        annotations_finding(
-            index,
-            MASK_OUTSIDE,
-            rows,
-            f"{len(rows)} objects have polygons outside their image, or without an inside, and are learnt with an "
-            "empty mask; correct or remove the polygons",
-        ),
+        empty_mask_finding(index, np.flatnonzero(outside)),
         misfit_finding(index, np.flatnonzero(misfits), inside),
     ]
+
+
+def empty_mask_finding(index: CocoIndex, rows: np.ndarray) -> Finding | None:
+    """Makes the finding of masks without a pixel."""
+    sentence = f"{len(rows)} masks have no pixel in their image, and are learnt as empty; correct or remove them"
+    return annotations_finding(index, EMPTY_MASK, rows, sentence)
 
 
 def misfit_finding(index: CocoIndex, rows: np.ndarray, bounds: np.ndarray) -> Finding | None:
@@ -264,9 +263,11 @@ def _unmatched(index: CocoIndex, anchors: Anchors) -> list[Finding | None]:
         rows = np.flatnonzero(rows)
         if len(rows) < _MANY_UNMATCHED * num:
             continue
+        sides = f"{anchors.short_side}..{anchors.long_side}"
+        sides = str(anchors.short_side) if anchors.short_side == anchors.long_side else sides
         sentence = (
             f"{len(rows)} of {num} objects are too {what} for the anchors: with images resized to "
-            f"{anchors.short_side}..{anchors.long_side} pixels none can overlap them by {anchors.background_iou}, the "
+            f"{sides} pixels none can overlap them by {anchors.background_iou}, the "
             f"smallest being {smallest[0]:.0f}x{smallest[1]:.0f}, so that each trains its nearest anchor alone; "
             f"{remedy}"
         )

@@ -114,7 +114,7 @@ def check_split(
         by_image = check_images.image_findings(data.index, images, facts, skip_broken=options.skip_broken)
         found += [_placed(f, data) for f in by_image]
         pixels = _places_by_pixels(data, images, facts)
-    findings = _with_examples(json_path, _merged(found))
+    findings = _with_examples(json_path, _errors_first(_merged(found)))
     return Split(name, json_path, image_dir, evaluated, data, findings, pixels)
 
 
@@ -144,8 +144,8 @@ def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
         rows = np.array(list(shared), np.int64)
         ours.append(Finding(LEAK, True, sentence, "images", rows, examples[: check.NUM_EXAMPLES]))
     return (
-        replace(training, findings=training.findings + ours),
-        replace(evaluated, findings=evaluated.findings + theirs),
+        replace(training, findings=_errors_first(training.findings + ours)),
+        replace(evaluated, findings=_errors_first(evaluated.findings + theirs)),
     )
 
 
@@ -210,13 +210,19 @@ def _merged(findings: list[Finding]) -> list[Finding]:
     for finding in findings:
         known = merged.get(finding.kind)
         if known:
+            rows = np.unique(np.concatenate([known.rows, finding.rows]))
             finding = replace(
                 known,
-                rows=np.concatenate([known.rows, finding.rows]),
-                examples=[*known.examples, *finding.examples][: check.NUM_EXAMPLES],
+                sentence=f"{len(rows)} {known.sentence.partition(' ')[2]}",  # their sentences begin with the number
+                rows=rows,
+                examples=list(dict.fromkeys([*known.examples, *finding.examples]))[: check.NUM_EXAMPLES],
             )
         merged[finding.kind] = finding
-    return sorted(merged.values(), key=lambda finding: not finding.is_error)
+    return list(merged.values())
+
+
+def _errors_first(findings: list[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: not finding.is_error)
 
 
 def _unlisted_files(data: ReadDataset, image_dir: Path) -> list[Finding]:

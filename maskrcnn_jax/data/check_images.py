@@ -10,14 +10,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data import check
-from maskrcnn_jax.data.check import Finding, annotations_finding, images_finding
+from maskrcnn_jax.data.check import Finding, images_finding
 from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.data.formats import overlaps
 from maskrcnn_jax.data.images import BrokenImageError
 
 BROKEN = "images that cannot be read"
 SAME_PIXELS = "images with the pixels of another one"
-EMPTY_MASK = "masks without a pixel"
 
 # Forms of image files that are read, but perhaps not as somebody expects.
 TURNED = "images stored turned"
@@ -81,7 +80,7 @@ def image_findings(
     broken = [fact.broken for fact in facts if fact.broken]
     if broken:
         finding = images_finding(index, BROKEN, rows(fact.broken for fact in facts), broken[0], not skip_broken)
-        found.append(replace(finding, examples=broken[: check.NUM_EXAMPLES]))
+        found.append(replace(finding, examples=broken[: check.NUM_EXAMPLES] if len(broken) > 1 else finding.examples))
     first: dict[bytes, int] = {}
     for image, fact in zip(images.tolist(), facts, strict=True):
         if fact.pixels:
@@ -106,12 +105,7 @@ def image_findings(
 
 def _mask_findings(index: CocoIndex, facts: list[ImageFacts]) -> Iterator[Finding | None]:
     empty = np.array([row for fact in facts for row in fact.empty_masks], np.int64)
-    yield annotations_finding(
-        index,
-        EMPTY_MASK,
-        empty,
-        f"{len(empty)} masks have no pixel in their image, and are learnt as empty; correct or remove them",
-    )
+    yield check.empty_mask_finding(index, empty)
     misfits = {row: box for fact in facts for row, box in fact.misfits.items()}
     bounds = np.full((len(index.boxes), 4), np.nan) if misfits else np.zeros((0, 4))
     for row, box in misfits.items():

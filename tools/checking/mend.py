@@ -25,8 +25,7 @@ _DROPPED_ENTRIES = {
         faults.NO_BOX_NOR_MASK,
         faults.OTHER_SIZE,
         check.SAME_ANNOTATION,
-        check.MASK_OUTSIDE,
-        check_images.EMPTY_MASK,
+        check.EMPTY_MASK,
     ),
     "categories": (faults.MALFORMED_CATEGORY, faults.CATEGORY_IDS_TWICE),
 }
@@ -121,7 +120,10 @@ class _Mender:
         if self._is_dropped("annotations", place, entry):
             return None
         size = self._sizes.get(entry["image_id"])
-        if entry["image_id"] in self._gone or size is None:
+        if entry["image_id"] in self._gone:
+            return None
+        if size is None:  # its image, too, was malformed
+            self._note(f"annotations dropped: {faults.UNLISTED_IMAGE}", self._describe("annotations", place, entry))
             return None
         entry = dict(entry)
         name = f"{self._names[entry['image_id']]}, annotation {entry['id']}"
@@ -198,7 +200,7 @@ class _Mender:
             return short(entry.get("name", f"entry {place}"))
         image_id = entry.get("image_id")
         image = self._names.get(image_id) if isinstance(image_id, int) else None
-        return f"{image or short(image_id)}, annotation {short(entry.get('id'))}"
+        return f"{image or 'image ' + short(image_id)}, annotation {short(entry.get('id'))}"
 
     def _has(self, kind: str, place: int) -> bool:
         return place in self._rows.get(kind, ())

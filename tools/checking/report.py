@@ -17,7 +17,7 @@ from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.visualize import draw_instances
 
-_SIDE = 480  # pixels of a picture's longer side
+_SIDE = 340  # pixels of a picture's longer side: three stand side by side
 _MOST_PIXELS = 1 << 26  # of an image that is opened only to be shown
 
 
@@ -107,7 +107,7 @@ def _finding(split: Split, finding: Finding) -> Iterator[str]:
     yield page.paragraph(plain(finding.sentence))
     if len(pictures) < len(finding.examples):
         yield page.paragraph("Such as " + plain("; ".join(finding.examples)))
-    yield from pictures
+    yield f'<div style="display: flex; flex-wrap: wrap; gap: 1em">{"".join(pictures)}</div>'
 
 
 def _pictures(split: Split, finding: Finding) -> Iterator[str]:
