@@ -13,9 +13,9 @@ from PIL import Image
 from maskrcnn_jax.data import check, check_dataset, check_images, faults
 
 
-def _pick(content, rng, polygons=True):
-    """Returns an annotation, with polygons if wanted, and the file name of its image."""
-    chosen = [a for a in content["annotations"] if isinstance(a["segmentation"], list) and not a["iscrowd"]]
+def _pick(content, rng):
+    """Returns an annotation with polygons, and the file name of its image."""
+    chosen = [a for a in content["annotations"] if isinstance(a.get("segmentation"), list) and a["iscrowd"] == 0]
     annotation = chosen[int(rng.integers(len(chosen)))]
     return annotation, f"{annotation['image_id']:012d}.jpg"
 

@@ -1,7 +1,13 @@
 """The checker on damaged datasets: what it finds, what training does with them, and what the mended file is worth."""
 
+import copy
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +20,12 @@ from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.data_check import anchors_of
-from tests.dataset_faults import FAULTS, boxes_as_corners, damage
+from tests.dataset_faults import FAULTS, box_without_width, boxes_as_corners, category_zero, damage, image_cut_short
+from tools.check_dataset import ROUNDS
 from tools.checking.mend import mend
+from tools.checking.report import write_report
 
+ROOT = Path(__file__).parent.parent
 ANCHORS = anchors_of(shapes.get_config())
 OPTIONS = Options(anchors=ANCHORS, threads=1)
 
@@ -82,10 +91,87 @@ def test_a_fault_is_found_and_named_and_training_works_or_says_the_same(root, fa
         mended = tmp_path / "mended.json"
         assert mend(splits[0], mended)
         mended.replace(splits[0].json_path)
-        again = check(root)[0]
-        assert [finding.sentence for finding in again.findings if finding.is_error] == []
-        if again.num_errors == 0 and splits[1].num_errors == 0:
-            train_on_data(root)
+        assert [finding.sentence for finding in check(root)[0].findings if finding.is_error] == []
+        train_on_data(root)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_several_faults_the_reader_stops_at_one_that_the_checker_knows(root, seed):
+    rng = np.random.default_rng(seed)
+    for fault in rng.choice(list(FAULTS), 3, replace=False):
+        damage(root, fault, seed)
+    sentences = {finding.sentence for split in check(root) for finding in split.findings}
+    try:
+        load_index(root, "train2017")
+    except UserError as e:
+        assert str(e) in sentences
+
+
+WILD = [
+    *(None, True, -1, 0, 10**9, 2**31, 2**63, 10**400, 1e308, -1e308, math.nan, math.inf),
+    *("", "x", "\ud800\x1b[2J", "x" * 5000, "../../../../../../dev/zero", "/dev/zero", "/etc", "."),
+    *([], [[]], [[[]]], [None], ["a", "b", "c", "d", "e", "f"], [1e9] * 8, {}),
+    {"size": [48, 48], "counts": "PPPPPPP"},
+    {"size": [48, 48], "counts": "\x00"},
+    {"size": [48, 48], "counts": [10**9, 7]},
+    {"size": [10**9, 10**9], "counts": [10**18]},
+    {"size": 3, "counts": None},
+]
+
+
+def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_path):
+    """The reader loads the file or stops with a sentence of the checker; the mended file has no errors."""
+    root = tmp_path / "tiny"
+    write_dataset(root, num_train=4, num_val=1, image_size=48, seed=0)
+    path = root / "annotations" / "instances_train2017.json"
+    clean = json.loads(path.read_text())
+    rng = np.random.default_rng(0)
+    options = Options(anchors=ANCHORS, threads=1, images=False)
+    num_refused = 0
+    for _ in range(400):
+        content = copy.deepcopy(clean)
+        for _ in range(rng.integers(1, 4)):
+            section = content[["images", "annotations", "categories"][rng.integers(3)]]
+            entry = section[rng.integers(len(section))] if section and rng.random() < 0.95 else None
+            value = copy.deepcopy(WILD[rng.integers(len(WILD))])
+            if not isinstance(entry, dict) or not entry:
+                section.append(value)
+                continue
+            key = list(entry)[rng.integers(len(entry))]
+            if isinstance(entry[key], list) and entry[key] and rng.random() < 0.5:
+                entry[key][rng.integers(len(entry[key]))] = value
+            else:
+                entry[key] = value
+        path.write_text(json.dumps(content))
+        split = check_split("train2017", path, root / "train2017", options)
+        try:
+            index = load_index(root, "train2017")
+            assert all(np.isfinite(index.boxes[row]).all() for row in range(len(index.boxes)))
+        except UserError as e:
+            num_refused += 1
+            assert str(e) in [finding.sentence for finding in split.findings if finding.is_error]
+        write_report(tmp_path / "report.html", [split])
+        mended = tmp_path / "mended.json"
+        try:
+            for _ in range(ROUNDS):
+                mend(split, mended)
+                split = check_split("train2017", mended, root / "train2017", options)
+        except UserError as e:
+            assert "cannot be mended" in str(e) or "would be left" in str(e)
+            continue
+        assert [finding.sentence for finding in split.findings if finding.is_error] == []
+    assert 50 < num_refused < 380
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"images": ' + "[" * 100_000, '{"images": [' + "9" * 10_000 + "]}", '{"a": ' + '{"a": ' * 50_000],
+)
+def test_json_that_is_deep_or_has_endless_numbers_is_one_finding(clean, tmp_path, text):
+    path = tmp_path / "deep.json"
+    path.write_text(text)
+    (found,) = check_split("deep", path, clean / "train2017", OPTIONS).findings
+    assert "is not valid JSON" in found.sentence
 
 
 def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
@@ -106,3 +192,29 @@ def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
         annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
     assert mended == content
     assert list(mended) == list(content)
+
+
+@pytest.mark.slow
+def test_the_command_tells_writes_a_page_and_a_cleaned_copy(root, tmp_path):
+    names = [
+        damage(root, fault, seed) for seed, fault in enumerate((box_without_width, category_zero, image_cut_short))
+    ]
+    report, cleaned = tmp_path / "check.html", tmp_path / "cleaned.json"
+    command = [sys.executable, ROOT / "tools" / "check_dataset.py", root, f"--config={ROOT}/configs/shapes.py"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, f"--report={report}", f"--fix={cleaned}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert "2 errors and 1 warning in 2 splits." in done.stdout
+    assert f"{cleaned} is written, with 0 errors" in done.stdout
+    page = report.read_text()
+    assert page.count("<img ") == 2, "the third cannot be read"
+    for name in names:
+        assert name in done.stdout
+        assert name in page
+    (root / "annotations" / "instances_train2017.json").write_bytes(cleaned.read_bytes())
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stdout
+    assert "0 errors and 0 warnings" not in again.stdout, "the image that was dropped is not listed"

@@ -136,8 +136,9 @@ def images_finding(
 
 
 def _same_files(index: CocoIndex) -> Finding | None:
-    first = np.unique(index.file_names, return_index=True)[1]
-    later = np.setdiff1d(np.arange(len(index)), first)
+    rows = range(len(index))
+    first = dict(zip(reversed(index.file_names.tolist()), reversed(rows), strict=True))  # by name, the earliest stays
+    later = np.setdiff1d(rows, list(first.values()))
     return images_finding(
         index,
         SAME_FILE,
