@@ -119,6 +119,7 @@ WILD = [
 ]
 
 
+@pytest.mark.slow
 def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_path):
     """The reader loads the file or stops with a sentence of the checker; the mended file has no errors."""
     root = tmp_path / "tiny"
@@ -128,7 +129,7 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
     rng = np.random.default_rng(0)
     options = Options(anchors=ANCHORS, threads=1, images=False)
     num_refused = 0
-    for _ in range(400):
+    for _ in range(250):
         content = copy.deepcopy(clean)
         for _ in range(rng.integers(1, 4)):
             section = content[["images", "annotations", "categories"][rng.integers(3)]]
@@ -160,7 +161,7 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
             assert "cannot be mended" in str(e) or "would be left" in str(e)
             continue
         assert [finding.sentence for finding in split.findings if finding.is_error] == []
-    assert 50 < num_refused < 380
+    assert 50 < num_refused < 230
 
 
 @pytest.mark.parametrize(
