@@ -107,7 +107,7 @@ def _finding(split: Split, finding: Finding) -> Iterator[str]:
     yield page.paragraph(plain(finding.sentence))
     if len(pictures) < len(finding.examples):
         yield page.paragraph("Such as " + plain("; ".join(finding.examples)))
-    yield f'<div style="display: flex; flex-wrap: wrap; gap: 1em">{"".join(pictures)}</div>'
+    yield f'<div style="display: grid; grid-template-columns: repeat(3, 1fr); gap: 1em">{"".join(pictures)}</div>'
 
 
 def _pictures(split: Split, finding: Finding) -> Iterator[str]:
