@@ -1,6 +1,7 @@
 """The checker on damaged datasets: what it finds, what training does with them, and what the mended file is worth."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,15 @@ from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.data_check import anchors_of
-from tests.dataset_faults import FAULTS, box_without_width, boxes_as_corners, category_zero, damage, image_cut_short
+from tests.dataset_faults import (
+    FAULTS,
+    box_without_width,
+    boxes_as_corners,
+    category_zero,
+    damage,
+    file_missing,
+    image_cut_short,
+)
 from tools.check_dataset import ROUNDS
 from tools.checking.mend import mend
 from tools.checking.report import write_report
@@ -173,6 +182,33 @@ def test_json_that_is_deep_or_has_endless_numbers_is_one_finding(clean, tmp_path
     path.write_text(text)
     (found,) = check_split("deep", path, clean / "train2017", OPTIONS).findings
     assert "is not valid JSON" in found.sentence
+
+
+@pytest.mark.parametrize("depth", [50, 300, 600, 900])
+def test_lists_as_deep_as_they_can_be_read_are_mended_or_refused(root, tmp_path, depth):
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = "DEEP"
+    path.write_text(json.dumps(content).replace('"DEEP"', "[" * depth + "1, 2, 30, 4, 5, 60" + "]" * depth))
+    split = check_split("train2017", path, root / "train2017", OPTIONS)
+    assert split.num_errors == 1
+    write_report(tmp_path / "report.html", [split])
+    try:
+        mend(split, tmp_path / "mended.json")
+    except UserError as e:
+        assert "cannot be mended" in str(e)
+        assert depth > 100
+        return
+    again = check_split("train2017", tmp_path / "mended.json", root / "train2017", OPTIONS)
+    assert again.num_errors == 0
+
+
+def test_missing_files_are_no_error_where_they_are_skipped(root):
+    name = damage(root, file_missing)
+    options = dataclasses.replace(OPTIONS, skip_broken=True)
+    (found,) = check_split("train2017", *locate(root, "train2017"), options).findings
+    assert not found.is_error
+    assert name in found.examples
 
 
 def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):

@@ -92,16 +92,15 @@ def check_split(
         data = read_dataset(
             json_path,
             image_dir,
-            skip_broken=options.skip_broken,
             contiguous_labels=options.contiguous_labels,
             keep_unlisted=options.keep_unlisted,
             report=collected,
         )
     except UserError as e:
         last = Finding(UNREADABLE, True, str(e))
-        findings = [*_from_faults(collected), last]
+        findings = [*_from_faults(collected, options), last]
         return Split(name, json_path, image_dir, evaluated, None, _with_examples(json_path, findings))
-    found = _from_faults(collected) + _from_problems(data, evaluated)
+    found = _from_faults(collected, options) + _from_problems(data, evaluated)
     found += [_placed(f, data) for f in check.check_index(data.index, options.anchors, evaluated=evaluated)]
     found += _unlisted_files(data, image_dir)
     pixels: dict[bytes, int] = {}
@@ -174,10 +173,16 @@ def read_entries(json_path: Path, wanted: dict[str, set[int]]) -> dict[str, dict
     return found
 
 
-def _from_faults(collected: Faults) -> list[Finding]:
+def _from_faults(collected: Faults, options: Options) -> list[Finding]:
     """Turns what the reader stops at into errors, with its own sentences."""
     return [
-        Finding(kind, True, fault.sentence, fault.section, np.array(collected.rows[kind], np.int64))
+        Finding(
+            kind,
+            kind != faults.MISSING_FILE or not options.skip_broken,
+            fault.sentence,
+            fault.section,
+            np.array(collected.rows[kind], np.int64),
+        )
         for kind, fault in collected.first.items()
     ]
 

@@ -123,9 +123,7 @@ def _look_at(index: CocoIndex, i: int, channels: int) -> ImageFacts:
     try:
         with Image.open(index.image_path(i)) as opened:
             facts.forms = _forms(opened, channels)
-    except (
-        Exception
-    ):  # Pillow raises all sorts of things at files that it does not know; they can be read all the same
+    except Exception:  # Pillow raises all sorts of things, but what it does not know may well be readable
         pass
     facts.pixels = hashlib.blake2b(image.data, digest_size=16, person=f"{image.shape[1]}".encode()).digest()
     for row in range(index.offsets[i], index.offsets[i + 1]):

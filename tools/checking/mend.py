@@ -61,14 +61,17 @@ def mend(split: Split, output: Path) -> dict[str, list[str]]:
 
         return handle
 
-    names = {"images": mender.image, "annotations": mender.annotation, "categories": mender.category}
-    rest = stream_json(split.json_path, {name: handler(name, change) for name, change in names.items()})
+    changes = {"images": mender.image, "annotations": mender.annotation, "categories": mender.category}
+    try:
+        rest = stream_json(split.json_path, {name: handler(name, change) for name, change in changes.items()})
+        values = {name: json.dumps(value) for name, value in rest.items() if name not in kept}
+    except RecursionError:
+        raise UserError(f"{split.json_path} cannot be mended: lists in it lie too deep inside one another") from None
     empty = [name for name, entries in kept.items() if not entries]
     if empty:
         raise UserError(f"no {' and no '.join(empty)} of {split.json_path} would be left; correct them by hand")
     parts = (
-        f"{json.dumps(name)}: " + (f"[{', '.join(kept[name])}]" if name in kept else json.dumps(value))
-        for name, value in rest.items()
+        f"{json.dumps(name)}: " + (f"[{', '.join(kept[name])}]" if name in kept else values[name]) for name in rest
     )
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
