@@ -2,17 +2,22 @@
 
 import array
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from maskrcnn_jax.data import faults
+from maskrcnn_jax.data.faults import Fault, Report
 from maskrcnn_jax.data.json_stream import stream_json
+from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
 from maskrcnn_jax.errors import UserError
 
 _FARTHEST = 1e5  # pixels; coordinates beyond are mistakes
+_MOST_PIXELS = 1 << 30  # of an image; OpenCV decodes no larger one
+_LONGEST_NAME = 1024  # characters; all names together lie in one array, at the width of the longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +26,15 @@ class AnnotationFile:
 
     path: Path
     num_annotations: int  # in the file, unusable ones included
-    problems: dict[str, int]
+    problems: dict[str, np.ndarray]  # kind of problem -> places in the file's annotations
     category_ids: list[int]
     category_names: list[str]
+    category_shift: int  # what the category ids of the annotations needed; 0 unless they were off by one
+    image_places: np.ndarray  # [N] int64, places in the file's images
     image_ids: np.ndarray  # [N] int64
     sizes: np.ndarray  # [N, 2] int32 (height, width)
     file_names: list[str]
+    places: np.ndarray  # [K] int64, places in the file's annotations
     annotation_ids: np.ndarray  # [K] int64
     image_rows: np.ndarray  # [K] int64, row of the image
     category_rows: np.ndarray  # [K] int64, position of the category, -1 for one that is not listed
@@ -40,58 +48,61 @@ class AnnotationFile:
     rle_offsets: np.ndarray  # [R + 1] int64
 
 
-def read_annotation_file(path: Path, *, keep_unlisted: bool = False) -> AnnotationFile:
+def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Report = faults.stop) -> AnnotationFile:
     """Reads an annotation file. Where an annotation has a mask only, its box is the one around the mask.
 
     Args:
         path: the JSON.
         keep_unlisted: accept annotations of categories that the file does not list.
+        report: called with what is wrong: a malformed entry, ids given twice, annotations that refer to an image or a
+            category which the file does not have. If it returns, reading goes on without these entries.
 
     Raises:
-        UserError: broken JSON, a missing section, a malformed entry, ids given twice, or annotations that refer to an
-            image or a category which the file does not have.
+        UserError: broken JSON, a missing or empty section; and what ``report`` raises.
     """
-    images, annotations = _Images(path), _Annotations(path)
+    images, annotations = _Images(path, report), _Annotations(path, report)
     rest = stream_json(path, {"images": images.add, "annotations": annotations.add})
     absent = [name for name in ("images", "annotations", "categories") if name not in rest]
     if absent:
         raise UserError(f"{path} has no {' and no '.join(absent)}; a COCO instances file was wanted")
-    category_ids, category_names = _categories(path, rest["categories"])
-    image_ids = _numpy(images.ids, np.int64)
-    if not len(image_ids):
+    category_ids, category_names = _categories(path, rest["categories"], report)
+    if not images.file_names:
         raise UserError(f"{path} lists no images; at least one is needed")
-    _refuse_twice(path, image_ids, "image")
-    _refuse_twice(path, np.array(category_ids), "category")
-    sizes = _numpy(images.sizes, np.int32).reshape(-1, 2)
+    first = _first_of_each(path, images, report)
+    image_ids = _numpy(images.ids, np.int64)[first]
+    sizes = _numpy(images.sizes, np.int32).reshape(-1, 2)[first]
+    file_names = [images.file_names[i] for i in first]
     image_rows = _positions(image_ids, annotations.image_ids)
-    _refuse_unlisted(path, annotations, annotations.image_ids, image_rows, "image", "add the image or remove them")
-    category_rows = _positions(np.array(category_ids), annotations.category_ids)
+    _report_unlisted(path, annotations, "image", image_rows, report)
+    shift = 0 if keep_unlisted else _check_shift(path, annotations, category_ids, report)
+    category_rows = _positions(np.array(category_ids) - shift, annotations.category_ids)
     if not keep_unlisted:
-        remedy = "add the category, remove them, or have them ignored by --config.data.ignore_regions=true"
-        _refuse_unlisted(path, annotations, annotations.category_ids, category_rows, "category", remedy)
-    usable = ~np.isnan(_numpy(annotations.boxes, np.float32).reshape(-1, 4)).any(axis=1)
-    rle_rows = np.flatnonzero(_numpy(annotations.num_parts, np.int32) == 0)
-    rle_sizes = _numpy(annotations.rle_sizes, np.int64).reshape(-1, 2)
-    mismatched = (rle_sizes != sizes[image_rows[rle_rows]]).any(axis=1)
-    usable[rle_rows[mismatched]] = False
-    problems = dict(annotations.problems)
-    if (category_rows < 0).any():
-        problems["objects of categories that are not listed, ignored"] = int((category_rows < 0).sum())
-    if mismatched.any():
-        problems["run-length masks of another size than their image dropped"] = int(mismatched.sum())
+        _report_unlisted(path, annotations, "category", category_rows, report)
+    places = _numpy(annotations.places, np.int64)
+    problems = {kind: _numpy(rows, np.int64) for kind, rows in annotations.problems.items()}
+    usable, other_size = _run_lengths_that_fit(path, annotations, file_names, sizes, image_rows, report)
+    usable &= (category_rows >= 0) | keep_unlisted
+    if keep_unlisted:
+        problems[faults.IGNORED] = places[category_rows < 0]
+    problems[faults.OTHER_SIZE] = places[other_size]
+    boxes = _numpy(annotations.boxes, np.float32).reshape(-1, 4)
+    usable &= np.isfinite(boxes).all(axis=1)
     return AnnotationFile(
         path=path,
-        num_annotations=len(usable),
-        problems=problems,
+        num_annotations=annotations.num_seen,
+        problems={kind: rows for kind, rows in problems.items() if len(rows)},
         category_ids=category_ids,
         category_names=category_names,
+        category_shift=shift,
+        image_places=_numpy(images.places, np.int64)[first],
         image_ids=image_ids,
         sizes=sizes,
-        file_names=images.file_names,
+        file_names=file_names,
+        places=places[usable],
         annotation_ids=_numpy(annotations.ids, np.int64)[usable],
         image_rows=image_rows[usable],
         category_rows=category_rows[usable],
-        boxes=_numpy(annotations.boxes, np.float32).reshape(-1, 4)[usable],
+        boxes=boxes[usable],
         crowd=_numpy(annotations.crowd, np.int8)[usable] != 0,
         first_part=_numpy(annotations.first_part, np.int64)[usable],
         num_parts=_numpy(annotations.num_parts, np.int32)[usable],
@@ -105,28 +116,38 @@ def read_annotation_file(path: Path, *, keep_unlisted: bool = False) -> Annotati
 class _Images:
     """Collects the entries of "images"."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.ids, self.sizes, self.file_names = array.array("q"), array.array("i"), []
+    def __init__(self, path: Path, report: Report):
+        self.path, self.report = path, report
+        self.num_seen = 0
+        self.places, self.ids, self.sizes, self.file_names = array.array("q"), array.array("q"), array.array("i"), []
 
     def add(self, entry: dict) -> None:
+        place = self.num_seen
+        self.num_seen += 1
         try:
             height, width, name = entry["height"], entry["width"], entry["file_name"]
             self.ids.append(entry["id"])
             self.sizes.extend((height, width))
-        except (KeyError, TypeError, OverflowError) as e:
-            raise _malformed(self.path, "image", entry, e) from None
-        if height < 1 or width < 1 or not isinstance(name, str):
-            raise _malformed(self.path, "image", entry, f"size {height}x{width}, file_name {name!r}")
+            if height < 1 or width < 1 or height * width > _MOST_PIXELS:
+                raise ValueError(f"size {height}x{width}")
+            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+                raise ValueError(f"file_name {short(name)}")
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            del self.ids[len(self.file_names) :], self.sizes[2 * len(self.file_names) :]
+            self.report(_malformed(self.path, "image", place, entry, e))
+            return
+        self.places.append(place)
         self.file_names.append(name)
 
 
 class _Annotations:
     """Collects the entries of "annotations"; num_parts is -1 without a usable mask, the box NaN without one either."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.problems: Counter[str] = Counter()
+    def __init__(self, path: Path, report: Report):
+        self.path, self.report = path, report
+        self.problems: dict[str, array.array] = defaultdict(lambda: array.array("q"))
+        self.num_seen = 0
+        self.places = array.array("q")
         self.ids, self.image_ids, self.category_ids = array.array("q"), array.array("q"), array.array("q")
         self.boxes, self.crowd = array.array("f"), array.array("b")
         self.first_part, self.num_parts = array.array("q"), array.array("i")
@@ -134,35 +155,58 @@ class _Annotations:
         self.rle_counts, self.rle_offsets, self.rle_sizes = bytearray(), array.array("q", [0]), array.array("q")
 
     def add(self, entry: dict) -> None:
+        place, ends = self.num_seen, (len(self.part_offsets), len(self.rle_offsets))
+        self.num_seen += 1
         try:
             self.ids.append(entry["id"])
             self.image_ids.append(entry["image_id"])
             self.category_ids.append(entry["category_id"])
-            self.crowd.append(bool(entry.get("iscrowd", 0)))
+            crowd = entry.get("iscrowd", 0)
+            if crowd not in (0, 1, None):
+                raise ValueError(f"iscrowd is {short(crowd)}, neither 0 nor 1")
+            self.crowd.append(bool(crowd))
             segmentation = entry.get("segmentation")
             if isinstance(segmentation, dict):
                 self._add_rle(segmentation)
             else:
-                self._add_polygons(segmentation)
+                self._add_polygons(segmentation, place)
             x, y, width, height = entry.get("bbox") or self._box_around_last()
             self.boxes.extend((x, y, width, height))
-            if self.num_parts[-1] < 0:
-                learnt = "of which only the box is learnt" if entry.get("bbox") else "and without a box dropped"
-                self.problems[f"annotations without a usable mask, {learnt}"] += 1
+        except _NestingError as e:
+            self._forget(*ends)
+            self.report(_malformed(self.path, "annotation", place, entry, e)._replace(kind=faults.NESTING))
+            return
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
-            raise _malformed(self.path, "annotation", entry, e) from None
+            self._forget(*ends)
+            self.report(_malformed(self.path, "annotation", place, entry, e))
+            return
+        self.places.append(place)
+        if self.num_parts[-1] < 0:
+            self.problems[faults.ONLY_BOX if entry.get("bbox") else faults.NO_BOX_NOR_MASK].append(place)
+        if entry.get("bbox") and not all(map(math.isfinite, self.boxes[-4:])):
+            self.problems[faults.NOT_FINITE].append(place)
 
-    def _add_polygons(self, polygons: list[list[float]] | None) -> None:
+    def _forget(self, num_offsets: int, num_rle_offsets: int) -> None:
+        """Takes back what an entry that turned out to be malformed has left."""
+        num = len(self.places)
+        for packed in (self.ids, self.image_ids, self.category_ids, self.crowd, self.first_part, self.num_parts):
+            del packed[num:]
+        del self.boxes[4 * num :]
+        del self.part_offsets[num_offsets:], self.rle_offsets[num_rle_offsets:]
+        del self.coordinates[self.part_offsets[-1] :], self.rle_counts[self.rle_offsets[-1] :]
+        del self.rle_sizes[2 * (num_rle_offsets - 1) :]
+
+    def _add_polygons(self, polygons: list[list[float]] | None, place: int) -> None:
         self.first_part.append(len(self.part_offsets) - 1)
+        if not isinstance(polygons, list | None):
+            raise ValueError(f"segmentation is {short(polygons)}, neither polygons nor run lengths")
         num = 0
         for polygon in polygons or ():
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                self.problems["polygons without three points dropped"] += 1
-                continue
-            # Drawing takes memory in proportion to the outline, so one wild number could take all there is.
-            in_reach = max(map(abs, polygon)) <= _FARTHEST
-            if not in_reach or not math.isfinite(sum(polygon)):
-                self.problems["polygons with coordinates that no image has dropped"] += 1
+            if not isinstance(polygon, list) or (polygon and isinstance(polygon[0], list)):
+                raise _NestingError("segmentation must be a list of polygons, each a flat list x, y, x, y, ...")
+            problem = polygon_problem(polygon)
+            if problem:
+                self.problems[problem].append(place)
                 continue
             self.coordinates.extend(polygon)
             self.part_offsets.append(len(self.coordinates))
@@ -172,15 +216,17 @@ class _Annotations:
     def _add_rle(self, rle: dict) -> None:
         height, width = rle["size"]
         counts = rle["counts"]
+        self.rle_sizes.extend((height, width))
         if isinstance(counts, list):
             counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
         else:
             counts = counts.encode("ascii")
+        if not is_well_formed(counts):
+            raise ValueError("the counts of its mask are no run lengths")
         self.first_part.append(len(self.rle_offsets) - 1)
         self.num_parts.append(0)
         self.rle_counts += counts
         self.rle_offsets.append(len(self.rle_counts))
-        self.rle_sizes.extend((height, width))
 
     def _box_around_last(self) -> tuple[float, ...]:
         """Returns the box x, y, width, height around the mask that was added last."""
@@ -195,19 +241,58 @@ class _Annotations:
         return min(x), min(y), max(x) - min(x), max(y) - min(y)
 
 
-def _categories(path: Path, entries: list[dict]) -> tuple[list[int], list[str]]:
-    if not isinstance(entries, list) or not entries:
+def polygon_problem(polygon: list[float]) -> str | None:
+    """Returns the kind of problem for which a polygon is dropped, None for none."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        return faults.SHORT_POLYGON
+    # Drawing takes memory in proportion to the outline, so one wild number could take all there is.
+    in_reach = max(map(abs, polygon)) <= _FARTHEST
+    return None if in_reach and math.isfinite(sum(polygon)) else faults.FAR_POLYGON
+
+
+class _NestingError(ValueError):
+    """The numbers of a polygon lie one list too deep, or one too high."""
+
+
+def _categories(path: Path, entries: list[dict], report: Report) -> tuple[list[int], list[str]]:
+    names, twice = {}, {}
+    if not isinstance(entries, list):
+        entries = []
+    for place, entry in enumerate(entries):
+        known = isinstance(entry, dict)
+        if not known or not isinstance(entry.get("id"), int) or not isinstance(entry.get("name"), str | int | float):
+            report(_malformed(path, "category", place, entry, ValueError("id and name are needed")))
+        elif not -(2**63) <= entry["id"] < 2**63:
+            report(_malformed(path, "category", place, entry, ValueError("its id is too large")))
+        elif entry["id"] in names:
+            twice[place] = entry["id"]
+        else:
+            names[entry["id"]] = str(entry["name"])
+    if twice:
+        report(_twice(path, "category", faults.CATEGORY_IDS_TWICE, "categories", twice))
+    if not names:
         raise UserError(f"{path} lists no categories; at least one is needed")
-    for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int) or "name" not in entry:
-            raise _malformed(path, "category", entry, "id and name are needed")
-    return [entry["id"] for entry in entries], [str(entry["name"]) for entry in entries]
+    return list(names), list(names.values())
 
 
-def _malformed(path: Path, kind: str, entry: object, reason: object) -> UserError:
-    name = entry.get("id", "without an id") if isinstance(entry, dict) else repr(entry)[:40]
-    reason = f"{reason} is missing" if isinstance(reason, KeyError) else reason
-    return UserError(f"{kind} {name} in {path} is malformed: {reason}; correct or remove that entry")
+def _malformed(path: Path, kind: str, place: int, entry: object, error: Exception) -> Fault:
+    name = short(entry.get("id", f"at place {place}, without an id,") if isinstance(entry, dict) else entry)
+    reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+    section = {"image": "images", "annotation": "annotations", "category": "categories"}[kind]
+    faulty = {
+        "image": faults.MALFORMED_IMAGE,
+        "annotation": faults.MALFORMED_ANNOTATION,
+        "category": faults.MALFORMED_CATEGORY,
+    }[kind]
+    sentence = f"{kind} {name} in {path} is malformed: {reason}; correct or remove that entry"
+    return Fault(faulty, sentence, section, [place])
+
+
+def short(value: object) -> str:
+    """Names a value that came instead of another one; it may be as long and as deep as somebody made it."""
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return " ".join(str(value).split())[:60]
 
 
 def _numpy(packed: array.array, dtype: type) -> np.ndarray:
@@ -215,13 +300,21 @@ def _numpy(packed: array.array, dtype: type) -> np.ndarray:
     return np.frombuffer(packed, dtype) if packed else np.zeros(0, dtype)
 
 
-def _refuse_twice(path: Path, ids: np.ndarray, kind: str) -> None:
-    unique, counts = np.unique(ids, return_counts=True)
-    if len(unique) < len(ids):
-        twice = ", ".join(map(str, unique[counts > 1][:3]))
-        raise UserError(
-            f"{path} gives {kind} ids more than once, such as {twice}; every {kind} needs an id of its own"
-        )
+def _first_of_each(path: Path, images: _Images, report: Report) -> np.ndarray:
+    """Returns the rows of the images without those whose id came before."""
+    ids, first = np.unique(_numpy(images.ids, np.int64), return_index=True)
+    if len(ids) < len(images.ids):
+        later = np.setdiff1d(np.arange(len(images.ids)), first)
+        twice = {images.places[i]: images.ids[i] for i in later.tolist()}
+        report(_twice(path, "image", faults.IMAGE_IDS_TWICE, "images", twice))
+    return np.sort(first)
+
+
+def _twice(path: Path, kind: str, faulty: str, section: str, ids: dict[int, int]) -> Fault:
+    """Makes the fault of ids by the place where each is given again."""
+    such = ", ".join(map(str, sorted(set(ids.values()))[:3]))
+    sentence = f"{path} gives {kind} ids more than once, such as {such}; every {kind} needs an id of its own"
+    return Fault(faulty, sentence, section, list(ids))
 
 
 def _positions(known: np.ndarray, wanted: array.array) -> np.ndarray:
@@ -232,11 +325,61 @@ def _positions(known: np.ndarray, wanted: array.array) -> np.ndarray:
     return np.where(known[rows] == wanted, rows, -1)
 
 
-def _refuse_unlisted(path: Path, annotations: _Annotations, ids: array.array, rows, kind: str, remedy: str) -> None:
+def _report_unlisted(path: Path, annotations: _Annotations, what: str, rows: np.ndarray, report: Report) -> None:
     wrong = np.flatnonzero(rows < 0)
-    if len(wrong):
-        first = wrong[0]
-        raise UserError(
-            f"{len(wrong)} annotations in {path} name a {kind} that is not listed, such as annotation "
-            f"{annotations.ids[first]} with {kind} {ids[first]}; {remedy}"
-        )
+    if not len(wrong):
+        return
+    kind, article, remedy = faults.UNLISTED_IMAGE, "an", "add the image or remove them"
+    ids = annotations.image_ids
+    if what == "category":
+        ids = annotations.category_ids
+        kind, article = faults.UNLISTED_CATEGORY, "a"
+        remedy = "add the category, remove them, or have them ignored by --config.data.ignore_regions=true"
+    first = wrong[0]
+    sentence = (
+        f"{len(wrong)} annotations in {path} name {article} {what} that is not listed, such as annotation "
+        f"{annotations.ids[first]} with {what} {ids[first]}; {remedy}"
+    )
+    report(Fault(kind, sentence, "annotations", _numpy(annotations.places, np.int64)[wrong]))
+
+
+def _check_shift(path: Path, annotations: _Annotations, listed: list[int], report: Report) -> int:
+    """Returns what turns the ids of the annotations into all those that are listed: 1 or -1, or 0 for neither."""
+    used = np.unique(_numpy(annotations.category_ids, np.int64))
+    for step in (1, -1):
+        # Of all of them: one wild id must not move the others.
+        if np.array_equal(used + step, np.sort(listed)):
+            sentence = (
+                f"the category ids of the annotations in {path} are off by one: {used[0]}..{used[-1]} where "
+                f"{min(listed)}..{max(listed)} are listed; count both from the same number"
+            )
+            report(Fault(faults.OFF_BY_ONE, sentence, "annotations", _numpy(annotations.places, np.int64)))
+            return step
+    return 0
+
+
+def _run_lengths_that_fit(
+    path: Path, annotations: _Annotations, file_names: list[str], sizes: np.ndarray, image_rows: np.ndarray, report
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which annotations have no run-length mask or one that fills its image, and which one of another size."""
+    fits, other_size = image_rows >= 0, np.zeros(len(image_rows), bool)
+    rows = np.flatnonzero(fits & (_numpy(annotations.num_parts, np.int32) == 0))
+    masks = _numpy(annotations.first_part, np.int64)[rows]
+    image_sizes = sizes[image_rows[rows]].astype(np.int64)
+    other_size[rows] = (_numpy(annotations.rle_sizes, np.int64).reshape(-1, 2)[masks] != image_sizes).any(axis=1)
+    filled = num_pixels(np.frombuffer(annotations.rle_counts, np.uint8), _numpy(annotations.rle_offsets, np.int64))
+    short = (filled[masks] != image_sizes.prod(axis=1)) & ~other_size[rows]
+    for row in rows[short].tolist():
+        image = image_rows[row]
+        sentence = mask_that_does_not_fit(annotations.ids[row], file_names[image], *sizes[image].tolist())
+        report(Fault(faults.UNFILLED, sentence, "annotations", [annotations.places[row]]))
+        fits[row] = False
+    return fits & ~other_size, other_size
+
+
+def mask_that_does_not_fit(annotation_id: int, file_name: str, height: int, width: int) -> str:
+    """Says that the runs of a mask have other than the pixels of its image."""
+    return (
+        f"the run-length mask of annotation {annotation_id} does not fit its image {file_name} of {height}x{width} "
+        "pixels; correct or remove the annotation"
+    )

@@ -45,6 +45,20 @@ class Categories(NamedTuple):
         names = [name.strip() for name in _COCO_NAMES.replace("\n", " ").split(",")]
         return cls.create(list(_COCO_IDS), names, contiguous)
 
+    def check_known(self, known: "Categories", split: str) -> None:
+        """Looks whether a model that was trained on ``known`` can be evaluated on a split with these categories.
+
+        Raises:
+            UserError: there is one here that it does not know.
+        """
+        pairs = [set(zip(c.ids, c.names, strict=True)) for c in (self, known)]
+        unknown = sorted(pairs[0] - pairs[1])
+        if unknown:
+            raise UserError(
+                f"{split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
+                "dataset with the categories of the training set"
+            )
+
     def name(self, label: int) -> str:
         """Returns the name of a label."""
         return self.names[self.labels.index(label)]

@@ -8,6 +8,7 @@ not an hour into the training.
 import itertools
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +17,15 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.data.annotation_file import AnnotationFile, read_annotation_file
+from maskrcnn_jax.data import faults
+from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_that_does_not_fit, read_annotation_file
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.faults import Fault, Report
+from maskrcnn_jax.data.formats import correct_formats
+from maskrcnn_jax.data.images import read_image_file
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-
-
-class BrokenImageError(UserError):
-    """An image file that is missing, truncated, not an image, or of another size than the annotations say."""
 
 
 class ImageAnnotations(NamedTuple):
@@ -100,13 +101,12 @@ class CocoIndex:
             if self.num_parts[row] < 0:
                 continue
             try:
-                columns = coco_mask.decode(self._rle(row, height, width)).T  # pycocotools stores column after column
+                columns = coco_mask.decode(self.rle(row, height, width)).T  # pycocotools stores column after column
                 corner = mask[: columns.shape[1], : columns.shape[0]]
                 cv2.transpose(columns, dst=corner)  # several times as fast as a transposing copy in numpy
-            except ValueError as e:
+            except ValueError:
                 raise UserError(
-                    f"the run-length mask of annotation {self.annotation_ids[row]} does not fit its image "
-                    f"{self.file_names[i]} of {height}x{width} pixels ({e}); correct or remove the annotation"
+                    mask_that_does_not_fit(self.annotation_ids[row], self.file_names[i], height, width)
                 ) from None
         return masks
 
@@ -119,29 +119,13 @@ class CocoIndex:
             BrokenImageError: the file is missing, truncated, not an image, of another size than annotated, or has
                 fewer channels.
         """
-        path = self.image_path(i)
-        try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise _broken(path, f"cannot be read ({e.strerror})") from None
-        if _is_truncated(data):
-            raise _broken(path, "is truncated")
-        image = decode_image(data, channels)
-        if image is None:
-            raise _broken(path, "is not an image that can be decoded" if data else "is empty")
-        height, width = map(int, self.sizes[i])
-        if image.shape[:2] != (height, width):
-            found = f"{image.shape[0]}x{image.shape[1]}"
-            raise _broken(path, f"has {found} pixels (height x width) where the annotations say {height}x{width}")
-        if image.shape[2] < channels:
-            raise _broken(path, too_few_channels(image, channels))
-        return image
+        return read_image_file(self.image_path(i), tuple(self.sizes[i].tolist()), channels)
 
     def _rows(self, i: int, with_crowd: bool) -> np.ndarray:
         rows = np.arange(self.offsets[i], self.offsets[i + 1])
         return rows if with_crowd else rows[~self.crowd[rows]]
 
-    def _rle(self, row: int, height: int, width: int) -> dict:
+    def rle(self, row: int, height: int, width: int) -> dict:
         """Returns a run-length mask of the top-left part of the image that holds the object: it is all that counts."""
         first, num = self.first_part[row], self.num_parts[row]
         if num == 0:
@@ -153,54 +137,6 @@ class CocoIndex:
         polygons = [self.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
         parts = coco_mask.frPyObjects(polygons, height, width)
         return coco_mask.merge(parts) if num > 1 else parts[0]
-
-
-def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np.ndarray | None:
-    """Decodes the bytes of an image file.
-
-    Args:
-        data: of the file.
-        channels: wanted. 3 gives RGB whatever the file has. More are read as they are stored, RGB first, such as a PNG
-            whose alpha channel holds depth; of 16 bits the upper 8 are kept, as OpenCV does with colours.
-        upright: turn an image of 3 channels as its EXIF entry says.
-
-    Returns:
-        [h, w, channels] uint8, with fewer channels where the file has fewer; None if it is no image.
-    """
-    if channels > 3:
-        flags = cv2.IMREAD_UNCHANGED
-    else:
-        flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:
-        return None
-    if image is None or image.dtype not in (np.uint8, np.uint16):
-        return None
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    image = np.atleast_3d(image)[..., :channels]
-    if image.shape[2] == 3:
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
-
-
-def too_few_channels(image: np.ndarray, channels: int) -> str:
-    """Says what is wrong with an image of fewer channels than the model takes."""
-    return f"has {image.shape[2]} channels where model.in_channels is {channels}"
-
-
-def _broken(path: Path, what: str) -> BrokenImageError:
-    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
-
-
-def _is_truncated(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end; OpenCV decodes such files without an error, filling with grey or black."""
-    if data.startswith(b"\xff\xd8"):
-        # The marker of the end cannot occur inside compressed data, which stuffs a zero after each 0xff. A thumbnail
-        # in the header has an end of its own, so the end must come after the last start of compressed data.
-        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-    return data.startswith(b"\x89PNG") and b"IEND" not in data
 
 
 def load_index(
@@ -229,18 +165,48 @@ def load_index(
     Raises:
         UserError: the folder has another layout, the JSON is broken or contradicts itself, or image files are missing.
     """
-    json_path, image_dir = _locate(coco_dir, split)
-    file = read_annotation_file(json_path, keep_unlisted=keep_unlisted)
-    problems = dict(file.problems)
-    num_missing = _check_image_files(image_dir, file.file_names, skip_broken)
-    if num_missing:
-        problems["image files missing"] = num_missing
-    categories = Categories.create(file.category_ids, file.category_names, contiguous_labels)
-    index = _arrange(file, image_dir, categories, problems)
-    if problems:
-        listed = ", ".join(f"{count} {what}" for what, count in problems.items())
+    json_path, image_dir = locate(coco_dir, split)
+    return read_dataset(
+        json_path, image_dir, skip_broken=skip_broken, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted
+    ).index
+
+
+class ReadDataset(NamedTuple):
+    """An index beside where its rows stand in the annotation file."""
+
+    index: CocoIndex
+    file: AnnotationFile
+    rows: np.ndarray  # [K] int64, row in ``file`` of each annotation of the index; its images are those of the index
+    problems: dict[str, np.ndarray]  # kind of problem -> places in the file's annotations
+    missing: np.ndarray  # rows of the images whose files are missing
+
+
+def read_dataset(
+    json_path: Path,
+    image_dir: Path,
+    *,
+    skip_broken: bool = False,
+    contiguous_labels: bool = False,
+    keep_unlisted: bool = False,
+    report: Report = faults.stop,
+) -> ReadDataset:
+    """Does what ``load_index`` does with an annotation file and a folder of images.
+
+    Args:
+        report: called with what is wrong; see ``read_annotation_file``.
+    """
+    file = read_annotation_file(json_path, keep_unlisted=keep_unlisted, report=report)
+    file = correct_formats(file, report)
+    missing = _find_missing(image_dir, file, report if not skip_broken else lambda fault: None)
+    index, rows, problems = _arrange(file, image_dir, contiguous_labels, report)
+    problems = file.problems | problems
+    if len(missing):
+        index.problems["image files missing"] = len(missing)
+    index.problems.update((kind, len(places)) for kind, places in problems.items())
+    if index.problems and report is faults.stop:
+        listed = ", ".join(f"{count} {what}" for what, count in index.problems.items())
         _log.warning("%s: %s", json_path, listed)
-    return index
+    return ReadDataset(index, file, rows, problems, missing)
 
 
 def drop_labels(index: CocoIndex, share: float, seed: int) -> CocoIndex:
@@ -266,14 +232,24 @@ def drop_labels(index: CocoIndex, share: float, seed: int) -> CocoIndex:
     )
 
 
-def _locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
+def annotations_name(split: str) -> str:
+    """Returns where the annotations of a split lie in COCO's layout."""
+    return f"annotations/instances_{split}.json"
+
+
+def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
+    """Returns the annotation file and the folder of images of a split in COCO's layout.
+
+    Raises:
+        UserError: the folder has another layout.
+    """
     root = Path(coco_dir)
-    layout = f"a folder that holds {split}/ (the images) and annotations/instances_{split}.json"
+    layout = f"a folder that holds {split}/ (the images) and {annotations_name(split)}"
     if not os.fspath(coco_dir):
         raise UserError(f"no dataset was given; set --config.data.coco_dir to {layout}")
     if not root.is_dir():
         raise UserError(f"coco_dir {root} is not a folder; set --config.data.coco_dir to {layout}")
-    json_path, image_dir = root / "annotations" / f"instances_{split}.json", root / split
+    json_path, image_dir = root / annotations_name(split), root / split
     absent = [
         str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found
     ]
@@ -282,25 +258,39 @@ def _locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
     return json_path, image_dir
 
 
-def _check_image_files(image_dir: Path, file_names: list[str], skip_broken: bool) -> int:
-    """Returns how many image files are missing; one listing of the folder is cheaper than a look at every file."""
+def _find_missing(image_dir: Path, file: AnnotationFile, report: Report) -> np.ndarray:
+    """Returns the rows of images without a file; one listing of the folder is cheaper than a look at every file."""
     with os.scandir(image_dir) as entries:
-        present = {entry.name for entry in entries}
+        present = {entry.name for entry in entries if entry.is_file()}
     missing = [
-        name
-        for name in file_names
-        if name not in present and not (os.path.dirname(name) and os.path.exists(image_dir / name))
+        row
+        for row, name in enumerate(file.file_names)
+        if name not in present and not (os.path.dirname(name) and os.path.isfile(image_dir / name))
     ]
-    if missing and not skip_broken:
-        raise UserError(
-            f"{len(missing)} of {len(file_names)} image files are missing from {image_dir}, such as "
-            f"{', '.join(missing[:3])}; add them, or go on without them by --config.data.skip_broken=true"
+    if missing:
+        alike = find_alike(present, [file.file_names[row] for row in missing[:3]])
+        such = ", ".join(f"{name} (there is {other})" if other else name for name, other in alike.items())
+        sentence = (
+            f"{len(missing)} of {len(file.file_names)} image files are missing from {image_dir}, such as {such}; "
+            "add them, or go on without them by --config.data.skip_broken=true"
         )
-    return len(missing)
+        report(Fault(faults.MISSING_FILE, sentence, "images", file.image_places[missing]))
+    return np.array(missing, np.int64)
 
 
-def _arrange(file: AnnotationFile, image_dir: Path, categories: Categories, problems: dict[str, int]) -> CocoIndex:
-    """Clips and drops boxes, then sorts the annotations by image; adds to ``problems``."""
+def find_alike(present: set[str], names: list[str]) -> dict[str, str | None]:
+    """Finds for names of missing files those of a folder that differ by folders before it or by case alone."""
+    lower = Counter(name.lower() for name in present)
+    by_lower = {name.lower(): name for name in present}
+    wanted = {name: name.replace("\\", "/").rpartition("/")[2].lower() for name in names}
+    return {name: by_lower[key] if lower[key] == 1 else None for name, key in wanted.items()}
+
+
+def _arrange(
+    file: AnnotationFile, image_dir: Path, contiguous_labels: bool, report: Report
+) -> tuple[CocoIndex, np.ndarray, dict[str, np.ndarray]]:
+    """Clips and drops boxes, then sorts the annotations by image; see ReadDataset for what it returns."""
+    categories = Categories.create(file.category_ids, file.category_names, contiguous_labels)
     sizes = file.sizes
     limits = sizes[file.image_rows][:, [1, 0, 1, 0]].astype(np.float32)  # [K, 4]
     boxes = file.boxes.copy()
@@ -311,23 +301,27 @@ def _arrange(file: AnnotationFile, image_dir: Path, categories: Categories, prob
     keep = positive & inside
     # Coordinates are rounded in the file, so that many boxes pass the border by a hundredth of a pixel.
     moved = keep & (np.abs(clipped - boxes) > 1).any(axis=1)
-    for what, rows in (
-        ("boxes without area dropped", ~positive),
-        ("boxes outside their image dropped", positive & ~inside),
-        ("boxes clipped to their image by more than a pixel", moved),
-    ):
-        if rows.any():
-            problems[what] = int(rows.sum())
+    problems = {
+        kind: file.places[rows]
+        for kind, rows in (
+            (faults.FLAT_BOX, ~positive),
+            (faults.OUTSIDE_BOX, positive & ~inside),
+            (faults.CLIPPED_BOX, moved),
+        )
+        if rows.any()
+    }
     if file.num_annotations and not keep.any():
-        raise UserError(
-            f"none of the {file.num_annotations} annotations in {file.path} can be used ({problems}); "
+        counts = {kind: len(places) for kind, places in (file.problems | problems).items()}
+        sentence = (
+            f"none of the {file.num_annotations} annotations in {file.path} can be used ({counts}); "
             "boxes are needed, and instance masks as polygons or run lengths"
         )
+        report(Fault(faults.NOTHING_USABLE, sentence, "annotations", []))
     order = np.flatnonzero(keep)
     order = order[np.argsort(file.image_rows[order], kind="stable")]
     # The last one is found by the row -1, of categories that are not listed.
     label_of_column = np.array([*(categories.labels[categories.ids.index(i)] for i in file.category_ids), 0], np.int32)
-    return CocoIndex(
+    index = CocoIndex(
         image_dir=image_dir,
         categories=categories,
         image_ids=file.image_ids,
@@ -344,5 +338,6 @@ def _arrange(file: AnnotationFile, image_dir: Path, categories: Categories, prob
         part_offsets=file.part_offsets,
         rle_counts=file.rle_counts,
         rle_offsets=file.rle_offsets,
-        problems=problems,
+        problems={},
     )
+    return index, order, problems

@@ -60,7 +60,7 @@ def _walk_object(text: str, handlers: dict[str, Callable[[Any], None]]) -> dict[
     while not text.startswith("}", pos):
         if values:
             pos = _expect(text, pos, ",")
-        name, pos = _DECODER.raw_decode(text, pos)
+        name, pos = _decode(text, pos)
         if not isinstance(name, str):
             raise json.JSONDecodeError("expected a name in double quotes", text, pos)
         pos = _expect(text, _skip_space(text, pos), ":")
@@ -68,7 +68,7 @@ def _walk_object(text: str, handlers: dict[str, Callable[[Any], None]]) -> dict[
             values[name] = None
             pos = _walk_list(text, pos, handlers[name])
         else:
-            values[name], pos = _DECODER.raw_decode(text, pos)
+            values[name], pos = _decode(text, pos)
         pos = _skip_space(text, pos)
     if _skip_space(text, pos + 1) != len(text):
         raise json.JSONDecodeError("unexpected text after the end", text, pos + 1)
@@ -80,12 +80,24 @@ def _walk_list(text: str, pos: int, handle: Callable[[Any], None]) -> int:
     if text.startswith("]", pos):
         return pos + 1
     while True:
-        element, pos = _DECODER.raw_decode(text, pos)
+        element, pos = _decode(text, pos)
         handle(element)
         pos = _skip_space(text, pos)
         if text.startswith("]", pos):
             return pos + 1
         pos = _expect(text, pos, ",")
+
+
+def _decode(text: str, pos: int) -> tuple[Any, int]:
+    """Returns the value at a position and the position of what follows it."""
+    try:
+        return _DECODER.raw_decode(text, pos)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("lists or objects lie too deep inside one another", text, pos) from None
+    except ValueError:
+        raise json.JSONDecodeError("a number has more digits than Python converts", text, pos) from None
 
 
 def _skip_space(text: str, pos: int) -> int:

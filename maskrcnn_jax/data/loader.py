@@ -16,7 +16,8 @@ import grain
 import numpy as np
 
 from maskrcnn_jax.data import transforms
-from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex
+from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.structures import Batch, GroundTruth
 

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from pycocotools.coco import COCO
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import BrokenImageError, CocoIndex, load_index
+from maskrcnn_jax.data.coco import CocoIndex, load_index
+from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
-from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_files
 from maskrcnn_jax.evaluation.inference import make_detect, run_detection
@@ -75,13 +75,7 @@ class Evaluator:
             contiguous_labels=data.contiguous_labels,
             keep_unlisted=data.ignore_regions,
         )
-        known = set(zip(self._categories.ids, self._categories.names, strict=True))
-        unknown = sorted(set(zip(index.categories.ids, index.categories.names, strict=True)) - known)
-        if unknown:
-            raise UserError(
-                f"{split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
-                "dataset with the categories of the training set"
-            )
+        index.categories.check_known(self._categories, split)
         rows = choose(index)
         path = Path(data.coco_dir) / "annotations" / f"instances_{split}.json"
         return _Split(prefix, index, load_annotations(path, index.image_ids[rows].tolist()), rows)

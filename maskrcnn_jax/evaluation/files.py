@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from maskrcnn_jax.data.coco import decode_image, too_few_channels
+from maskrcnn_jax.data.images import decode_image, too_few_channels
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import write_json
 from maskrcnn_jax.evaluation.inference import Detect, detect_ahead

@@ -22,6 +22,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.processes import is_first
 from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
+from maskrcnn_jax.training.data_check import check_before_training
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
@@ -67,6 +68,7 @@ def train(
         contiguous_labels=data.contiguous_labels,
         keep_unlisted=data.ignore_regions,
     )
+    check_before_training(config, index)
     index = drop_labels(index, data.drop_labels, config.seed)
     evaluate = make_evaluate(index.categories)
     steps_per_epoch = _make_loader(config, index, 0, None).steps_per_epoch

@@ -49,16 +49,24 @@ def write(root: Path) -> None:
 
 
 def measure(root: Path) -> None:
-    """Prints the seconds of processor time, the peak memory of the process and the sizes of the index."""
+    """Prints the seconds of processor time, the peak memory of the process, the sizes of the index and what is odd."""
+    from configs import base
+    from maskrcnn_jax.data.check import check_index
     from maskrcnn_jax.data.coco import load_index
+    from maskrcnn_jax.training.data_check import anchors_of
 
     start = time.process_time()
     index = load_index(root, "train2017")
     seconds = time.process_time() - start
+    start = time.process_time()
+    found = check_index(index, anchors_of(base.get_config()))
+    check_seconds = time.process_time() - start
     # Not getrusage's ru_maxrss: Linux lets a process inherit that of the one that started it.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     peak = int(line.split()[1]) * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "images": len(index), "objects": len(index.labels)}))
+    measured = {"seconds": seconds, "check_seconds": check_seconds, "peak_bytes": peak}
+    measured |= {"images": len(index), "objects": len(index.labels), "findings": [finding.kind for finding in found]}
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
+import dataclasses
 import itertools
 import logging
 import time
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data import loader as loader_module
 from maskrcnn_jax.data import transforms
-from maskrcnn_jax.data.coco import BrokenImageError, drop_labels, load_index
+from maskrcnn_jax.data.coco import drop_labels, load_index
+from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Plan, buckets_for, make_loader, training_subset
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
@@ -346,9 +349,12 @@ def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):
 
 
 def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
-    rle = {"size": [24, 32], "counts": [10, 9000, 2]}
+    rle = {"size": [24, 32], "counts": [10, 30, 728]}
     fields = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": rle}
     index = load_index(dataset.write([(24, 32)], [fields]), "train2017")
+    longer = coco_mask.frPyObjects({"size": [90, 90], "counts": [10, 9000, 2]}, 90, 90)["counts"]
+    counts = np.frombuffer(longer, np.uint8)
+    index = dataclasses.replace(index, rle_counts=counts, rle_offsets=np.array([0, len(counts)]))
     with pytest.raises(UserError, match="annotation 5"):
         list(make_loader(index, **TRAIN))
 

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 import signal
 from typing import NamedTuple
 
@@ -9,11 +10,13 @@ import pytest
 from flax import nnx
 
 from configs import base
+from maskrcnn_jax.data import check
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
 from maskrcnn_jax.training.loop import train
 from maskrcnn_jax.training.step import TrainStep
+from tests.dataset_faults import FAULTS, READ_ANYWAY, damage, file_listed_twice
 
 
 class FakeEvaluation(NamedTuple):
@@ -222,3 +225,31 @@ def test_an_evaluation_that_fails_loses_no_step(config, tmp_path):
         train(config, tmp_path, make_evaluate=lambda categories: failing)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         assert checkpoints.latest_step == len((tmp_path / "metrics.jsonl").read_text().splitlines()) * config.log_every
+
+
+def test_annotations_of_which_some_are_wrong_are_trained_on_and_told_of(config, tmp_path, caplog):
+    root = shutil.copytree(config.data.coco_dir, tmp_path / "damaged")
+    for seed, fault in enumerate(READ_ANYWAY, start=1):  # these seeds pick different annotations
+        damage(root, fault, seed)
+    config.data.coco_dir = str(root)
+    config.eval_every = 0
+    train(config, tmp_path / "run", make_evaluate=lambda categories: None)
+    for line in lines(tmp_path / "run"):
+        assert all(np.isfinite(value) for value in line.values())
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    words = {
+        check.MISFIT: "overlap the box around their mask",
+        check.EMPTY_MASK: "no pixel in their image",
+        check.SAME_ANNOTATION: "have the image, category, box and mask",
+    }
+    for fault in READ_ANYWAY:
+        assert words.get(FAULTS[fault], FAULTS[fault]) in told
+
+
+def test_a_file_listed_twice_stops_before_anything_is_written(config, tmp_path):
+    root = shutil.copytree(config.data.coco_dir, tmp_path / "damaged")
+    damage(root, file_listed_twice)
+    config.data.coco_dir = str(root)
+    with pytest.raises(UserError, match="listed before under another id"):
+        train(config, tmp_path / "run", make_evaluate=lambda categories: None)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,116 @@
+"""Reads image files: RGB bytes, or an error that says what is wrong with the file."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from maskrcnn_jax.errors import UserError
+
+_TIMES_LARGER = 4  # pixels than annotated: no reason to decode an image only to say so
+
+
+class BrokenImageError(UserError):
+    """An image file that is missing, truncated, not an image, or of another size than the annotations say."""
+
+
+def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    """Reads an image as [h, w, channels] uint8, as ``decode_image`` does.
+
+    Args:
+        path: of the file.
+        size: (height, width) that it must have.
+        channels: wanted.
+
+    Raises:
+        BrokenImageError: the file is missing, truncated, not an image, of another size, or has fewer channels.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise _broken(path, f"cannot be read ({e.strerror})") from None
+    if _is_truncated(data):
+        raise _broken(path, "is truncated")
+    _refuse_bomb(path, data, size)
+    image = decode_image(data, channels)
+    if image is None:
+        raise _broken(path, "is not an image that can be decoded" if data else "is empty")
+    if image.shape[:2] != size:
+        raise _wrong_size(path, image.shape[:2], size)
+    if image.shape[2] < channels:
+        raise _broken(path, too_few_channels(image, channels))
+    return image
+
+
+def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np.ndarray | None:
+    """Decodes the bytes of an image file.
+
+    Args:
+        data: of the file.
+        channels: wanted. 3 gives RGB whatever the file has. More are read as they are stored, RGB first, such as a PNG
+            whose alpha channel holds depth; of 16 bits the upper 8 are kept, as OpenCV does with colours.
+        upright: turn an image of 3 channels as its EXIF entry says.
+
+    Returns:
+        [h, w, channels] uint8, with fewer channels where the file has fewer; None if it is no image.
+    """
+    if channels > 3:
+        flags = cv2.IMREAD_UNCHANGED
+    else:
+        flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        return None
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        return None
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    image = np.atleast_3d(image)[..., :channels]
+    if image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
+
+
+def too_few_channels(image: np.ndarray, channels: int) -> str:
+    """Says what is wrong with an image of fewer channels than the model takes."""
+    return f"has {image.shape[2]} channels where model.in_channels is {channels}"
+
+
+def _broken(path: Path, what: str) -> BrokenImageError:
+    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
+
+
+def _is_truncated(data: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end; OpenCV decodes such files without an error, filling with grey or black."""
+    if data.startswith(b"\xff\xd8"):
+        # The marker of the end cannot occur inside compressed data, which stuffs a zero after each 0xff. A thumbnail
+        # in the header has an end of its own, so the end must come after the last start of compressed data.
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    return data.startswith(b"\x89PNG") and b"IEND" not in data
+
+
+def _wrong_size(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> BrokenImageError:
+    """Makes the error of an image of another (height, width) than the annotations say."""
+    what = f"has {found[0]}x{found[1]} pixels (height x width) where the annotations say {wanted[0]}x{wanted[1]}"
+    if found == wanted[::-1]:
+        what += ", as if it were annotated turned, by EXIF, and is stored lying"
+    return _broken(path, what)
+
+
+def _refuse_bomb(path: Path, data: bytes, size: tuple[int, int]) -> None:
+    """Refuses a file that would decode to many times the pixels that are wanted, such as a few kB of black."""
+    most = _TIMES_LARGER * size[0] * size[1]
+    if most > Image.MAX_IMAGE_PIXELS:
+        return  # of images as large as that Pillow would warn, whatever they are for
+    try:
+        with Image.open(io.BytesIO(data)) as opened:  # reads the header only
+            found = opened.height, opened.width
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _broken(path, f"has far more pixels than the {size[0]}x{size[1]} of the annotations") from None
+    except Exception:  # Pillow raises all sorts of things at broken files, and OpenCV reads some that it does not
+        return
+    if found[0] * found[1] > most:
+        raise _wrong_size(path, found, size)
