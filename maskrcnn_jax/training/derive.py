@@ -26,6 +26,8 @@ def fill_in(config: ConfigDict, num_images: int) -> ConfigDict:
     optim = config.optim
     if optim.lr_batch_size:
         lr = optim.lr * config.batch_size / optim.lr_batch_size
-        print(f"learning rate {lr:g}: {optim.lr:g} for {optim.lr_batch_size} images a step, of which there are {config.batch_size}")
+        print(
+            f"learning rate {lr:g}: {optim.lr:g} for {optim.lr_batch_size} images a step, of which there are {config.batch_size}"
+        )
         optim.lr, optim.lr_batch_size = lr, 0
     return config
