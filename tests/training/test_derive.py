@@ -35,7 +35,13 @@ def test_what_the_config_says_itself_stays(capsys):
 
 
 def test_published_weights_fit_the_config_for_own_datasets_but_for_the_classes():
-    narrow = {"stem_channels": 8, "stage_channels": 16, "bottleneck_channels": 8, "fpn_channels": 8, "mask_channels": 8}
+    narrow = {
+        "stem_channels": 8,
+        "stage_channels": 16,
+        "bottleneck_channels": 8,
+        "fpn_channels": 8,
+        "mask_channels": 8,
+    }
     narrow |= {"box_conv_channels": (8,) * 4, "box_fc_channels": (8,)}
     arrays = to_torchvision(make_unfilled(91, **{**torchvision_r50_fpn_v2.get_config().model, **narrow}))
     model = make_unfilled(4, **{**own_dataset.get_config().model, **narrow})
