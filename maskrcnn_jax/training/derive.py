@@ -27,7 +27,8 @@ def fill_in(config: ConfigDict, num_images: int) -> ConfigDict:
     if optim.lr_batch_size:
         lr = optim.lr * config.batch_size / optim.lr_batch_size
         print(
-            f"learning rate {lr:g} for {config.batch_size} images a step, as it is {optim.lr:g} for {optim.lr_batch_size}"
+            f"learning rate {lr:g} for {config.batch_size} images a step, "
+            f"as optim.lr {optim.lr:g} is for {optim.lr_batch_size}"
         )
         optim.lr, optim.lr_batch_size = lr, 0
     return config
