@@ -1,7 +1,8 @@
 """Compute COCO's box and mask AP of a model, trained here or elsewhere.
 
     python eval.py --workdir=runs/r50 [--split=val2017] [--limit=N]
-    python eval.py --config=configs/torchvision_r50_fpn_v2.py --weights=FILE_OR_NAME --coco_dir=COCO --output=DIR
+    python eval.py --weights=NAME --coco_dir=COCO --output=DIR
+    python eval.py --weights=FILE --config=configs/torchvision_r50_fpn_v2.py --coco_dir=COCO --output=DIR
 
 Writes metrics.json, detections.json and predictions.jpg into --output, the workdir if not given.
 """
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from absl import flags
 
-from configs import base
 from maskrcnn_jax.cli import define_model_flags, define_process_flags, find_config, load_model, run_app
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
@@ -29,7 +29,7 @@ flags.DEFINE_string("output", None, "Folder for the results; the workdir if not 
 def main() -> None:
     if FLAGS.weights and not FLAGS.output:
         raise UserError("--weights needs --output, a folder for the results")
-    config = find_config(base.get_config())
+    config = find_config()
     model, categories = load_model(config)
     config.unlock().eval_train_limit = 0  # of evaluations during training
     data = config.data

@@ -10,7 +10,10 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initialisation, sampling, shuffling and augmentation
     config.batch_size = 16  # images a step, over all devices and parts (paper, Sec. 3.2)
-    config.epochs = 12
+    config.epochs = 12  # 0: as many as show the network images_to_see images, but 12 to 100
+    # Few images are to be seen more often, but training on them need not last longer (as the BiT-HyperRule has steps
+    # and not epochs, Kolesnikov et al. 2020). 5,000: 25 epochs of 200 images.
+    config.images_to_see = 5000
     config.max_steps = 0  # stop after this many steps; 0 means after `epochs`
     config.log_every = 20  # steps between lines of metrics.jsonl; 0 means only with checkpoints
     config.eval_every = 1  # epochs between evaluations; the last step is evaluated too; 0 means never
@@ -86,7 +89,8 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     optim = config.optim
     optim.kind = "adamw"  # adamw (paper, Sec. 3.2) or sgd (torchvision's and detectron2's recipes)
-    optim.lr = 5e-4  # peak, at batch_size (paper, Sec. 3.2)
+    optim.lr = 5e-4  # peak (paper, Sec. 3.2)
+    optim.lr_batch_size = 0  # images a step that lr is for, in proportion to which it scales; 0: lr is as it is
     optim.warmup_steps = 500  # linear from lr / 1000, as torchvision's recipe
     optim.final_lr_fraction = 0.0  # of the cosine
     optim.weight_decay = 1e-4  # decoupled in AdamW, part of the gradient in SGD

@@ -8,7 +8,7 @@ Published on val2017: box AP 42.9, mask AP 38.6 (3x schedule). Here on val2017: 
 
 from ml_collections import ConfigDict
 
-from configs import detectron2_r50_fpn
+from maskrcnn_jax.configs import detectron2_r50_fpn
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ Its training differs in the losses, see docs/numerics.md.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from maskrcnn_jax.configs import base
 
 
 def get_config() -> ConfigDict:

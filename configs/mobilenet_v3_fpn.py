@@ -8,7 +8,7 @@ Cost and result: not run. Sizes and proposals are those of torchvision's fasterr
 
 from ml_collections import ConfigDict
 
-from configs import base
+from maskrcnn_jax.configs import base
 
 
 def get_config() -> ConfigDict:

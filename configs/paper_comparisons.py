@@ -8,7 +8,7 @@ other shapes, as the paper's comes from ImageNet. Results: docs/results.md.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from maskrcnn_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ Cost and result at full length: not run.
 
 from ml_collections import ConfigDict
 
-from configs import r50_fpn
+from maskrcnn_jax.configs import r50_fpn
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ starts from an ImageNet backbone, which this file does not.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from maskrcnn_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ writes the dataset (python -m maskrcnn_jax.data.shapes data/shapes), trains on i
 
 from ml_collections import ConfigDict
 
-from configs import base
+from maskrcnn_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ Published for these weights on val2017: box AP 37.9, mask AP 34.6. Here on val20
 
 from ml_collections import ConfigDict
 
-from configs import base
+from maskrcnn_jax.configs import base
 
 
 def get_config() -> ConfigDict:

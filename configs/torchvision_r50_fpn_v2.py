@@ -8,7 +8,7 @@ Published for these weights on val2017: box AP 47.4, mask AP 41.8. Here on val20
 
 from ml_collections import ConfigDict
 
-from configs import torchvision_r50_fpn
+from maskrcnn_jax.configs import torchvision_r50_fpn
 
 
 def get_config() -> ConfigDict:

@@ -10,15 +10,12 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from maskrcnn_jax import api
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.processes import join
-from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.training.program_cache import ProgramCache
-from maskrcnn_jax.weights.convert import load_weights
-from maskrcnn_jax.weights.download import resolve
-from maskrcnn_jax.weights.files import read_arrays
 
 
 def run_app(main: Callable[[], None]) -> None:
@@ -85,11 +82,8 @@ def define_model_flags() -> None:
     flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, or COCO's.")
 
 
-def find_config(defaults: ConfigDict) -> ConfigDict:
-    """Return the config of the model that the user named: --config, or that of the run in --workdir.
-
-    Args:
-      defaults: as in :func:`.checkpoint.load_config`.
+def find_config() -> ConfigDict:
+    """Return the config of the model that the user named: --config, that of the run or that of published weights.
 
     Raises:
       UserError: when these options and --weights contradict each other.
@@ -97,33 +91,25 @@ def find_config(defaults: ConfigDict) -> ConfigDict:
     options = flags.FLAGS
     if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, a folder that train.py wrote, or --weights together with --config")
-    if options.weights is not None and options.config is None:
+    if options.config is None and options.workdir is None and options.weights not in api.PUBLISHED:
         raise UserError("--weights needs the --config that they belong to, such as configs/torchvision_r50_fpn.py")
-    return options.config or load_config(options.workdir, defaults)
+    return api.find_config(workdir=options.workdir, weights=options.weights, config=options.config)
 
 
 def load_model(config: ConfigDict) -> tuple[MaskRCNN, Categories]:
-    """Load the model that the user named: a run of train.py, or weights from elsewhere.
+    """Load the model that the user named: a run of train.py, or weights from elsewhere; see :func:`.api.load_network`.
 
     Args:
       config: as find_config returns it.
-
-    Returns:
-      The model in evaluation mode, and what its labels mean.
-
-    Raises:
-      UserError: when the config, the checkpoint and the categories do not fit each other.
     """
     options = flags.FLAGS
-    if options.workdir is not None:
-        return restore_model(options.workdir, config.model, which=options.checkpoint)
-    known = Categories.coco(config.data.contiguous_labels)
-    if options.categories:
-        known = Categories.load(options.categories)
-    model = make_unfilled(known.num_classes, **config.model)
-    print(load_weights(model, read_arrays(resolve(options.weights)), source=options.weights))
-    model.eval()
-    return model, known
+    return api.load_network(
+        config,
+        workdir=options.workdir,
+        weights=options.weights,
+        checkpoint=options.checkpoint,
+        categories=options.categories,
+    )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

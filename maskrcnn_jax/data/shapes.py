@@ -6,6 +6,11 @@ gives the smooth edge of the drawing. There are images without objects and crowd
 them.
 
     python -m maskrcnn_jax.data.shapes OUTPUT_DIR --train=4000 --val=500 --size=128 --seed=0
+
+Few classes, with ids as an annotation tool may give them, in folders that are called as most people call theirs:
+
+    python -m maskrcnn_jax.data.shapes OUTPUT_DIR --train=60 --val=20 --categories=circle:7,star:12,heart:900 \
+        --splits=train,val
 """
 
 import argparse
@@ -13,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +30,8 @@ from tqdm import tqdm
 from maskrcnn_jax.errors import UserError
 
 NAMES = ("circle", "rectangle", "triangle", "star", "ring", "cross", "crescent", "heart")
+CATEGORIES = {name: i for i, name in enumerate(NAMES, start=1)}  # name -> category id
+SPLITS = ("train2017", "val2017")
 
 _VERSION = 2  # of the recipe below: a dataset on disk that another one wrote is not mistaken for the same
 _EMPTY_FRACTION = 0.03  # of the images
@@ -135,8 +143,8 @@ def _make_shape(
     )
 
 
-def _make_object(rng: np.random.Generator, size: int, crowd: bool) -> _Object | None:
-    category = int(rng.integers(len(NAMES)))
+def _make_object(rng: np.random.Generator, size: int, crowd: bool, names: Sequence[str] = NAMES) -> _Object | None:
+    category = NAMES.index(names[rng.integers(len(names))])
     if crowd:
         spread, middle = 0.16 * size, rng.uniform(0.25, 0.75, 2) * size
         places = [(middle + rng.normal(0, spread, 2), rng.uniform(4, 7)) for _ in range(rng.integers(10, 21))]
@@ -224,31 +232,34 @@ def _paint(rng: np.random.Generator, size: int, objects: list[_Object]) -> np.nd
     return np.clip(canvas, 0, 255).round().astype(np.uint8)
 
 
-def draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict]]:
+def draw_image(
+    rng: np.random.Generator, size: int, categories: Mapping[str, int] = CATEGORIES
+) -> tuple[np.ndarray, list[dict]]:
     """Draws one image.
 
     Args:
         rng: decides everything.
         size: pixels, both sides.
+        categories: the classes to draw, some of NAMES, and their ids.
 
     Returns:
         The image [size, size, 3] uint8 RGB, and the fields ``category_id``, ``bbox``, ``area``, ``iscrowd`` and
         ``segmentation`` of each annotation.
     """
-    objects = []
+    objects, names = [], list(categories)
     if rng.random() >= _EMPTY_FRACTION:
-        objects = [_make_object(rng, size, crowd=False) for _ in range(rng.integers(1, 8))]
+        objects = [_make_object(rng, size, False, names) for _ in range(rng.integers(1, 8))]
         if rng.random() < _CROWD_FRACTION / (1 - _EMPTY_FRACTION):
-            objects.insert(int(rng.integers(len(objects) + 1)), _make_object(rng, size, crowd=True))
+            objects.insert(int(rng.integers(len(objects) + 1)), _make_object(rng, size, True, names))
     objects = _occlude([item for item in objects if item is not None])
-    return _paint(rng, size, objects), [_annotate(item) for item in objects]
+    return _paint(rng, size, objects), [_annotate(item, categories) for item in objects]
 
 
-def _annotate(item: _Object) -> dict:
+def _annotate(item: _Object, categories: Mapping[str, int]) -> dict:
     rows, columns = np.flatnonzero(item.visible.any(axis=1)), np.flatnonzero(item.visible.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     return {
-        "category_id": item.shapes[0].category + 1,
+        "category_id": categories[NAMES[item.shapes[0].category]],
         "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
         "area": int(item.visible.sum()),
         "iscrowd": int(item.crowd),
@@ -276,7 +287,14 @@ def _without_repeats(points: np.ndarray) -> np.ndarray:
 
 
 def write_dataset(
-    output_dir: str | os.PathLike, *, num_train: int, num_val: int, image_size: int = 128, seed: int = 0
+    output_dir: str | os.PathLike,
+    *,
+    num_train: int,
+    num_val: int,
+    image_size: int = 128,
+    seed: int = 0,
+    categories: Mapping[str, int] = CATEGORIES,
+    splits: tuple[str, str] = SPLITS,
 ) -> None:
     """Writes ``train2017/ val2017/ annotations/instances_{train,val}2017.json``, unless they are there already.
 
@@ -288,21 +306,30 @@ def write_dataset(
         num_val: validation images.
         image_size: pixels, both sides.
         seed: decides every pixel.
+        categories: the classes to draw, some of NAMES, and their ids.
+        splits: names of the two folders.
 
     Raises:
-        UserError: the folder holds something else, or a number is too small.
+        UserError: the folder holds something else, a number is too small or a class unknown.
     """
     output_dir = Path(output_dir)
     recipe = {"version": _VERSION, "num_train": num_train, "num_val": num_val, "image_size": image_size, "seed": seed}
+    recipe |= {"categories": dict(categories)} if categories != CATEGORIES else {}
+    recipe |= {"splits": list(splits)} if splits != SPLITS else {}
     if num_train < 1 or num_val < 1 or image_size < 32 or seed < 0:
         raise UserError(f"{recipe} cannot be made; at least 1 image a split, 32 pixels a side and seed 0 are needed")
+    unknown = [name for name in categories if name not in NAMES]
+    if unknown or not categories or len(set(categories.values())) < len(categories) or len(set(splits)) < 2:
+        raise UserError(
+            f"{recipe} cannot be made; give an id of its own to each of some of {', '.join(NAMES)}, and 2 splits"
+        )
     if _is_finished(output_dir, recipe):
         return
     partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
     try:
         (partial / "annotations").mkdir(parents=True)
-        for split, (name, num) in enumerate((("train2017", num_train), ("val2017", num_val))):
-            _write_split(partial, name, num, image_size, [seed, split])
+        for split, (name, num) in enumerate(zip(splits, (num_train, num_val), strict=True)):
+            _write_split(partial, name, num, image_size, [seed, split], categories)
         (partial / "shapes.json").write_text(json.dumps(recipe) + "\n")
         partial.rename(output_dir)
     finally:
@@ -321,11 +348,13 @@ def _is_finished(output_dir: Path, recipe: dict) -> bool:
     return True
 
 
-def _write_split(root: Path, name: str, num: int, image_size: int, seed: list[int]) -> None:
+def _write_split(
+    root: Path, name: str, num: int, image_size: int, seed: list[int], categories: Mapping[str, int]
+) -> None:
     (root / name).mkdir()
     images, annotations = [], []
     for image_id in tqdm(range(1, num + 1), desc=f"drawing {name}", unit="image"):
-        image, objects = draw_image(np.random.default_rng([*seed, image_id]), image_size)
+        image, objects = draw_image(np.random.default_rng([*seed, image_id]), image_size, categories)
         file_name = f"{image_id:012d}.jpg"
         data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         (root / name / file_name).write_bytes(data.tobytes())
@@ -339,9 +368,13 @@ def _write_split(root: Path, name: str, num: int, image_size: int, seed: list[in
         "licenses": [{"id": 1, "name": "same as the program that drew them", "url": ""}],
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": i + 1, "name": n, "supercategory": "shape"} for i, n in enumerate(NAMES)],
+        "categories": [{"id": i, "name": name, "supercategory": "shape"} for name, i in categories.items()],
     }
     (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+
+
+def _parse_categories(text: str) -> dict[str, int]:
+    return {name: int(number) for name, number in (item.split(":") for item in text.split(","))}
 
 
 def main() -> int:
@@ -351,9 +384,21 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=500, help="validation images")
     parser.add_argument("--size", type=int, default=128, help="pixels, both sides of every image")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--categories", type=_parse_categories, default=CATEGORIES, help="NAME:ID,NAME:ID,... instead of all classes"
+    )
+    parser.add_argument("--splits", type=lambda text: tuple(text.split(",")), default=SPLITS, help="TRAIN,VAL")
     args = parser.parse_args()
     try:
-        write_dataset(args.output_dir, num_train=args.train, num_val=args.val, image_size=args.size, seed=args.seed)
+        write_dataset(
+            args.output_dir,
+            num_train=args.train,
+            num_val=args.val,
+            image_size=args.size,
+            seed=args.seed,
+            categories=args.categories,
+            splits=args.splits,
+        )
     except UserError as e:
         print(e, file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ from maskrcnn_jax.processes import is_first
 from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.data_check import check_before_training
+from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
@@ -70,13 +71,15 @@ def train(
     )
     check_before_training(config, index)
     index = drop_labels(index, data.drop_labels, config.seed)
+    config = fill_in(config, len(training_subset(index, data.train_limit, config.seed)))
     evaluate = make_evaluate(index.categories)
     steps_per_epoch = _make_loader(config, index, 0, None).steps_per_epoch
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or np.inf)
 
     # 2. Model and optimizer
     model = MaskRCNN(index.categories.num_classes, **config.model, rngs=nnx.Rngs(config.seed))
-    optim = config.optim.copy_and_resolve_references().to_dict()
+    optim = config.optim.to_dict()
+    optim.pop("lr_batch_size")  # lr is scaled already
     schedule = make_schedule(
         lr=optim.pop("lr"),
         warmup_steps=optim.pop("warmup_steps"),

@@ -204,11 +204,11 @@ def test_other_files_are_never_overwritten_and_an_empty_folder_is_filled(tmp_pat
 def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
     draw, calls = shapes.draw_image, []
 
-    def interrupted(rng, size):
+    def interrupted(rng, size, categories):
         calls.append(size)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(rng, size)
+        return draw(rng, size, categories)
 
     monkeypatch.setattr(shapes, "draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -216,8 +216,48 @@ def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 16}, {"seed": -1}])
-def test_numbers_that_are_too_small_are_refused(tmp_path, wrong):
+def test_some_classes_with_any_ids_in_folders_of_any_name(tmp_path):
+    categories = {"ring": 900, "circle": 7, "star": 12}
+    shapes.write_dataset(
+        tmp_path / "own", num_train=12, num_val=1, image_size=64, categories=categories, splits=("train", "val")
+    )
+    index = load_index(tmp_path / "own", "train")
+    assert index.categories.ids == (7, 12, 900)
+    assert index.categories.names == ("circle", "star", "ring")
+    content = json.loads((tmp_path / "own" / "annotations" / "instances_train.json").read_text())
+    assert {annotation["category_id"] for annotation in content["annotations"]} == {7, 12, 900}
+
+
+@pytest.mark.parametrize(("name", "filled"), [("ring", False), ("circle", True)])
+def test_an_id_is_that_of_the_shape_that_was_drawn(name, filled):
+    middles = []
+    for seed in range(60):
+        _, objects = shapes.draw_image(np.random.default_rng(seed), 64, {name: 900})
+        assert {item["category_id"] for item in objects} <= {900}
+        if len(objects) == 1 and not objects[0]["iscrowd"]:
+            x, y, width, height = objects[0]["bbox"]
+            if min(x, y, 64 - x - width, 64 - y - height) > 0:
+                found = objects[0]["segmentation"]
+                rle = coco_mask.merge(coco_mask.frPyObjects(found, 64, 64)) if isinstance(found, list) else found
+                middles.append(coco_mask.decode(rle)[y + height // 2, x + width // 2])
+    assert len(middles) > 2
+    assert all(middle == filled for middle in middles)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_train": 0},
+        {"num_val": 0},
+        {"image_size": 16},
+        {"seed": -1},
+        {"categories": {"cat": 1}},
+        {"categories": {}},
+        {"categories": {"ring": 1, "star": 1}},
+        {"splits": ("train", "train")},
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, wrong):
     with pytest.raises(UserError, match="cannot be made"):
         shapes.write_dataset(tmp_path / "shapes", **{"num_train": 1, "num_val": 1} | wrong)
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from configs import base
+from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.files import Label, is_video, list_images, predict_images, predict_video
+from maskrcnn_jax.evaluation.files import is_video, list_images, predict_images, predict_video
+from maskrcnn_jax.evaluation.predictor import Predictor
 from maskrcnn_jax.structures import Batch, Detections
-
-LABELS = {1: Label(7, "cup"), 2: Label(9, "dog")}
 
 
 def prepare(image):
@@ -33,6 +34,21 @@ def detect(images, sizes):
     return Detections(boxes, np.float32([[0.9, 0.3, 0.95]]), np.int32([[1, 2, 1]]), masks, valid)
 
 
+class FakePredictor(Predictor):
+    """A predictor that sees images as they are and finds in them what ``detect`` says."""
+
+    def __init__(self, channels=3):
+        self.config = base.get_config()
+        self.config.model.in_channels = channels
+        self.categories = Categories.create([7, 9], ["cup", "dog"])
+        self._detect = detect
+        self.seen = []
+
+    def _prepare(self, image):
+        self.seen.append(image)
+        return prepare(image[..., :3])
+
+
 def write_image(path, red, size=(40, 50)):
     image = np.zeros((*size, 3), np.uint8)
     image[..., 2] = red  # OpenCV writes BGR
@@ -49,7 +65,7 @@ def test_a_folder_gives_pictures_and_results_and_names_what_it_cannot_read(tmp_p
     (folder / "notes.txt").write_text("ignored")
     paths = list_images(folder)
     assert [path.name for path in paths] == ["a.jpg", "b.png", "c.png", "d.png"]
-    unreadable = predict_images(detect, prepare, paths, output, labels=LABELS, min_score=0.5)
+    unreadable = predict_images(FakePredictor(), paths, output, min_score=0.5)
     assert [path.name for path in unreadable] == ["c.png", "d.png"]
     assert sorted(file.name for file in output.iterdir()) == ["a.jpg", "b.png", "detections.json", "images.json"]
     results = json.loads((output / "detections.json").read_text())
@@ -66,25 +82,19 @@ def test_a_folder_gives_pictures_and_results_and_names_what_it_cannot_read(tmp_p
 def test_depth_reaches_the_model_and_a_file_without_it_is_named(tmp_path):
     image = np.dstack([np.full((40, 50), value, np.uint8) for value in (1, 2, 30, 77)])  # OpenCV writes BGRA
     cv2.imwrite(str(tmp_path / "a.png"), image)
-    seen = []
-
-    def prepare_rgbd(image):
-        seen.append(image)
-        return prepare(image[..., :3])
-
-    call = {"labels": LABELS, "min_score": 0.5, "channels": 4}
-    predict_images(detect, prepare_rgbd, [tmp_path / "a.png"], tmp_path / "out", **call)
-    assert seen[0].shape == (40, 50, 4)
-    assert seen[0][0, 0].tolist() == [30, 2, 1, 77]
+    predictor = FakePredictor(channels=4)
+    predict_images(predictor, [tmp_path / "a.png"], tmp_path / "out", min_score=0.5)
+    assert predictor.seen[0].shape == (40, 50, 4)
+    assert predictor.seen[0][0, 0].tolist() == [30, 2, 1, 77]
     assert cv2.imread(str(tmp_path / "out" / "a.png"), cv2.IMREAD_UNCHANGED).shape[2] == 3
     write_image(tmp_path / "b.png", 30)
     with pytest.raises(UserError, match=r"b\.png has 3 channels where model.in_channels is 4"):
-        predict_images(detect, prepare_rgbd, [tmp_path / "b.png"], tmp_path / "out", **call)
+        predict_images(predictor, [tmp_path / "b.png"], tmp_path / "out", min_score=0.5)
 
 
 def test_the_minimum_score_lets_weaker_detections_through(tmp_path):
     write_image(tmp_path / "a.png", 30)
-    predict_images(detect, prepare, [tmp_path / "a.png"], tmp_path / "out", labels=LABELS, min_score=0.2)
+    predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path / "out", min_score=0.2)
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert [result["category_id"] for result in results] == [7, 9]
 
@@ -97,26 +107,24 @@ def test_an_input_without_a_readable_image_is_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match="holds no images"):
         list_images(tmp_path / "empty")
     with pytest.raises(UserError, match="none of 1 files"):
-        predict_images(
-            detect, prepare, list_images(tmp_path / "bad.png"), tmp_path / "out", labels=LABELS, min_score=0.5
-        )
+        predict_images(FakePredictor(), list_images(tmp_path / "bad.png"), tmp_path / "out", min_score=0.5)
     assert not (tmp_path / "out" / "detections.json").exists()
 
 
 def test_the_input_is_never_overwritten(tmp_path):
     write_image(tmp_path / "a.png", 30)
     with pytest.raises(UserError, match="overwrite"):
-        predict_images(detect, prepare, [tmp_path / "a.png"], tmp_path, labels=LABELS, min_score=0.5)
+        predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path, min_score=0.5)
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="overwrite"):
-        predict_video(detect, prepare, tmp_path / "a.mp4", tmp_path, labels=LABELS, min_score=0.5)
+        predict_video(FakePredictor(), tmp_path / "a.mp4", tmp_path, min_score=0.5)
 
 
 def test_an_output_that_is_a_file_is_the_users_to_mend(tmp_path):
     write_image(tmp_path / "a.png", 30)
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
-        predict_images(detect, prepare, [tmp_path / "a.png"], tmp_path / "out", labels=LABELS, min_score=0.5)
+        predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path / "out", min_score=0.5)
 
 
 def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
@@ -128,7 +136,7 @@ def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
         writer.write(frame)
     writer.release()
     assert is_video(source) and not is_video(tmp_path)
-    assert predict_video(detect, prepare, source, tmp_path / "out", labels=LABELS, min_score=0.5) == 6
+    assert predict_video(FakePredictor(), source, tmp_path / "out", min_score=0.5) == 6
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(12.5)
     assert (capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (64, 48)
@@ -145,6 +153,6 @@ def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
 def test_a_video_without_a_readable_frame_is_the_users_to_mend(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="no frame of"):
-        predict_video(detect, prepare, tmp_path / "bad.mp4", tmp_path / "out", labels=LABELS, min_score=0.5)
+        predict_video(FakePredictor(), tmp_path / "bad.mp4", tmp_path / "out", min_score=0.5)
     with pytest.raises(UserError, match="does not exist"):
-        predict_video(detect, prepare, tmp_path / "absent.mp4", tmp_path / "out", labels=LABELS, min_score=0.5)
+        predict_video(FakePredictor(), tmp_path / "absent.mp4", tmp_path / "out", min_score=0.5)

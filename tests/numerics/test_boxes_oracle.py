@@ -10,7 +10,7 @@ from maskrcnn_jax.models.proposals import select_proposals  # noqa: E402
 from maskrcnn_jax.ops import boxes as box_ops  # noqa: E402
 from maskrcnn_jax.ops.anchors import grid_anchors  # noqa: E402
 from maskrcnn_jax.ops.matching import match  # noqa: E402
-from maskrcnn_jax.ops.nms import nms  # noqa: E402
+from maskrcnn_jax.ops.nms import class_nms, nms  # noqa: E402
 from tools.torchvision_reference import import_torchvision  # noqa: E402
 
 torchvision = import_torchvision()
@@ -46,6 +46,30 @@ def test_coding_overlap_and_clipping_equal_torchvisions(dtype):
         np.testing.assert_allclose(decoded, coder.decode_single(torch.tensor(deltas), tb), **close)
         clipped = box_ops.clip_boxes(jnp.asarray(a), jnp.array([600, 700]))
         np.testing.assert_array_equal(clipped, torchvision.ops.clip_boxes_to_image(ta, (600, 700)))
+
+
+def test_overlaps_row_by_row_coverage_and_their_gradients_equal_torchvisions():
+    rng = np.random.default_rng(5)
+    a = random_boxes(rng, 60)
+    b = a + rng.normal(size=a.shape) * 20  # near enough to overlap, most of them
+    b[:5] += 2000  # apart
+    ta, tb = torch.tensor(a, requires_grad=True), torch.tensor(b)
+    with jax.enable_x64(True):
+        close = TOLERANCES["float64"]
+        np.testing.assert_allclose(box_ops.box_area(a), torchvision.ops.box_area(ta).detach(), **close)
+        for ours, theirs in (
+            (box_ops.paired_iou, torchvision.ops.box_iou),
+            (box_ops.paired_giou, torchvision.ops.generalized_box_iou),
+        ):
+            expected = torch.diagonal(theirs(ta, tb))
+            (gradient,) = torch.autograd.grad(expected.sum(), ta)
+            np.testing.assert_allclose(ours(jnp.asarray(a), jnp.asarray(b)), expected.detach(), **close)
+            ours_gradient = jax.grad(lambda a, ours=ours: jnp.sum(ours(a, jnp.asarray(b))))(jnp.asarray(a))
+            np.testing.assert_allclose(ours_gradient, gradient, **close)
+        iou = torchvision.ops.box_iou(ta, tb).detach()
+        areas = torchvision.ops.box_area(ta).detach()[:, None], torchvision.ops.box_area(tb)[None, :]
+        intersection = iou * sum(areas) / (1 + iou)
+        np.testing.assert_allclose(box_ops.box_coverage(a, b), intersection / areas[0], **close)
 
 
 def torch_anchors(image_shape, feature_shapes, sizes=SIZES, scales=(1,)):
@@ -92,6 +116,22 @@ def test_suppression_keeps_the_boxes_that_torchvision_keeps(threshold, ties):
     keep = nms(jnp.asarray(boxes[order]), jnp.ones(200, bool), iou_threshold=threshold)
     expected = torchvision.ops.nms(torch.tensor(boxes), torch.tensor(scores), threshold)
     np.testing.assert_array_equal(order[np.asarray(keep)], expected)
+
+
+def test_suppression_within_classes_picks_what_torchvision_keeps():
+    rng = np.random.default_rng(4)
+    boxes = random_boxes(rng, 90, 100, "float32").reshape(30, 3, 4)
+    scores = rng.permutation(np.linspace(0, 1, 90, dtype=np.float32)).reshape(30, 3)
+    picks = class_nms(jnp.asarray(boxes), jnp.asarray(scores), iou_threshold=0.4, score_threshold=0.05, max_picks=100)
+    flat, classes = scores.reshape(-1), np.tile(np.arange(3), 30)
+    rows = np.flatnonzero(flat > 0.05)
+    keep = torchvision.ops.batched_nms(
+        *(torch.tensor(values[rows]) for values in (boxes.reshape(-1, 4), flat, classes)), 0.4
+    )
+    expected = rows[keep]
+    assert 10 < len(expected) < 80, "the case is trivial"
+    assert picks.valid.sum() == len(expected)
+    np.testing.assert_array_equal(picks.box_index[picks.valid] * 3 + picks.class_index[picks.valid], expected)
 
 
 @pytest.mark.parametrize("post_nms_top_n", [30, 1000])

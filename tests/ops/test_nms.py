@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrcnn_jax.ops import nms as ops
+from maskrcnn_jax import ops
+from maskrcnn_jax.ops.nms import nms_in_rounds, nms_one_by_one
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.
 class_nms = jax.jit(ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "max_picks"))
 
 
-@pytest.fixture(params=[ops.nms, ops.nms_one_by_one, ops.nms_in_rounds], ids=lambda form: form.__name__)
+@pytest.fixture(params=[ops.nms, nms_one_by_one, nms_in_rounds], ids=lambda form: form.__name__)
 def nms(request):
     return jax.jit(request.param, static_argnames="iou_threshold")
 
@@ -92,7 +93,7 @@ def test_shifted_and_scaled_boxes_keep_the_same_rows(nms):
     np.testing.assert_array_equal(nms(jnp.asarray(boxes + 16), valid, iou_threshold=0.5), expected)
 
 
-@pytest.mark.parametrize("form", [ops.nms_one_by_one, ops.nms_in_rounds])
+@pytest.mark.parametrize("form", [nms_one_by_one, nms_in_rounds])
 @pytest.mark.slow
 def test_nms_compiled_equals_eager_and_vmap_equals_a_loop(form):
     boxes, valid = jnp.asarray(random_boxes(2, 3, 30)), jnp.asarray(np.random.default_rng(0).random((3, 30)) > 0.3)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from maskrcnn_jax.ops import roi_align as ops
+from maskrcnn_jax import ops
 from maskrcnn_jax.ops.pyramid import assign_levels
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.

@@ -47,12 +47,16 @@ def arrays(workdir):
 
 
 def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path):
+    config.optim.lr, config.optim.lr_batch_size = 0.001, 16
     train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
-    assert json.loads((tmp_path / "config.json").read_text())["model"]["stem_channels"] == 8
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model"]["stem_channels"] == 8
+    assert written["optim"]["lr"] == 0.0005, "not that of this batch size"
     assert (tmp_path / "categories.json").exists()
     assert list((tmp_path / "tensorboard").iterdir())
     logged = [line for line in lines(tmp_path) if "loss" in line]
     assert [line["step"] for line in logged] == [2, 4]
+    assert logged[0]["lr"] <= 0.0005
     terms = ["loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"]
     for line in logged:
         assert all(np.isfinite(line[term]) for term in terms)

@@ -13,8 +13,8 @@ from maskrcnn_jax.evaluation.paste import encode_rle, paste_mask
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE
 from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.models.proposals import select_proposals
-from maskrcnn_jax.ops import nms as nms_forms
 from maskrcnn_jax.ops.anchors import grid_anchors
+from maskrcnn_jax.ops.nms import nms, nms_in_rounds, nms_one_by_one
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
 from maskrcnn_jax.structures import Proposals
 from tools.benchmarks.inputs import STRIDE, Settings
@@ -139,10 +139,9 @@ def _nms(settings: Settings, rng, shape) -> list[Row]:
         level = torch.repeat_interleave(torch.arange(5, device=device), NUM_BOXES)
         references = {reference.reference_name(): lambda: batched_nms(flat, scores, level, 0.7)}
     rows, inputs = [], jax.device_put((boxes, np.ones(boxes.shape[:2], bool)))
-    for form in sorted(name for name in vars(nms_forms) if name.startswith("nms")):
-        suppress = functools.partial(getattr(nms_forms, form), iou_threshold=0.7)
-        compiled = jax.jit(jax.vmap(suppress))
-        name = f"NMS, form {form}, 5 levels x {NUM_BOXES}"
+    for form in (nms, nms_in_rounds, nms_one_by_one):
+        compiled = jax.jit(jax.vmap(functools.partial(form, iou_threshold=0.7)))
+        name = f"NMS, form {form.__name__}, 5 levels x {NUM_BOXES}"
         for call in references.values():
             check(name, np.flatnonzero(compiled(*inputs)), np.sort(call().cpu()), 0)
         rows.append(compare(name, lambda compiled=compiled: compiled(*inputs), references, settings.rounds))

@@ -1,0 +1,245 @@
+"""Models in a few lines of Python, from a run or from weights, in the checkout and installed."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import optax
+import pytest
+from pycocotools import mask as coco_mask
+
+import maskrcnn_jax as mr
+from configs import shapes
+from maskrcnn_jax import api
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.shapes import write_dataset
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.sharding import make_mesh
+from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
+from maskrcnn_jax.training.step import create_train_state
+from maskrcnn_jax.weights.convert import to_torchvision
+from maskrcnn_jax.weights.download import FILES
+from maskrcnn_jax.weights.files import write_arrays
+from tests.models.tiny import OPTIONS, tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _quick(quick_compilation):
+    """Most of the time of these tests is compiling."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a dataset of 64-pixel shapes with the ids 7, 12 and 900, and a run whose network is random."""
+    place = tmp_path_factory.mktemp("place")
+    categories = {"circle": 7, "star": 12, "heart": 900}
+    write_dataset(place / "own", num_train=1, num_val=3, image_size=64, categories=categories, splits=("train", "val"))
+    config = shapes.get_config()
+    config.data.coco_dir = str(place / "own")
+    config.data.eval_split = "val"
+    config.data.short_side = config.data.long_side = config.data.mask_side = 64
+    config.eval_batch_size = 1
+    options = {name: value for name, value in OPTIONS.items() if name != "num_classes"}
+    config.model.update(options)
+    model = tiny_model(**{**config.model, "num_classes": 4})
+    (place / "run").mkdir()
+    save_config(config, place / "run")
+    Categories.create([900, 7, 12], ["heart", "circle", "star"]).save(place / "run" / "categories.json")
+    with contextlib.closing(Checkpoints(place / "run")) as checkpoints:
+        checkpoints.save(create_train_state(model, optax.sgd(0.1), make_mesh())[1])
+    write_arrays(place / "weights.safetensors", to_torchvision(model))
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    return mr.load(place / "run")
+
+
+@pytest.fixture(scope="module")
+def paths(place):
+    return sorted((place / "own" / "val").iterdir())
+
+
+def same(ours, theirs):
+    assert ours.to_coco(1) == theirs.to_coco(1)
+
+
+def test_importing_the_package_imports_nothing_else():
+    """So that flags of JAX can be set after it; the names come when they are used."""
+    code = """
+import sys
+import maskrcnn_jax as mr
+assert not {"jax", "flax", "numpy", "cv2"} & set(sys.modules), "imported"
+assert "load" in dir(mr) and not hasattr(mr, "lode")
+from maskrcnn_jax import UserError
+assert "jax" not in sys.modules
+assert callable(mr.load) and callable(mr.ops.nms)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_what_is_found_has_boxes_names_ids_scores_and_masks_of_the_image(model, paths):
+    found = model.predict(paths[0], min_score=0)
+    assert len(found) > 3
+    assert found.boxes.shape == (len(found), 4)
+    assert (found.boxes >= 0).all() and (found.boxes <= 64).all()
+    assert (np.diff(found.scores) <= 0).all()
+    table = {1: (7, "circle"), 2: (12, "star"), 3: (900, "heart")}
+    rows = zip(found.labels, found.category_ids, found.names, strict=True)
+    assert all((category_id, name) == table[label] for label, category_id, name in rows)
+    assert found.masks.shape == (len(found), 64, 64) and found.masks.dtype == bool
+    assert found.masks.any()
+    assert found.image.shape == (64, 64, 3)
+    assert found.draw().shape == (512, 512, 3)
+    assert not np.array_equal(found.draw(min_side=0), found.image)
+    assert found.names[0] in repr(found)
+
+    results = json.loads(json.dumps(found.to_coco(41)))
+    assert [result["image_id"] for result in results] == [41] * len(found)
+    assert [result["category_id"] for result in results] == found.category_ids.tolist()
+    np.testing.assert_array_equal(
+        [coco_mask.decode(result["segmentation"]) for result in results], found.masks.astype(np.uint8)
+    )
+    x, y, width, height = np.transpose([result["bbox"] for result in results])
+    np.testing.assert_allclose(np.stack([x, y, x + width, y + height], axis=1), found.boxes, atol=1e-4)
+
+
+def test_some_of_what_is_found_is_chosen_by_rows(model, paths):
+    found = model.predict(paths[0], min_score=0)
+    limit = float(found.scores[2])
+    sure = found[found.scores >= limit]
+    assert 0 < len(sure) < len(found)
+    same(sure, model.predict(paths[0], min_score=limit))
+    np.testing.assert_array_equal(sure.masks, found.masks[: len(sure)])
+    assert [one.names for one in found] == [[name] for name in found.names]
+    assert found[-1].scores == found.scores[-1]
+    assert len(found[:0]) == 0 and found[:0].masks.shape == (0, 64, 64)
+    with pytest.raises(IndexError):
+        found[len(found)]
+
+
+def test_arrays_paths_and_lists_of_them_give_the_same(model, paths):
+    image = cv2.cvtColor(cv2.imread(str(paths[1])), cv2.COLOR_BGR2RGB)
+    several = model.predict([image, str(paths[1]), paths[0]], min_score=0)
+    assert isinstance(several, list) and len(several) == 3
+    same(several[0], several[1])
+    same(several[0], model.predict(image, min_score=0))
+    same(several[2], model.predict(paths[0], min_score=0))
+    assert several[2].to_coco(1) != several[0].to_coco(1)
+    assert model.predict([]) == []
+
+
+def test_predictions_are_those_that_evaluations_measure(model, paths):
+    evaluated = Evaluator(model.config, model.categories)(model.network).results
+    predicted = [
+        result
+        for image_id, path in enumerate(paths, start=1)
+        for result in model.predict(path, min_score=0).to_coco(image_id)
+    ]
+    assert len(predicted) > 10
+    assert predicted == evaluated
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((64, 64, 3)),
+        np.zeros((64, 64), np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.zeros((0, 3, 3), np.uint8),
+    ],
+    ids=["float", "grey", "rgba", "empty"],
+)
+def test_an_array_that_is_no_image_is_refused(model, image):
+    with pytest.raises(UserError, match=r"is no image for this model; give uint8 \(height, width, 3\)"):
+        model.predict(image)
+
+
+def test_a_file_that_is_no_image_is_refused(model, place):
+    with pytest.raises(UserError, match=r"config\.json cannot be read as an image"):
+        model.predict(place / "run" / "config.json")
+
+
+def test_weights_of_a_run_give_the_same_with_its_config_and_categories(model, place, paths):
+    expected = model.predict(paths[0], min_score=0)
+    weights = place / "weights.safetensors"
+    same(mr.load(weights, config=place / "run").predict(paths[0], min_score=0), expected)
+    other = mr.load(weights, config=model.config, categories=place / "run" / "categories.json")
+    same(other.predict(paths[0], min_score=0), expected)
+    with pytest.raises(UserError, match="another number of classes"):
+        mr.load(weights, config=model.config)  # COCO's categories, as nothing else was said
+
+
+def test_a_checkpoint_is_chosen_by_its_step(model, place, paths):
+    same(mr.load(place / "run", checkpoint=0).predict(paths[0]), model.predict(paths[0]))
+    with pytest.raises(UserError, match="no checkpoint '7'"):
+        mr.load(place / "run", checkpoint=7)
+
+
+def test_what_cannot_be_loaded_is_one_sentence(place):
+    with pytest.raises(UserError, match="nowhere is no folder of a run, no file of weights and no name"):
+        mr.load(place / "nowhere")
+    with pytest.raises(UserError, match="holds no trained model"):
+        mr.load(place / "own")
+    with pytest.raises(UserError, match="no weights named torchvision:fcos"):
+        mr.load("torchvision:fcos", config="shapes")
+    with pytest.raises(UserError, match="need the config that they belong to"):
+        mr.load(place / "weights.safetensors")
+    with pytest.raises(UserError, match="there is no config 'shape'; .*shapes"):
+        mr.load(place / "weights.safetensors", config="shape")
+    with pytest.raises(UserError, match="has its own"):
+        mr.load(place / "run", categories=place / "run" / "categories.json")
+
+
+def test_published_weights_have_their_configs():
+    assert {name for name in FILES if "mask" in name} == set(api.PUBLISHED)
+    known = {name: api.find_config(weights=name).model for name in api.PUBLISHED}
+    assert known["torchvision:maskrcnn_resnet50_fpn_v2"].box_conv_channels == (256,) * 4
+    assert known["torchvision:maskrcnn_resnet50_fpn"].norm == "frozen"
+    assert known["detectron2:mask_rcnn_R_101_FPN_3x"].backbone == "resnet101"
+    assert known["detectron2:mask_rcnn_R_50_FPN_1x"].exact_anchors
+    assert api.find_config(weights="x.pth", config="paper:table=2,row=1").model.backbone == "resnet101"
+
+
+@pytest.mark.slow
+def test_the_installed_package_predicts_from_another_folder(model, place, paths, tmp_path):
+    source = tmp_path / "source"  # a copy, as building writes beside what it builds
+    source.mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("maskrcnn_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, f"--wheel-dir={tmp_path}", str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "installed")], check=True)
+    code = """
+import sys
+import maskrcnn_jax as mr
+assert mr.__file__.startswith(sys.argv[1]), mr.__file__
+from maskrcnn_jax.api import find_config
+find_config(config="own_dataset:small")
+print(mr.load(sys.argv[2]).predict(sys.argv[3], min_score=0).to_coco(1)[0]["bbox"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "installed"), str(place / "run"), str(paths[0])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == "", "a user who loads a model is told of nothing"
+    best = model.predict(paths[0], min_score=0).to_coco(1)[0]["bbox"]
+    np.testing.assert_allclose(json.loads(done.stdout), best, rtol=1e-4)

@@ -1,0 +1,50 @@
+"""The walk of docs/own_dataset.md, its commands as they stand there, in a copy of the checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from tests.documents import ROOT, blocks
+
+PARTS = ("maskrcnn_jax", "configs", "tools", "train.py", "eval.py", "predict.py")
+
+
+@pytest.mark.slow
+def test_every_command_of_the_walk_works(tmp_path):
+    for name in PARTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, tmp_path)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    programs = {"bash": ["bash", "-e", "-c"], "python": ["python", "-c"]}
+    outputs = []
+    for language, text in blocks("own_dataset.md"):
+        if language not in programs:
+            continue
+        done = subprocess.run(
+            [*programs[language], text], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{text}\n{done.stderr[-3000:]}"
+        outputs.append(done.stdout)
+    assert len(outputs) > 4, "the blocks were not found"
+
+    run = tmp_path / "runs" / "own"
+    assert json.loads((run / "config.json").read_text())["epochs"] > 12
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["bbox_AP50"] > 0.3 and metrics["segm_AP50"] > 0.25, "a new user would see nothing"
+    assert f"box AP {metrics['bbox_AP']:.3f}" in "".join(outputs)
+    assert (run / "predictions.jpg").stat().st_size > 10_000
+    pictures = run / "pictures"
+    found = json.loads((pictures / "detections.json").read_text())
+    assert found and {result["category_id"] for result in found} <= {7, 12, 900}
+    assert cv2.imread(str(pictures / "000000000001.jpg")).shape == (512, 512, 3)
+    python = outputs[-1]
+    assert f"({len(found)}, 128, 128)" in python and "'image_id': 1" in python
