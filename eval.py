@@ -21,6 +21,7 @@ FLAGS = flags.FLAGS
 define_model_flags()
 define_process_flags()
 flags.DEFINE_string("coco_dir", None, "Evaluate on this dataset instead of the one trained on.")
+flags.DEFINE_string("tfds_dir", None, "Likewise, on one that tools/build_tfds.py wrote.")
 flags.DEFINE_string("split", None, "Evaluate this split instead of config.data.eval_split.")
 flags.DEFINE_integer("limit", None, "Evaluate only the first images.", lower_bound=1)
 flags.DEFINE_string("output", None, "Folder for the results; the workdir if not given.")
@@ -33,7 +34,11 @@ def main() -> None:
     model, categories = load_model(config)
     config.unlock().eval_train_limit = 0  # of evaluations during training
     data = config.data
-    data.coco_dir = FLAGS.coco_dir or data.coco_dir
+    if FLAGS.coco_dir and FLAGS.tfds_dir:
+        raise UserError("--coco_dir and --tfds_dir exclude each other; give the one to evaluate on")
+    for source, folder in (("coco", FLAGS.coco_dir), ("tfds", FLAGS.tfds_dir)):
+        if folder:
+            data.update({"source": source, f"{source}_dir": folder})
     data.eval_split = FLAGS.split or data.eval_split
     data.eval_limit = FLAGS.limit or data.eval_limit
     evaluator = Evaluator(config, categories)

@@ -111,7 +111,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     data = config.data
+    data.source = "coco"  # coco: files in coco_dir; tfds: the same samples from few large files in tfds_dir
     data.coco_dir = ""  # folder with <split>/ and annotations/instances_<split>.json
+    data.tfds_dir = ""  # folder that tools/build_tfds.py wrote
     data.train_split = "train2017"
     data.eval_split = "val2017"
     data.train_limit = 0  # use only so many training images, the first of a seeded shuffle; 0 means all

@@ -1,6 +1,7 @@
 """Packs the JSON of a COCO-format dataset into flat arrays, in the order of the file, and checks that it is whole."""
 
 import array
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -111,6 +112,25 @@ def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Rep
         rle_counts=np.frombuffer(bytes(annotations.rle_counts), np.uint8),
         rle_offsets=_numpy(annotations.rle_offsets, np.int64),
     )
+
+
+def mask_rle(annotations: AnnotationFile, row: int, height: int, width: int) -> dict:
+    """Returns the mask of an annotation as pycocotools' run lengths, polygons rasterised.
+
+    Args:
+        annotations: the file, or an index with the same arrays.
+        row: of an annotation with a mask.
+        height: of the canvas in pixels; of the image, where the file has run lengths already.
+        width: likewise.
+    """
+    first, num = annotations.first_part[row], annotations.num_parts[row]
+    if num == 0:
+        counts = annotations.rle_counts[annotations.rle_offsets[first] : annotations.rle_offsets[first + 1]]
+        return {"size": [height, width], "counts": counts.tobytes()}
+    bounds = annotations.part_offsets[first : first + num + 1]
+    polygons = [annotations.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
+    parts = coco_mask.frPyObjects(polygons, height, width)
+    return coco_mask.merge(parts) if num > 1 else parts[0]
 
 
 class _Images:

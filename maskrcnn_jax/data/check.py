@@ -184,7 +184,7 @@ def _same_annotations(index: CocoIndex) -> Finding | None:
     for earlier, later in zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True):
         # Of three in a row the first one stays what the others are compared with.
         first = first if twice and twice[-1] == earlier else earlier
-        if (numbers[first] == numbers[later]).all() and _mask_bytes(index, first) == _mask_bytes(index, later):
+        if (numbers[first] == numbers[later]).all() and index.mask_bytes(first) == index.mask_bytes(later):
             twice.append(later)
     return annotations_finding(
         index,
@@ -192,13 +192,6 @@ def _same_annotations(index: CocoIndex) -> Finding | None:
         np.sort(np.array(twice, np.int64)),
         f"{len(twice)} annotations have the image, category, box and mask of another one; remove them",
     )
-
-
-def _mask_bytes(index: CocoIndex, row: int) -> bytes:
-    first, num = index.first_part[row], index.num_parts[row]
-    if num == 0:
-        return index.rle_counts[index.rle_offsets[first] : index.rle_offsets[first + 1]].tobytes()
-    return index.coordinates[index.part_offsets[first] : index.part_offsets[first + max(num, 0)]].tobytes()
 
 
 def _polygons(index: CocoIndex) -> list[Finding | None]:

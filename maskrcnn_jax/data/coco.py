@@ -5,7 +5,6 @@ loading process then copies. Here a dataset is a few flat arrays, and what is wr
 not an hour into the training.
 """
 
-import itertools
 import logging
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_that_does_not_fit, read_annotation_file
+from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_rle, mask_that_does_not_fit, read_annotation_file
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.faults import Fault, Report
 from maskrcnn_jax.data.formats import correct_formats
@@ -42,6 +41,7 @@ class ImageAnnotations(NamedTuple):
 class CocoIndex:
     """N images and their K annotations, sorted by image; image i owns ``offsets[i]:offsets[i + 1]``."""
 
+    annotation_path: Path  # of the file that all of this comes from
     image_dir: Path
     categories: Categories
     image_ids: np.ndarray  # [N] int64
@@ -128,15 +128,18 @@ class CocoIndex:
     def rle(self, row: int, height: int, width: int) -> dict:
         """Returns a run-length mask of the top-left part of the image that holds the object: it is all that counts."""
         first, num = self.first_part[row], self.num_parts[row]
+        if num > 0:
+            start, stop = self.part_offsets[[first, first + num]]
+            x_max, y_max = self.coordinates[start:stop].reshape(-1, 2).max(axis=0)
+            height, width = min(height, max(0, int(y_max)) + 2), min(width, max(0, int(x_max)) + 2)
+        return mask_rle(self, row, height, width)
+
+    def mask_bytes(self, row: int) -> bytes:
+        """Returns what the file says about the mask of a row; equal for equal masks."""
+        first, num = self.first_part[row], self.num_parts[row]
         if num == 0:
-            counts = self.rle_counts[self.rle_offsets[first] : self.rle_offsets[first + 1]].tobytes()
-            return {"size": [height, width], "counts": counts}
-        bounds = self.part_offsets[first : first + num + 1]
-        x_max, y_max = self.coordinates[bounds[0] : bounds[-1]].reshape(-1, 2).max(axis=0)
-        height, width = min(height, max(0, int(y_max)) + 2), min(width, max(0, int(x_max)) + 2)
-        polygons = [self.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
-        parts = coco_mask.frPyObjects(polygons, height, width)
-        return coco_mask.merge(parts) if num > 1 else parts[0]
+            return self.rle_counts[self.rle_offsets[first] : self.rle_offsets[first + 1]].tobytes()
+        return self.coordinates[self.part_offsets[first] : self.part_offsets[first + max(num, 0)]].tobytes()
 
 
 def load_index(
@@ -198,15 +201,19 @@ def read_dataset(
     file = read_annotation_file(json_path, keep_unlisted=keep_unlisted, report=report)
     file = correct_formats(file, report)
     missing = _find_missing(image_dir, file, report if not skip_broken else lambda fault: None)
-    index, rows, problems = _arrange(file, image_dir, contiguous_labels, report)
-    problems = file.problems | problems
+    index, rows, problems = arrange(file, image_dir, contiguous_labels, report)
     if len(missing):
         index.problems["image files missing"] = len(missing)
-    index.problems.update((kind, len(places)) for kind, places in problems.items())
-    if index.problems and report is faults.stop:
-        listed = ", ".join(f"{count} {what}" for what, count in index.problems.items())
-        _log.warning("%s: %s", json_path, listed)
+    if report is faults.stop:
+        warn_of_problems(index)
     return ReadDataset(index, file, rows, problems, missing)
+
+
+def warn_of_problems(index: CocoIndex) -> None:
+    """Logs how often what was wrong with a dataset."""
+    if index.problems:
+        listed = ", ".join(f"{count} {what}" for what, count in index.problems.items())
+        _log.warning("%s: %s", index.annotation_path, listed)
 
 
 def drop_labels(index: CocoIndex, share: float, seed: int) -> CocoIndex:
@@ -286,10 +293,14 @@ def find_alike(present: set[str], names: list[str]) -> dict[str, str | None]:
     return {name: by_lower[key] if lower[key] == 1 else None for name, key in wanted.items()}
 
 
-def _arrange(
-    file: AnnotationFile, image_dir: Path, contiguous_labels: bool, report: Report
+def arrange(
+    file: AnnotationFile, image_dir: Path, contiguous_labels: bool, report: Report = faults.stop
 ) -> tuple[CocoIndex, np.ndarray, dict[str, np.ndarray]]:
-    """Clips and drops boxes, then sorts the annotations by image; see ReadDataset for what it returns."""
+    """Clips and drops boxes, then sorts the annotations by image.
+
+    Returns:
+        ``index``, ``rows`` and ``problems`` of ReadDataset.
+    """
     categories = Categories.create(file.category_ids, file.category_names, contiguous_labels)
     sizes = file.sizes
     limits = sizes[file.image_rows][:, [1, 0, 1, 0]].astype(np.float32)  # [K, 4]
@@ -310,8 +321,9 @@ def _arrange(
         )
         if rows.any()
     }
+    problems = file.problems | problems
+    counts = {kind: len(places) for kind, places in problems.items()}
     if file.num_annotations and not keep.any():
-        counts = {kind: len(places) for kind, places in (file.problems | problems).items()}
         sentence = (
             f"none of the {file.num_annotations} annotations in {file.path} can be used ({counts}); "
             "boxes are needed, and instance masks as polygons or run lengths"
@@ -322,6 +334,7 @@ def _arrange(
     # The last one is found by the row -1, of categories that are not listed.
     label_of_column = np.array([*(categories.labels[categories.ids.index(i)] for i in file.category_ids), 0], np.int32)
     index = CocoIndex(
+        annotation_path=file.path,
         image_dir=image_dir,
         categories=categories,
         image_ids=file.image_ids,
@@ -338,6 +351,6 @@ def _arrange(
         part_offsets=file.part_offsets,
         rle_counts=file.rle_counts,
         rle_offsets=file.rle_offsets,
-        problems={},
+        problems=counts,
     )
     return index, order, problems

@@ -31,6 +31,11 @@ def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.
         data = path.read_bytes()
     except OSError as e:
         raise _broken(path, f"cannot be read ({e.strerror})") from None
+    return check_and_decode(path, data, size, channels)
+
+
+def check_and_decode(path: Path, data: bytes, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    """Does what ``read_image_file`` does with the content of a file, wherever that comes from."""
     if _is_truncated(data):
         raise _broken(path, "is truncated")
     _refuse_bomb(path, data, size)

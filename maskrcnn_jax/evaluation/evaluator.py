@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from pycocotools.coco import COCO
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoIndex, load_index
+from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.evaluation.accuracy import measure_losses
@@ -49,8 +50,8 @@ class Evaluator:
         """Read the annotations.
 
         Args:
-          config: as configs/base.py describes it; ``data.eval_split`` of ``data.coco_dir`` is evaluated, its first
-            ``data.eval_limit`` images, and ``eval_train_limit`` images of the training subset.
+          config: as configs/base.py describes it; ``data.eval_split`` is evaluated, its first ``data.eval_limit``
+            images, and ``eval_train_limit`` images of the training subset.
           categories: what the model's labels mean.
 
         Raises:
@@ -67,18 +68,10 @@ class Evaluator:
             )
 
     def _load(self, prefix: str, split: str, choose: Callable[[CocoIndex], np.ndarray]) -> _Split:
-        data = self._config.data
-        index = load_index(
-            data.coco_dir,
-            split,
-            skip_broken=data.skip_broken,
-            contiguous_labels=data.contiguous_labels,
-            keep_unlisted=data.ignore_regions,
-        )
+        index = load_dataset(self._config.data, split)
         index.categories.check_known(self._categories, split)
         rows = choose(index)
-        path = Path(data.coco_dir) / "annotations" / f"instances_{split}.json"
-        return _Split(prefix, index, load_annotations(path, index.image_ids[rows].tolist()), rows)
+        return _Split(prefix, index, load_annotations(index.annotation_path, index.image_ids[rows].tolist()), rows)
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoIndex, drop_labels, load_index
+from maskrcnn_jax.data.coco import CocoIndex, drop_labels
+from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -62,13 +63,7 @@ def train(
     mesh = make_mesh()
     _check_batch_size(config.batch_size, config.optim.accumulate)
     data = config.data
-    index = load_index(
-        data.coco_dir,
-        data.train_split,
-        skip_broken=data.skip_broken,
-        contiguous_labels=data.contiguous_labels,
-        keep_unlisted=data.ignore_regions,
-    )
+    index = load_dataset(data, data.train_split)
     check_before_training(config, index)
     index = drop_labels(index, data.drop_labels, config.seed)
     config = fill_in(config, len(training_subset(index, data.train_limit, config.seed)))
