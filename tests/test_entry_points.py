@@ -107,8 +107,12 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
     exported = run("tools/export_torchvision.py", f"--workdir={workdir}", f"--output={weights}")
     assert exported.returncode == 0, exported.stderr[-2000:]
     assert "roi_aligned=True" in exported.stdout, "torchvision has no such option"
+    built = run("tools/build_tfds.py", f"--coco_dir={place / 'shapes'}", f"--tfds_dir={place / 'tfds'}")
+    assert built.returncode == 0, built.stderr[-2000:]
+    assert built.stdout.strip().endswith(f"--config.data.source=tfds --config.data.tfds_dir={place / 'tfds'}")
+    assert "8/8" in built.stderr
     config = f"--config={place}/tiny.py"
-    here = f"--config.data.coco_dir={place / 'shapes'}"
+    here = f"--tfds_dir={place / 'tfds'}"
     categories = f"--categories={workdir / 'categories.json'}"
     output = f"--output={place / 'again'}"
     again = run("eval.py", config, here, f"--weights={weights}", categories, output)
@@ -116,7 +120,8 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
     assert json.loads((place / "again" / "metrics.json").read_text()) == written
     # Without --categories the labels would be COCO's, which these weights do not have.
     assert "another number of classes" in refusal(run("eval.py", config, here, f"--weights={weights}", output))
-    started = train(place, f"--weights={weights}", "--config.eval_every=0", workdir=place / "fine_tuned")
+    tfds = ("--config.data.source=tfds", f"--config.data.tfds_dir={place / 'tfds'}", "--config.eval_every=0")
+    started = train(place, f"--weights={weights}", *tfds, coco_dir="", workdir=place / "fine_tuned")
     assert started.returncode == 0, started.stderr[-2000:]
     assert "weights of torchvision's Mask R-CNN" in started.stdout
 
