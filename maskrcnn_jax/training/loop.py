@@ -1,9 +1,11 @@
 """The training loop, top to bottom: data, model, optimizer, step, restore, then {step, log, save, evaluate}."""
 
 import contextlib
+import datetime
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +30,7 @@ from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
-from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state
+from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state, device_memory
 
 
 class Evaluation(Protocol):
@@ -128,15 +130,27 @@ def train(
             contextlib.closing(MetricWriter(workdir, first_step=start, active=is_first())) as writer,
             contextlib.closing(batches),
             _StopSignals() as stop,
+            ThreadPoolExecutor(1) as watcher,
             tqdm(total=num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
         ):
-            log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch)
+            log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch, watcher)
+            expected = None
             for step in range(start + 1, num_steps + 1):
-                waited = time.perf_counter()
+                wanted = time.perf_counter()
                 batch = next(batches)
-                waited = time.perf_counter() - waited
-                state, metrics = train_step(state, shard_batch(batch, mesh), key)
-                log.add(step, metrics, batch.image_index, waited)
+                came = time.perf_counter()
+                placed = shard_batch(batch, mesh)  # while the devices are at the step before
+                if program := train_step.compile(state, placed, key):
+                    height, width = batch.images.shape[1:3]
+                    seconds = time.perf_counter() - came
+                    _print(
+                        f"images of {height}x{width}: a step takes {device_memory(program)} of each device, "
+                        f"compiled in {seconds:.0f} s"
+                    )
+                    log.restart_clock()
+                state, metrics = train_step(state, placed, key)
+                del placed  # before the next is made
+                log.add(step, metrics, batch.image_index, wanted, came)
                 progress.update()
 
                 stop.agree(step)
@@ -146,6 +160,9 @@ def train(
                 saving = last or stop.requested or evaluating or step % (config.checkpoint_every or np.inf) == 0
                 if saving or step % (config.log_every or np.inf) == 0:
                     progress.set_postfix_str(log.write())  # before saving: what is not finite must not be saved
+                    if expected is None and not last:
+                        expected = datetime.timedelta(seconds=round(log.seconds_per_step * (num_steps - step)))
+                        _print(f"expected: {expected} for the other {num_steps - step} steps, without evaluations")
                 if saving:
                     evaluation = None
                     if evaluating:
@@ -169,7 +186,7 @@ def train(
 
 def _print(line: str) -> None:
     if is_first():
-        print(line)
+        tqdm.write(line)  # above the progress bar, if there is one
 
 
 def _check_same_categories(workdir: Path, categories: Categories) -> None:
@@ -225,30 +242,44 @@ def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_step
 class _Log:
     """Collect the metrics of steps on the device, and fetch, check and write them together."""
 
-    def __init__(self, writer: MetricWriter, index: CocoIndex, schedule, batch_size: int, steps_per_epoch: int):
-        self._writer, self._index, self._schedule = writer, index, schedule
+    def __init__(
+        self,
+        writer: MetricWriter,
+        index: CocoIndex,
+        schedule,
+        batch_size: int,
+        steps_per_epoch: int,
+        watcher: ThreadPoolExecutor,
+    ):
+        self._writer, self._index, self._schedule, self._watcher = writer, index, schedule, watcher
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._pending = []
+        self._finished = None  # a future of when the last step has
+        self.seconds_per_step = 0.0  # of the steps that were written last
         self._line = ""
         self.restart_clock()
 
-    def restart_clock(self) -> None:
-        """Forget the time spent on something other than training."""
-        self._started, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
+    def restart_clock(self, now: float | None = None) -> None:
+        """Forget the time spent on something other than training, up to ``now``."""
+        self._started = time.perf_counter() if now is None else now
+        self._waited, self._timed_steps = 0.0, 0
 
-    def add(self, step: int, metrics: dict, image_index: np.ndarray, waited: float) -> None:
-        """Take over the metrics of a step, still on the device, the rows of its images and the wait for its data."""
-        if self._pending:
-            # Steps are queued without waiting for their results; at most two, or batches would pile up in memory.
-            jax.block_until_ready(self._pending[-1][1])
+    def add(self, step: int, metrics: dict, image_index: np.ndarray, wanted: float, came: float) -> None:
+        """Take over the metrics of a step, still on the device, the rows of its images and the times of its batch."""
+        # Steps are queued without waiting for their results; at most two, or batches would pile up in memory.
+        idle_since = self._finished.result() if self._finished else wanted
+        # While the devices are at the step before, waiting for a batch costs nothing.
+        self._waited += max(came - max(wanted, idle_since, self._started), 0)
+        self._finished = self._watcher.submit(_when_ready, metrics)
         self._pending.append((step, metrics, image_index))
-        self._waited += waited
         self._timed_steps += 1
 
     def write(self) -> str:
         """Fetch and write what has been added since the last time; return a line for the progress bar.
 
         What is written is the mean over the steps, in float16 over those that were not skipped, if there are any.
+        Images per second are counted from end to end, with loading and logging, without compiling, evaluating and
+        saving. The wait for data is the share of this time in which the devices had nothing to do for want of a batch.
 
         Raises:
           UserError: when a loss or gradient is not finite, with its terms, step and images. In float16 such a step is
@@ -270,7 +301,9 @@ class _Log:
                     f"the loss at step {step} is not finite: {terms}; image ids {images}. Lower config.optim.lr, or "
                     "look at the annotations of these images; nothing from this step on has been saved"
                 )
-        seconds = time.perf_counter() - self._started
+        now = time.perf_counter()
+        seconds = now - self._started
+        self.seconds_per_step = seconds / self._timed_steps
         step = self._pending[-1][0]
         taken = [row for row in rows if not row.get("skipped")] or rows
 
@@ -291,8 +324,13 @@ class _Log:
             f"{values['images_per_second']:.1f} im/s, data {values['data_wait']:.0%}"
         )
         self._pending.clear()
-        self.restart_clock()
+        self.restart_clock(now)
         return self._line
+
+
+def _when_ready(metrics: dict) -> float:
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
 
 
 class _StopSignals:

@@ -162,11 +162,16 @@ class TrainStep:
           and the norm of the gradient. In float16 also the "loss_scale" of this step, and "skipped": 1 where the loss
           or the gradient was not finite, so that nothing but the number of steps and the loss scale has changed.
         """
-        kind = tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
-        if kind not in self.programs:
-            self.programs[kind] = self._program(state, batch, key)
-            _give_back_memory()
-        return self.programs[kind](state, batch, key)
+        self.compile(state, batch, key)
+        return self.programs[_kind(batch)](state, batch, key)
+
+    def compile(self, state: TrainState, batch: Batch, key: jax.Array) -> jax.stages.Compiled | None:
+        """Make the program for such a batch and return it; nothing if there is one already."""
+        if _kind(batch) in self.programs:
+            return None
+        self.programs[_kind(batch)] = program = self._program(state, batch, key)
+        _give_back_memory()
+        return program
 
     def _program(self, *arguments) -> jax.stages.Compiled:
         name = self._key(arguments) if self._cache else None
@@ -179,6 +184,19 @@ class TrainStep:
             if name and not taken:
                 self._cache.save(name, program)
         return program
+
+
+def device_memory(program: jax.stages.Compiled) -> str:
+    """Return what a program takes of the memory of each device, its arguments and results included, with the unit."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return "an unknown amount"  # not every kind of device tells
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return f"{(arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes) / 2**20:,.0f} MiB"
+
+
+def _kind(batch):
+    return tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
 
 
 def _step(graphdef, optimizer, settings, state, batch, key):

@@ -1,7 +1,10 @@
 import contextlib
 import json
+import re
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -14,7 +17,7 @@ from maskrcnn_jax.data import check
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
-from maskrcnn_jax.training.loop import train
+from maskrcnn_jax.training.loop import _Log, shard_batch, train
 from maskrcnn_jax.training.step import TrainStep
 from tests.dataset_faults import FAULTS, READ_ANYWAY, damage, file_listed_twice
 
@@ -46,9 +49,13 @@ def arrays(workdir):
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
 
 
-def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path):
+def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path, capsys):
     config.optim.lr, config.optim.lr_batch_size = 0.001, 16
     train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
+    started, compiled, expected = capsys.readouterr().out.splitlines()[-3:]
+    assert re.match(r"starting at step 0 of 4, 2 steps an epoch, batch 8 on 8 cpu devices, 0.\d M parameters", started)
+    assert re.fullmatch(r"images of 64x64: a step takes [1-9]\d* MiB of each device, compiled in \d+ s", compiled)
+    assert re.fullmatch(r"expected: 0:0\d:\d\d for the other 2 steps, without evaluations", expected)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model"]["stem_channels"] == 8
     assert written["optim"]["lr"] == 0.0005, "not that of this batch size"
@@ -143,8 +150,20 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
         restore_model(tmp_path, config.model, which="3")
 
 
-def test_the_step_compiles_once(config, tmp_path, monkeypatch):
-    steps = []
+def test_the_step_compiles_once_and_batches_are_placed_while_it_runs(config, tmp_path, monkeypatch):
+    steps, results, running = [], [], []
+    take = TrainStep.__call__
+
+    def take_and_remember(*args):
+        results.append(take(*args))
+        return results[-1]
+
+    def place(batch, mesh):
+        running.append(bool(results) and not results[-1][1]["loss"].is_ready())
+        return shard_batch(batch, mesh)
+
+    monkeypatch.setattr(TrainStep, "__call__", take_and_remember)
+    monkeypatch.setattr("maskrcnn_jax.training.loop.shard_batch", place)
 
     def remember(*args, **options):
         steps.append(TrainStep(*args, **options))
@@ -153,6 +172,33 @@ def test_the_step_compiles_once(config, tmp_path, monkeypatch):
     monkeypatch.setattr("maskrcnn_jax.training.loop.TrainStep", remember)
     train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
     assert len(steps[0].programs) == 1
+    assert any(running), "each batch waited for the end of the step before"
+
+
+class SlowArray:
+    """A result of a device that takes its time."""
+
+    def __init__(self, ready):
+        self.ready = ready
+
+    def block_until_ready(self):
+        time.sleep(max(self.ready - time.perf_counter(), 0))
+
+
+def test_the_wait_for_data_is_the_time_in_which_the_devices_have_nothing_to_do():
+    waits, idle_from = [], 0
+    with ThreadPoolExecutor(1) as watcher:
+        log = _Log(None, None, None, 1, 1, watcher)
+        for seconds_of_batch, seconds_of_step in [(0.1, 0.4), (0.1, 0.4), (0.6, 0.1), (0, 0)]:
+            wanted = time.perf_counter()
+            time.sleep(seconds_of_batch)
+            came = time.perf_counter()
+            idle_from = max(came, idle_from) + seconds_of_step
+            before = log._waited
+            log.add(1, {"loss": SlowArray(idle_from)}, np.zeros(1), wanted, came)
+            waits.append(log._waited - before)
+    # The second batch comes while the first step runs, the third 0.2 s after the end of the second.
+    np.testing.assert_allclose(waits, [0.1, 0, 0.2, 0], atol=0.08)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, tmp_path, monkeypatch):
