@@ -80,8 +80,10 @@ def build(
                 coco_dir, splits, skip_broken, progress, data_dir=os.fspath(tfds_dir), file_format="array_record"
             )
             builder.download_and_prepare(download_dir=download_dir)
-    except OSError as e:
-        raise UserError(f"cannot write {folder} ({e.strerror}: {e.filename}); nothing was left there") from None
+    except (OSError, RuntimeError) as e:  # the second of array_record, such as on a full disk
+        raise UserError(
+            f"cannot write {folder} ({e}); nothing was left there, so make room or choose another"
+        ) from None
     return folder
 
 

@@ -289,6 +289,16 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(odd, tmp_path, mon
     assert len(load_tfds_index(tmp_path, "train2017", keep_unlisted=True)) == 6
 
 
+def test_a_disk_that_fills_up_is_said_and_nothing_is_left(odd, tmp_path):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
+    script = f"{limited}\nfrom maskrcnn_jax.data.tfds_builder import build\nbuild({str(odd)!r}, {str(tmp_path)!r})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    built = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert "UserError: cannot write" in built.stderr
+    assert "File too large" in built.stderr
+    assert nothing_is_left(tmp_path)
+
+
 def test_what_cannot_be_built_is_said(odd, tmp_path):
     with pytest.raises(UserError, match=r"has no annotations/instances_\*.json"):
         build(tmp_path, tmp_path / "tfds")
