@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.layers import BatchNorm, Conv
-from maskrcnn_jax.sharding import make_mesh, shard_batch
+from maskrcnn_jax.sharding import make_mesh, place_state, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.step import TrainStep, create_train_state
@@ -226,7 +226,8 @@ def test_the_gradient_is_the_mean_of_those_of_the_parts_and_statistics_follow_pa
 
     losses, moves = [], []
     for part in parts:
-        separate.state = separate.state._replace(params=jax.tree.map(jnp.array, _like(separate.state.params, start)))
+        params = place_state(_like(separate.state.params, start), separate.mesh, divide=False)
+        separate.state = separate.state._replace(params=params)
         losses.append(separate.step(part)["loss"])
         moves.append([after - before for after, before in zip(separate.arrays("params"), start, strict=True)])
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
