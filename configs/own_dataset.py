@@ -38,10 +38,10 @@ def get_config(which: str = "full") -> ConfigDict:
     config.data.coco_dir = ""
     config.data.color_jitter = 0.2
     if which == "small":
-        config.images_to_see = 3000  # minutes
+        config.images_to_see = 2500  # minutes
         config.eval_every = 25
         config.model.fpn_channels = 32
-        config.optim.lr = 2e-3
+        config.optim.lr = 3e-3
         config.optim.lr_batch_size = 8
         return config
 
