@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from maskrcnn_jax.data import check, check_dataset, check_images, faults
+from maskrcnn_jax.data import check_annotations, check_dataset, check_images, faults
 
 
 def _pick(content, rng):
@@ -341,15 +341,15 @@ FAULTS = {
     box_outside: faults.OUTSIDE_BOX,
     box_not_a_number: faults.NOT_FINITE,
     box_over_the_border: faults.CLIPPED_BOX,
-    box_of_another_object: check.MISFIT,
+    box_of_another_object: check_annotations.MISFIT,
     boxes_as_corners: faults.CORNERS,
     boxes_as_corners_without_masks: faults.CORNERS,
     boxes_as_shares: faults.NORMALISED_BOXES,
     polygons_as_shares: faults.NORMALISED_POLYGONS,
     polygon_of_two_points: faults.SHORT_POLYGON,
     polygon_far_away: faults.FAR_POLYGON,
-    polygon_outside: check.EMPTY_MASK,
-    polygon_without_a_pixel: check.EMPTY_MASK,
+    polygon_outside: check_annotations.EMPTY_MASK,
+    polygon_without_a_pixel: check_annotations.EMPTY_MASK,
     polygon_not_in_a_list: faults.NESTING,
     polygon_of_points: faults.NESTING,
     neither_box_nor_mask: faults.NO_BOX_NOR_MASK,
@@ -363,14 +363,14 @@ FAULTS = {
     width_missing: faults.MALFORMED_IMAGE,
     giant_size: faults.MALFORMED_IMAGE,
     image_id_twice: faults.IMAGE_IDS_TWICE,
-    file_listed_twice: check.SAME_FILE,
+    file_listed_twice: check_annotations.SAME_FILE,
     same_pixels: check_images.SAME_PIXELS,
     unlisted_image: faults.UNLISTED_IMAGE,
     category_zero: faults.UNLISTED_CATEGORY,
     categories_off_by_one: faults.OFF_BY_ONE,
     category_id_twice: faults.CATEGORY_IDS_TWICE,
-    same_annotation: check.SAME_ANNOTATION,
-    annotation_id_twice: check.SAME_ID,
+    same_annotation: check_annotations.SAME_ANNOTATION,
+    annotation_id_twice: check_annotations.SAME_ID,
     image_cut_short: check_images.BROKEN,
     image_of_another_size: check_images.BROKEN,
     pixel_bomb: check_images.BROKEN,
@@ -382,10 +382,10 @@ FAULTS = {
     in_cmyk: check_images.CMYK,
     in_grey: check_images.GREY,
     of_16_bits: check_images.DEEP,
-    tiny_objects: check.SMALL,
-    all_crowds: check.CROWDS,
-    objects_missing: check.EMPTY,
-    class_without_objects: check.UNUSED_CATEGORY,
+    tiny_objects: check_annotations.SMALL,
+    all_crowds: check_annotations.CROWDS,
+    objects_missing: check_annotations.EMPTY,
+    class_without_objects: check_annotations.UNUSED_CATEGORY,
     file_not_listed: check_dataset.NOT_LISTED,
 }
 # Of which the reader makes something usable, with masks all the same: what a training may meet in one dataset.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import shapes
-from maskrcnn_jax.data.check import check_index, stop_or_warn
+from maskrcnn_jax.data.check_annotations import check_index, stop_or_warn
 from maskrcnn_jax.data.check_dataset import Options, check_split, compare_splits
 from maskrcnn_jax.data.coco import load_index, locate
 from maskrcnn_jax.data.loader import make_loader

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maskrcnn_jax.data import check, check_images, faults
+from maskrcnn_jax.data import check_annotations, check_images, faults
 from maskrcnn_jax.data.annotation_file import short
-from maskrcnn_jax.data.check import Anchors, Finding
+from maskrcnn_jax.data.check_annotations import Anchors, Finding
 from maskrcnn_jax.data.check_images import ImageFacts
 from maskrcnn_jax.data.coco import ReadDataset, read_dataset
 from maskrcnn_jax.data.faults import Faults
@@ -101,7 +101,9 @@ def check_split(
         findings = [*_from_faults(collected, options), last]
         return Split(name, json_path, image_dir, evaluated, None, _with_examples(json_path, findings))
     found = _from_faults(collected, options) + _from_problems(data, evaluated)
-    found += [_placed(f, data) for f in check.check_index(data.index, options.anchors, evaluated=evaluated)]
+    found += [
+        _placed(f, data) for f in check_annotations.check_index(data.index, options.anchors, evaluated=evaluated)
+    ]
     found += _unlisted_files(data, image_dir)
     pixels: dict[bytes, int] = {}
     if options.images:
@@ -126,8 +128,8 @@ def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
         evaluated.data.index.categories.check_known(training.data.index.categories, evaluated.name)
     except UserError as e:
         theirs.append(Finding(UNKNOWN_CATEGORY, True, str(e)))
-    learnt = check.objects_per_category(training.data.index)
-    there = check.objects_per_category(evaluated.data.index)
+    learnt = check_annotations.objects_per_category(training.data.index)
+    there = check_annotations.objects_per_category(evaluated.data.index)
     unlearnt = [name for name, count in there.items() if count and learnt.get(name) == 0]
     if unlearnt:
         sentence = f"{len(unlearnt)} categories have objects here but none to learn from: {', '.join(unlearnt[:10])}"
@@ -141,7 +143,7 @@ def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
             "measures what was learnt by heart; remove them from one of the two"
         )
         rows = np.array(list(shared), np.int64)
-        ours.append(Finding(LEAK, True, sentence, "images", rows, examples[: check.NUM_EXAMPLES]))
+        ours.append(Finding(LEAK, True, sentence, "images", rows, examples[: check_annotations.NUM_EXAMPLES]))
     return (
         replace(training, findings=_errors_first(training.findings + ours)),
         replace(evaluated, findings=_errors_first(evaluated.findings + theirs)),
@@ -220,7 +222,7 @@ def _merged(findings: list[Finding]) -> list[Finding]:
                 known,
                 sentence=f"{len(rows)} {known.sentence.partition(' ')[2]}",  # their sentences begin with the number
                 rows=rows,
-                examples=list(dict.fromkeys([*known.examples, *finding.examples]))[: check.NUM_EXAMPLES],
+                examples=list(dict.fromkeys([*known.examples, *finding.examples]))[: check_annotations.NUM_EXAMPLES],
             )
         merged[finding.kind] = finding
     return list(merged.values())
@@ -238,7 +240,7 @@ def _unlisted_files(data: ReadDataset, image_dir: Path) -> list[Finding]:
     if not names:
         return []
     sentence = f"{len(names)} image files in {image_dir} are not listed and will not be used"
-    return [Finding(NOT_LISTED, False, sentence, examples=names[: check.NUM_EXAMPLES])]
+    return [Finding(NOT_LISTED, False, sentence, examples=names[: check_annotations.NUM_EXAMPLES])]
 
 
 def _places_by_pixels(data: ReadDataset, images: np.ndarray, facts: list[ImageFacts]) -> dict[bytes, int]:
@@ -257,7 +259,7 @@ def _with_examples(json_path: Path, findings: list[Finding]) -> list[Finding]:
         return findings
     wanted: dict[str, set[int]] = {"images": set(), "annotations": set()}
     for finding in bare:
-        wanted[finding.section] |= set(finding.rows[: check.NUM_EXAMPLES].tolist())
+        wanted[finding.section] |= set(finding.rows[: check_annotations.NUM_EXAMPLES].tolist())
     try:
         entries = read_entries(json_path, wanted)
         names = image_names(json_path, [e.get("image_id") for e in entries["annotations"].values() if _is_entry(e)])
@@ -276,7 +278,7 @@ def _with_examples(json_path: Path, findings: list[Finding]) -> list[Finding]:
         return f"{short(named)}, annotation {short(entry.get('id'))}{box}"
 
     return [
-        replace(f, examples=[example(f.section, place) for place in f.rows[: check.NUM_EXAMPLES].tolist()])
+        replace(f, examples=[example(f.section, place) for place in f.rows[: check_annotations.NUM_EXAMPLES].tolist()])
         if f in bare
         else f
         for f in findings

@@ -9,8 +9,14 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.data import check
-from maskrcnn_jax.data.check import Finding, images_finding
+from maskrcnn_jax.data.check_annotations import (
+    MISMATCH,
+    NUM_EXAMPLES,
+    Finding,
+    empty_mask_finding,
+    images_finding,
+    misfit_finding,
+)
 from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.data.formats import overlaps
 from maskrcnn_jax.data.images import BrokenImageError
@@ -80,7 +86,7 @@ def image_findings(
     broken = [fact.broken for fact in facts if fact.broken]
     if broken:
         finding = images_finding(index, BROKEN, rows(fact.broken for fact in facts), broken[0], not skip_broken)
-        found.append(replace(finding, examples=broken[: check.NUM_EXAMPLES] if len(broken) > 1 else finding.examples))
+        found.append(replace(finding, examples=broken[:NUM_EXAMPLES] if len(broken) > 1 else finding.examples))
     first: dict[bytes, int] = {}
     for image, fact in zip(images.tolist(), facts, strict=True):
         if fact.pixels:
@@ -93,9 +99,7 @@ def image_findings(
         index, SAME_PIXELS, copies, f"{len(copies)} images have the pixels of another one; keep one of each"
     )
     if finding:
-        pairs = [
-            f"{index.file_names[i]} = {index.file_names[original[i]]}" for i in copies[: check.NUM_EXAMPLES].tolist()
-        ]
+        pairs = [f"{index.file_names[i]} = {index.file_names[original[i]]}" for i in copies[:NUM_EXAMPLES].tolist()]
         found.append(replace(finding, examples=pairs))
     for form, text in _FORMS.items():
         chosen = rows(form in fact.forms for fact in facts)
@@ -105,12 +109,12 @@ def image_findings(
 
 def _mask_findings(index: CocoIndex, facts: list[ImageFacts]) -> Iterator[Finding | None]:
     empty = np.array([row for fact in facts for row in fact.empty_masks], np.int64)
-    yield check.empty_mask_finding(index, empty)
+    yield empty_mask_finding(index, empty)
     misfits = {row: box for fact in facts for row, box in fact.misfits.items()}
     bounds = np.full((len(index.boxes), 4), np.nan) if misfits else np.zeros((0, 4))
     for row, box in misfits.items():
         bounds[row] = box
-    yield check.misfit_finding(index, np.array(list(misfits), np.int64), bounds)
+    yield misfit_finding(index, np.array(list(misfits), np.int64), bounds)
 
 
 def _look_at(index: CocoIndex, i: int, channels: int) -> ImageFacts:
@@ -156,5 +160,5 @@ def _look_at_mask(index: CocoIndex, i: int, row: int, facts: ImageFacts) -> None
     elif index.num_parts[row] == 0:
         x, y, w, h = coco_mask.toBbox(rle).tolist()
         around = np.array([x, y, x + w, y + h])
-        if overlaps(index.boxes[row : row + 1], around[None])[0] < check.MISMATCH:
+        if overlaps(index.boxes[row : row + 1], around[None])[0] < MISMATCH:
             facts.misfits[row] = around

@@ -51,6 +51,12 @@ def buckets_for(short_side: int, long_side: int, mode: str) -> list[tuple[int, i
     return sorted(sizes, key=lambda size: (size[0] * size[1], size))
 
 
+def padded_size(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the (height, width) of the smallest bucket that holds an image, or its own multiple of 32."""
+    fitting = (bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width)
+    return next(fitting, (_round_up(height), _round_up(width)))
+
+
 def _round_up(length: float | np.ndarray) -> int | np.ndarray:
     rounded = -(-length // _STRIDE) * _STRIDE
     return rounded.astype(np.int32) if isinstance(rounded, np.ndarray) else int(rounded)

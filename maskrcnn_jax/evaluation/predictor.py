@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.images import decode_image, too_few_channels
-from maskrcnn_jax.data.loader import buckets_for
+from maskrcnn_jax.data.loader import buckets_for, padded_size
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.inference import detect_ahead, make_detect
@@ -21,7 +21,6 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.structures import Batch
 
 MIN_SCORE = 0.5  # detections below are left out unless others are asked for
-STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
 
 Image = np.ndarray | str | os.PathLike  # [h, w, I] uint8, RGB first, or the path of an image file
 
@@ -192,8 +191,7 @@ class Predictor:
         """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
         data = self.config.data
         height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
-        exact = (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE)
-        padded = next((bucket for bucket in self._buckets if bucket[0] >= height and bucket[1] >= width), exact)
+        padded = padded_size(height, width, self._buckets)
         images = np.zeros((1, *padded, image.shape[2]), RESIZE[data.resize])
         images[0, :height, :width] = resize_image(image, size, data.resize)
         return Batch(

@@ -3,7 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.data.check import Anchors, check_index, stop_or_warn
+from maskrcnn_jax.data.check_annotations import Anchors, check_index, stop_or_warn
 from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.ops.anchors import cell_anchors
 

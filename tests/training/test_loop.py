@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from configs import base
-from maskrcnn_jax.data import check
+from maskrcnn_jax.data import check_annotations
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
@@ -288,9 +288,9 @@ def test_annotations_of_which_some_are_wrong_are_trained_on_and_told_of(config, 
         assert all(np.isfinite(value) for value in line.values())
     told = "\n".join(record.getMessage() for record in caplog.records)
     words = {
-        check.MISFIT: "overlap the box around their mask",
-        check.EMPTY_MASK: "no pixel in their image",
-        check.SAME_ANNOTATION: "have the image, category, box and mask",
+        check_annotations.MISFIT: "overlap the box around their mask",
+        check_annotations.EMPTY_MASK: "no pixel in their image",
+        check_annotations.SAME_ANNOTATION: "have the image, category, box and mask",
     }
     for fault in READ_ANYWAY:
         assert words.get(FAULTS[fault], FAULTS[fault]) in told

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.data import check, check_dataset, check_images, faults
+from maskrcnn_jax.data import check_annotations, check_dataset, check_images, faults
 from maskrcnn_jax.data.annotation_file import polygon_problem, short
 from maskrcnn_jax.data.check_dataset import Split
 from maskrcnn_jax.data.coco import find_alike
@@ -16,7 +16,7 @@ from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
 
 _DROPPED_ENTRIES = {
-    "images": (faults.MALFORMED_IMAGE, faults.IMAGE_IDS_TWICE, check.SAME_FILE),
+    "images": (faults.MALFORMED_IMAGE, faults.IMAGE_IDS_TWICE, check_annotations.SAME_FILE),
     "annotations": (
         faults.MALFORMED_ANNOTATION,
         faults.UNLISTED_IMAGE,
@@ -24,8 +24,8 @@ _DROPPED_ENTRIES = {
         faults.UNFILLED,
         faults.NO_BOX_NOR_MASK,
         faults.OTHER_SIZE,
-        check.SAME_ANNOTATION,
-        check.EMPTY_MASK,
+        check_annotations.SAME_ANNOTATION,
+        check_annotations.EMPTY_MASK,
     ),
     "categories": (faults.MALFORMED_CATEGORY, faults.CATEGORY_IDS_TWICE),
 }
@@ -101,13 +101,14 @@ class _Mender:
         first = {name: image_id for image_id, name in reversed(self._names.items())}
         self._merged = {image_id: first[name] for image_id, name in self._names.items() if first[name] != image_id}
         self._shift = file.category_shift
-        self._next_id = _largest_id(split.json_path) + 1 if self._rows.keys() & {check.SAME_ID, check.ZERO_ID} else 0
+        new_ids = self._rows.keys() & {check_annotations.SAME_ID, check_annotations.ZERO_ID}
+        self._next_id = _largest_id(split.json_path) + 1 if new_ids else 0
 
     def image(self, place: int, entry: dict) -> dict | None:
         if self._is_dropped("images", place, entry):
             return None
         if entry["id"] in self._gone:
-            reason = next((kind for kind in _DROPPED_IMAGES if self._has(kind, place)), check.SAME_FILE)
+            reason = next((kind for kind in _DROPPED_IMAGES if self._has(kind, place)), check_annotations.SAME_FILE)
             self._note(f"images dropped with their annotations: {reason}", entry["file_name"])
             return None
         name = self._found.get(entry["file_name"])
@@ -142,7 +143,7 @@ class _Mender:
         if self._shift:
             self._note(f"category ids changed by {self._shift:+d}", name)
             entry["category_id"] += self._shift
-        if self._has(check.SAME_ID, place) or self._has(check.ZERO_ID, place):
+        if self._has(check_annotations.SAME_ID, place) or self._has(check_annotations.ZERO_ID, place):
             self._note("given an id of their own", f"{name} is now {self._next_id}")
             entry["id"] = self._next_id
             self._next_id += 1

@@ -9,9 +9,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax import page
-from maskrcnn_jax.data import check
+from maskrcnn_jax.data import check_annotations
 from maskrcnn_jax.data.annotation_file import short
-from maskrcnn_jax.data.check import Finding
+from maskrcnn_jax.data.check_annotations import Finding
 from maskrcnn_jax.data.check_dataset import Split, read_entries
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.errors import UserError
@@ -94,7 +94,7 @@ def _split(split: Split) -> Iterator[str]:
     for finding in split.findings:
         yield from _finding(split, finding)
     if split.data:
-        counts = check.objects_per_category(split.data.index)
+        counts = check_annotations.objects_per_category(split.data.index)
         yield page.heading(f"{split.name}: objects of each category")
         yield page.table(["category", "objects"], [[plain(name), count] for name, count in counts.items()])
 
@@ -111,7 +111,7 @@ def _finding(split: Split, finding: Finding) -> Iterator[str]:
 
 
 def _pictures(split: Split, finding: Finding) -> Iterator[str]:
-    places = finding.rows[: check.NUM_EXAMPLES].tolist()
+    places = finding.rows[: check_annotations.NUM_EXAMPLES].tolist()
     if split.data is None or finding.section not in ("images", "annotations"):
         return
     entries = read_entries(split.json_path, {finding.section: set(places)})[finding.section]

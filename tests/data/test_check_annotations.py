@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from maskrcnn_jax.data import check
-from maskrcnn_jax.data.check import Anchors, Finding, best_overlaps, check_index, stop_or_warn
+from maskrcnn_jax.data import check_annotations
+from maskrcnn_jax.data.check_annotations import Anchors, Finding, best_overlaps, check_index, stop_or_warn
 from maskrcnn_jax.data.coco import load_index
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.ops.anchors import cell_anchors, grid_anchors
@@ -49,13 +49,15 @@ def test_no_anchor_overlaps_an_object_by_more_than_is_said_and_one_comes_near(da
 
 def test_an_object_is_too_small_by_the_rule_of_the_anchors(dataset):
     # In an anchor of 32 x 32 an object of side a has the overlap a^2 / 1024: 0.3 at 17.5.
-    for side, kinds in ((17, [check.SMALL]), (18, [])):
+    for side, kinds in ((17, [check_annotations.SMALL]), (18, [])):
         index = index_of(dataset, [[20, 20, side, side]] * 2)
         found = check_index(index, anchors())
-        assert [f.kind for f in found if f.kind not in (check.SAME_ANNOTATION, check.RARE_CATEGORY)] == kinds
+        assert [
+            f.kind for f in found if f.kind not in (check_annotations.SAME_ANNOTATION, check_annotations.RARE_CATEGORY)
+        ] == kinds
     # Twice as large where images are enlarged twice.
     index = index_of(dataset, [[20, 20, 9, 9], [20, 60, 8, 8]], size=(128, 128))
-    (found,) = [f for f in check_index(index, anchors()) if f.kind == check.SMALL]
+    (found,) = [f for f in check_index(index, anchors()) if f.kind == check_annotations.SMALL]
     assert found.rows.tolist() == [1]
     assert found.examples == ["1.jpg, annotation 2: 8x8 pixels"]
     assert "1 of 2 objects" in found.sentence
@@ -64,30 +66,30 @@ def test_an_object_is_too_small_by_the_rule_of_the_anchors(dataset):
 def test_an_object_is_too_large_or_too_thin_by_the_same_rule(dataset):
     index = index_of(dataset, [[0, 0, 250, 250], [3, 20, 250, 6], [10, 10, 60, 60]])
     kinds = {f.kind: f.rows.tolist() for f in check_index(index, anchors())}
-    assert kinds[check.LARGE] == [0, 1]
-    assert check.SMALL not in kinds
+    assert kinds[check_annotations.LARGE] == [0, 1]
+    assert check_annotations.SMALL not in kinds
 
 
 def test_of_copies_of_an_annotation_all_but_the_first_are_found(dataset):
     index = index_of(dataset, [[9, 9, 30, 30]] * 5 + [[9, 9, 30, 31]])
-    (found,) = [f for f in check_index(index) if f.kind == check.SAME_ANNOTATION]
+    (found,) = [f for f in check_index(index) if f.kind == check_annotations.SAME_ANNOTATION]
     assert found.rows.tolist() == [2, 3, 4], "the categories take turns"
-    assert len(found.examples) == check.NUM_EXAMPLES
+    assert len(found.examples) == check_annotations.NUM_EXAMPLES
 
 
 def test_ids_matter_where_a_split_is_evaluated(dataset):
     index = index_of(dataset, [[9, 9, 30, 30], [40, 9, 30, 30]], id=0)
     training = {f.kind: f.is_error for f in check_index(index)}
-    assert training[check.SAME_ID] is False
-    assert check.ZERO_ID not in training
+    assert training[check_annotations.SAME_ID] is False
+    assert check_annotations.ZERO_ID not in training
     evaluated = {f.kind: f.is_error for f in check_index(index, evaluated=True)}
-    assert evaluated[check.SAME_ID] is True
-    assert evaluated[check.ZERO_ID] is False
+    assert evaluated[check_annotations.SAME_ID] is True
+    assert evaluated[check_annotations.ZERO_ID] is False
 
 
 def test_names_given_to_several_categories_are_found(dataset):
     index = load_index(dataset.write([(20, 30)], names=[(1, "cat"), (2, "cat"), (3, "dog")]), "train2017")
-    (found,) = [f for f in check_index(index) if f.kind == check.SAME_NAME]
+    (found,) = [f for f in check_index(index) if f.kind == check_annotations.SAME_NAME]
     assert "cat" in found.sentence
 
 
