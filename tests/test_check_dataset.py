@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import shapes
+from maskrcnn_jax.data import check_annotations, faults
 from maskrcnn_jax.data.check_annotations import check_index, stop_or_warn
 from maskrcnn_jax.data.check_dataset import Options, check_split, compare_splits
 from maskrcnn_jax.data.coco import load_index, locate
@@ -27,6 +28,7 @@ from tests.dataset_faults import (
     boxes_as_corners,
     category_zero,
     damage,
+    file_in_other_case,
     file_missing,
     image_cut_short,
 )
@@ -148,7 +150,9 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
                 section.append(value)
                 continue
             key = list(entry)[rng.integers(len(entry))]
-            if isinstance(entry[key], list) and entry[key] and rng.random() < 0.5:
+            if rng.random() < 0.1:
+                del entry[key]
+            elif isinstance(entry[key], list) and entry[key] and rng.random() < 0.5:
                 entry[key][rng.integers(len(entry[key]))] = value
             else:
                 entry[key] = value
@@ -211,8 +215,24 @@ def test_missing_files_are_no_error_where_they_are_skipped(root):
     assert name in found.examples
 
 
+def test_findings_name_places_in_the_file_whatever_was_skipped_before(root):
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["images"][:0] = [{}, 3]
+    content["annotations"][:0] = [None, {"id": 1}, []]
+    content["images"].append(content["images"][5] | {"id": 10_000})
+    content["annotations"].append(content["annotations"][7] | {"id": 10_000})
+    path.write_text(json.dumps(content))
+    rows = {finding.kind: finding.rows.tolist() for finding in check(root)[0].findings}
+    assert rows[check_annotations.SAME_FILE] == [len(content["images"]) - 1]
+    assert rows[check_annotations.SAME_ANNOTATION] == [len(content["annotations"]) - 1]
+    assert rows[faults.MALFORMED_IMAGE] == [0, 1]
+    assert rows[faults.MALFORMED_ANNOTATION] == [0, 1, 2]
+
+
 def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
     damage(root, boxes_as_corners)
+    damage(root, file_in_other_case)
     path = root / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
     content["annotations"][3] |= {"note": {"by": "somebody"}, "bbox": content["annotations"][3]["bbox"]}
@@ -222,11 +242,13 @@ def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     done = mend(check(root)[0], tmp_path / "mended.json")
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
-    assert list(done) == ["boxes turned from corners into x, y, width, height"]
+    assert set(done) == {"boxes turned from corners into x, y, width, height", "file names corrected"}
     mended = json.loads((tmp_path / "mended.json").read_text())
     for annotation in content["annotations"]:
         x1, y1, x2, y2 = annotation["bbox"]
         annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].removeprefix("train2017/").lower()
     assert mended == content
     assert list(mended) == list(content)
 

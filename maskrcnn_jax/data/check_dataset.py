@@ -292,7 +292,7 @@ def image_names(json_path: Path, image_ids: list) -> dict[str, str]:
 
     def keep(entry: object) -> None:
         if _is_entry(entry) and short(entry.get("id")) in wanted:
-            names.setdefault(short(entry["id"]), entry.get("file_name", ""))
+            names.setdefault(short(entry.get("id")), entry.get("file_name", ""))
 
     stream_json(json_path, {"images": keep})
     return names

@@ -77,6 +77,15 @@ def test_of_copies_of_an_annotation_all_but_the_first_are_found(dataset):
     assert len(found.examples) == check_annotations.NUM_EXAMPLES
 
 
+def test_objects_that_share_a_box_but_not_a_mask_are_no_copies(dataset):
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "segmentation": [outline]}
+        for i, outline in enumerate(([0, 0, 20, 0, 20, 20], [0, 0, 0, 20, 20, 20]), start=1)
+    ]
+    index = load_index(dataset.write([(40, 40)], annotations), "train2017")
+    assert check_annotations.SAME_ANNOTATION not in [f.kind for f in check_index(index)]
+
+
 def test_ids_matter_where_a_split_is_evaluated(dataset):
     index = index_of(dataset, [[9, 9, 30, 30], [40, 9, 30, 30]], id=0)
     training = {f.kind: f.is_error for f in check_index(index)}

@@ -10,6 +10,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from maskrcnn_jax.data import images
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import drop_labels, load_index
 from maskrcnn_jax.data.images import BrokenImageError
@@ -343,6 +344,17 @@ def test_missing_image_files_are_found_when_the_dataset_is_opened(dataset):
     assert index.problems == {"image files missing": 2}
 
 
+@pytest.mark.parametrize("name", ["1.jpg", "sub/1.jpg"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_missing_and_never_opened(dataset, name, make):
+    root = dataset.write([(20, 30)], images=[IMAGE | {"file_name": name}])
+    dataset.image_path("1.jpg").unlink()
+    dataset.image_path("sub").mkdir()
+    make(dataset.image_path(name))
+    with pytest.raises(UserError, match="1 of 1 image files are missing"):
+        load_index(root, "train2017")
+
+
 def test_file_names_may_name_subfolders(dataset):
     root = dataset.write([(20, 30)], images=[IMAGE | {"file_name": "sub/1.jpg"}])
     dataset.image_path("sub").mkdir()
@@ -421,6 +433,14 @@ def test_a_broken_image_is_named_with_the_way_out(dataset, how, told):
         index.read_image(0)
     assert "1.jpg" in str(error.value)
     assert "--config.data.skip_broken=true" in str(error.value)
+
+
+def test_an_image_of_many_times_the_pixels_is_refused_before_it_is_decoded(dataset, monkeypatch):
+    index = load_index(dataset.write([(20, 30)]), "train2017")
+    cv2.imwrite(str(dataset.image_path("1.jpg")), np.zeros((50, 50), np.uint8))
+    monkeypatch.setattr(images, "decode_image", None)
+    with pytest.raises(BrokenImageError, match="has 50x50 pixels"):
+        index.read_image(0)
 
 
 def test_a_jpeg_is_whole_if_bytes_follow_its_end_and_cut_if_only_its_thumbnail_ends(dataset):

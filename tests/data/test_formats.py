@@ -63,6 +63,7 @@ def test_the_reader_stops_at_boxes_in_another_form(dataset, masks):
         [[2, 3, 95, 94], [10, 10, 90, 90], [1, 1, 99, 99]],  # large, so that they might be corners
         [[5, 8, 97, 96], [4, 6, 98, 97], [3, 3, 99, 99]],  # and over the border by a few pixels
         [[10, 10, 95, 95]],  # one wild box proves nothing
+        [[2, 3, 95, 94]] * 20 + [[20, 20, 90, 90]] * 3,  # nor do few among many
         [[0, 0, 1, 1], [0, 0, 1, 1]],  # pixels, not shares
     ],
 )
