@@ -173,14 +173,17 @@ class TrainStep:
         _give_back_memory()
         return program
 
+    def lower(self, state: TrainState, batch: Batch, key: jax.Array) -> jax.stages.Lowered:
+        """Trace the step; the next state will lie on the devices as ``state`` does."""
+        layouts = jax.tree.map(lambda array: array.sharding, state), replicated(self._mesh)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=layouts).lower(state, batch, key)
+
     def _program(self, *arguments) -> jax.stages.Compiled:
         name = self._key(arguments) if self._cache else None
         program = self._cache.load(name, self._mesh) if name else None
         if program is None:
-            layouts = jax.tree.map(lambda array: array.sharding, arguments[0]), replicated(self._mesh)
-            step = jax.jit(self._step, donate_argnums=0, out_shardings=layouts)
             with programs_from_jax() as taken:
-                program = step.lower(*arguments).compile(self._options)
+                program = self.lower(*arguments).compile(self._options)
             if name and not taken:
                 self._cache.save(name, program)
         return program

@@ -329,7 +329,7 @@ def take_step(**options):
     graphdef, state = create_train_state(tiny_model(**options), optimizer, mesh)
     train_step = TrainStep(graphdef, optimizer, mesh)
     arguments = (state, shard_batch(tiny_batch(batch_size=8), mesh), jax.random.key(0))
-    barriers = train_step._step.lower(*arguments).as_text().count("optimization_barrier")
+    barriers = train_step.lower(*arguments).as_text().count("optimization_barrier")
     return *train_step(*arguments), barriers
 
 
