@@ -112,5 +112,7 @@ def assert_same(ours, reference, tolerance):
 
 
 @pytest.mark.slow
-def test_two_processes_that_divide_the_parameters_train_as_one_device(run):
-    assert_same(run("several", float64=True, processes=2, shard_params=True), run("one", float64=True), 1e-10)
+def test_two_and_four_processes_train_as_one_device(run):
+    reference = run("one", float64=True)
+    assert_same(run("two", float64=True, processes=2, shard_params=True), reference, 1e-10)
+    assert_same(run("four", float64=True, processes=4), reference, 1e-10)

@@ -1,0 +1,50 @@
+"""Five steps on one, two, four and eight simulated devices, with statistics of batch normalisation over all of them."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from maskrcnn_jax.sharding import shard_batch
+from maskrcnn_jax.training.step import TrainStep, create_train_state
+from tests.models.tiny import tiny_batch, tiny_model
+
+STEPS = 5
+
+
+def train(num_devices, optimizer, *, dtype, side, divide=False):
+    """Return the losses, and the parameters and statistics after the last step."""
+    devices = jax.devices()[:num_devices]
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    graphdef, state = create_train_state(tiny_model(norm="batch", dtype=dtype), optimizer, mesh, divide=divide)
+    train_step = TrainStep(graphdef, optimizer, mesh)
+    batch = shard_batch(tiny_batch(batch_size=8, side=side), mesh)
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = train_step(state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    return losses, [np.asarray(array) for array in jax.tree.leaves((state.params, state.variables))]
+
+
+def assert_same_on_all_numbers_of_devices(tolerance, *options, **more):
+    expected_losses, expected = train(1, *options, **more)
+    assert len(set(expected_losses)) == STEPS, "nothing is trained"
+    for num_devices in (2, 4, 8):
+        losses, arrays = train(num_devices, *options, **more, divide=num_devices == 4)
+        np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
+        for ours, theirs in zip(arrays, expected, strict=True):
+            assert np.abs(ours - theirs).max(initial=0) <= tolerance * max(np.abs(theirs).max(initial=0), 1e-3)
+
+
+@pytest.mark.slow
+def test_float64_trains_alike_on_any_number_of_devices(quick_compilation):
+    with jax.enable_x64(True):
+        assert_same_on_all_numbers_of_devices(1e-10, optax.adamw(1e-3), dtype="float64", side=32)
+
+
+# Larger steps let the rounding of a sum decide which of two equally good boxes is kept, and AdamW divides gradients that
+# are all rounding by their own size. float64 shows both to be no more than rounding.
+@pytest.mark.slow
+def test_float32_trains_alike_on_any_number_of_devices(quick_compilation):
+    assert_same_on_all_numbers_of_devices(1e-5, optax.sgd(1e-4, 0.9), dtype="float32", side=64)
