@@ -16,6 +16,7 @@ _MODULES = {
     "load": "api",
     "Predictor": "evaluation.predictor",
     "ImageDetections": "evaluation.predictor",
+    "export_model": "export",
     "MaskRCNN": "models.mask_rcnn",
     "UserError": "errors",
 }

@@ -21,6 +21,7 @@ ALLOWED = {
     "training": {"processes", "sharding", "data", "models", "losses", "ops", "structures", "errors", "weights"},
     "sharding": {"structures"},
     "configs": {"errors"},
+    "export": {"evaluation", "data", "errors", "structures"},
     "api": {"configs", "training", "evaluation", "weights", "data", "models", "errors"},
     "cli": {"api", "processes", "training", "data", "models", "errors"},
     "evaluation": {"page", "processes", "sharding", "data", "models", "ops", "structures", "errors", "weights"},

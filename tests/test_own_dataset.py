@@ -46,5 +46,7 @@ def test_every_command_of_the_walk_works(tmp_path):
     found = json.loads((pictures / "detections.json").read_text())
     assert found and {result["category_id"] for result in found} <= {7, 12, 900}
     assert cv2.imread(str(pictures / "000000000001.jpg")).shape == (512, 512, 3)
-    python = outputs[-1]
+    python, exported = outputs[-2:]
     assert f"({len(found)}, 128, 128)" in python and "'image_id': 1" in python
+    objects = [one for one in json.loads(exported)["objects"] if one["score"] >= 0.5]
+    assert [one["category_id"] for one in objects] == [result["category_id"] for result in found]

@@ -39,7 +39,7 @@ class RPNHead(nnx.Module):
             for convolution in self.convs:
                 hidden = nnx.relu(convolution(hidden))
             logits, offsets = apply_together([self.cls_logits, self.bbox_pred], hidden)
-            batch, wide = len(feature), jnp.promote_types(hidden.dtype, jnp.float32)
+            batch, wide = feature.shape[0], jnp.promote_types(hidden.dtype, jnp.float32)
             objectness.append(logits.reshape(batch, -1).astype(wide))
             deltas.append(offsets.reshape(batch, -1, 4).astype(wide))
         return objectness, deltas

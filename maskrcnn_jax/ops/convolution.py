@@ -9,6 +9,7 @@ Depthwise ones have no fast kernel there at all, and are written as sums of shif
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -160,7 +161,8 @@ def _sum_of_shifts(x, kernel, shape, stride=1):
     height, width = ((size - 1) * stride + 1 for size in shape)
     total = 0
     for i, j in np.ndindex(kernel.shape[:2]):
-        window = jax.lax.slice(x, (0, i, j, 0), (len(x), i + height, j + width, x.shape[-1]), (1, stride, stride, 1))
+        end = (x.shape[0], i + height, j + width, x.shape[-1])
+        window = jax.lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1))
         total = total + window.astype(dtype) * kernel[i, j].astype(dtype).reshape(1, 1, 1, -1)
     return total.astype(x.dtype)
 
@@ -193,7 +195,10 @@ def _depthwise_shifted_gradients(x, kernel, gradient, stride):
 def _suits_winograd(x, kernel, stride):
     # Half precision would lose more digits in the transforms than it has to spare.
     precise = jnp.finfo(x.dtype).bits >= 32
-    return kernel.shape[0] == 3 and stride == 1 and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS and precise
+    # Its strips depend on the number of maps, which exported programs leave open.
+    countable = not jax.export.is_symbolic_dim(x.shape[0])
+    large = min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
+    return kernel.shape[0] == 3 and stride == 1 and large and precise and countable
 
 
 def _direct(x, kernel, stride, **options):

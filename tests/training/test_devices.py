@@ -1,4 +1,4 @@
-"""Five steps on one, two, four and eight simulated devices, with statistics of batch normalisation over all of them."""
+"""Five steps on one, two, four and eight simulated devices, with statistics of normalisation over all of them."""
 
 import jax
 import numpy as np
@@ -43,8 +43,8 @@ def test_float64_trains_alike_on_any_number_of_devices(quick_compilation):
         assert_same_on_all_numbers_of_devices(1e-10, optax.adamw(1e-3), dtype="float64", side=32)
 
 
-# Larger steps let the rounding of a sum decide which of two equally good boxes is kept, and AdamW divides gradients that
-# are all rounding by their own size. float64 shows both to be no more than rounding.
+# Larger steps let the rounding of a sum decide which of two equally good boxes is kept, and AdamW divides gradients
+# that are all rounding by their own size. float64 shows both to be no more than rounding.
 @pytest.mark.slow
 def test_float32_trains_alike_on_any_number_of_devices(quick_compilation):
     assert_same_on_all_numbers_of_devices(1e-5, optax.sgd(1e-4, 0.9), dtype="float32", side=64)

@@ -1,0 +1,112 @@
+"""Run a model that tools/export.py wrote. Needs jax, numpy and OpenCV and nothing else; copy this file beside it.
+
+python run_exported.py MODEL IMAGE [IMAGE ...]      # prints a line of JSON for each image
+"""
+
+import json
+import sys
+
+import cv2
+import jax
+import jax.export
+import numpy as np
+
+
+class ExportedModel:
+    """Finds objects in images; programs are compiled when the first image of their size comes."""
+
+    def __init__(self, path):
+        file = np.load(path)  # which refuses pickles, so that nothing in the file runs but its programs
+        self.about = json.loads(file["model.json"])
+        self.categories = {row["label"]: row for row in self.about["categories"]}
+        self._weights = [jax.device_put(file[f"weights/{i}"]) for i in range(self.about["num_weights"])]
+        self._programs = {
+            (height, width): jax.jit(jax.export.deserialize(bytearray(file[f"{height}x{width}.stablehlo"])).call)
+            for height, width in self.about["sizes"]
+        }
+
+    def detect(self, images):
+        """Find the objects in images [h, w, 3] uint8, in RGB; those of one padded size are worked on together.
+
+        Returns a dict for each image: boxes [K, 4] x1, y1, x2, y2 in its pixels, scores [K], labels [K] and masks
+        [K, 28, 28], best first.
+        """
+        prepared = [self._prepare(image) for image in images]
+        results = [None] * len(images)
+        for size in {padded.shape[:2] for padded, _ in prepared}:
+            rows = [i for i, (padded, _) in enumerate(prepared) if padded.shape[:2] == size]
+            found = self._programs[size](
+                self._weights,
+                np.stack([prepared[i][0] for i in rows]),
+                np.array([prepared[i][1] for i in rows], np.int32),
+                np.array([images[i].shape[:2] for i in rows], np.int32),
+            )
+            found = {name: np.asarray(values) for name, values in found.items()}
+            for row, i in enumerate(rows):
+                # A model may have labels that stand for no category.
+                keep = found["valid"][row] & np.isin(found["labels"][row], list(self.categories))
+                results[i] = {name: values[row][keep] for name, values in found.items() if name != "valid"}
+        return results
+
+    def _prepare(self, image):
+        """Resize an image and pad it; returns it and its size inside the padding."""
+        about = self.about
+        height, width = image.shape[:2]
+        scale = min(about["short_side"] / min(height, width), about["long_side"] / max(height, width))
+        rounding = 0.5 if about["resize"] == "pillow" else 0
+        height, width = size = [max(int(side * scale + rounding), 1) for side in (height, width)]
+        if about["resize"] == "pillow":
+            from PIL import Image
+
+            resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        else:
+            resized = cv2.resize(image.astype(about["dtype"]), (width, height), interpolation=cv2.INTER_LINEAR)
+        fitting = [(h, w) for h, w in about["sizes"] if h >= height and w >= width]
+        if not fitting:
+            raise ValueError(f"an image of {height}x{width} after resizing fits none of {about['sizes']}; export more")
+        padded = np.zeros((*fitting[0], image.shape[2]), about["dtype"])
+        padded[:height, :width] = resized
+        return padded, size
+
+    def paste(self, mask, box, image_size):
+        """Return a mask [28, 28] in its image, [h, w] bool."""
+        ends = np.array(box, np.float32).reshape(2, 2).T  # (x1, x2), (y1, y2)
+        if not self.about[
+            "aligned_masks"
+        ]:  # torchvision widens masks and boxes by a pixel of the mask, to whole pixels
+            half = (ends[:, 1] - ends[:, 0]) * np.float32(0.5) * np.float32((len(mask) + 2) / len(mask))
+            centre = (ends[:, 1] + ends[:, 0]) * np.float32(0.5)
+            ends = np.stack([np.trunc(centre - half), np.trunc(centre + half) + 1], axis=1)
+            mask = np.pad(mask, 1)
+        weights = []
+        for (low, high), length in zip(ends, image_size[::-1], strict=True):
+            cells = (np.arange(length) + 0.5 - low) / max(high - low, 1e-6) * len(mask) - 0.5
+            weights.append(np.maximum(1 - np.abs(cells[:, None] - np.arange(len(mask))), 0))
+        return weights[1] @ mask @ weights[0].T >= 0.5
+
+
+def main(path, *names):
+    model = ExportedModel(path)
+    for name in names:
+        image = cv2.imread(name)
+        if image is None:
+            raise SystemExit(f"{name} cannot be read as an image")
+        image = np.ascontiguousarray(image[..., ::-1])
+        (found,) = model.detect([image])
+        rows = []
+        for i, label in enumerate(found["labels"].tolist()):
+            box, category = found["boxes"][i], model.categories[label]
+            rows.append(
+                {
+                    "name": category["name"],
+                    "category_id": category["id"],
+                    "score": round(float(found["scores"][i]), 4),
+                    "box": np.round(box.astype(float), 2).tolist(),
+                    "mask_pixels": int(model.paste(found["masks"][i], box, image.shape[:2]).sum()),
+                }
+            )
+        print(json.dumps({"image": name, "objects": rows}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
