@@ -91,7 +91,7 @@ def assert_sentence(error):
     """Fails unless an error is one line without the name of a Python exception."""
     sentence = str(error)
     assert sentence.encode() and len(sentence.splitlines()) == 1
-    found = re.search(r"\b[A-Za-z.]*(Error|Exception)\b|\berror:\s*\(-\d+", sentence)
+    found = re.search(r"\b[A-Za-z.]+(Error|Exception)\b|\berror:\s*\(-\d+", sentence)
     assert not found, sentence
 
 
