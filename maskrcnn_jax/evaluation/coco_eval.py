@@ -79,7 +79,9 @@ def _check_file(path: Path) -> None:
     problems = read_annotation_file(path, keep_unlisted=True).problems
     for kind in (faults.FAR_POLYGON, faults.OTHER_SIZE, faults.NOT_FINITE):
         if kind in problems:
-            raise UserError(f"{path} has {len(problems[kind])} {kind.removesuffix(' dropped')}; correct or remove them")
+            raise UserError(
+                f"{path} has {len(problems[kind])} {kind.removesuffix(' dropped')}; correct or remove them"
+            )
 
 
 def _read_part(path: Path, image_ids: set[int]) -> COCO:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path

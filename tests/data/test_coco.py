@@ -10,10 +10,10 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data import images
+from maskrcnn_jax.data import faults, images
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import drop_labels, load_index
-from maskrcnn_jax.data.images import BrokenImageError
+from maskrcnn_jax.data.images import BrokenImageError, decode_image
 from maskrcnn_jax.errors import UserError
 
 SQUARE = [2, 3, 10, 3, 10, 9, 2, 9]  # a polygon: columns 2..9, rows 3..8

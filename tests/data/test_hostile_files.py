@@ -6,7 +6,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
