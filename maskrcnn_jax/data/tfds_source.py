@@ -175,7 +175,8 @@ def load_arrays(path: Path, source: Path) -> tuple[AnnotationFile, int]:
         return AnnotationFile(path=source, **values), num_missing
     except Exception:  # what zipfile, zlib and NumPy raise at damaged files is told nowhere
         raise UserError(
-            f"{path} cannot be read (missing or damaged); remove {path.parent.parent} and build it again by tools/build_tfds.py"
+            f"{path} cannot be read (missing or damaged); remove {path.parent.parent} and build it again by "
+            "tools/build_tfds.py"
         ) from None
 
 
