@@ -3,6 +3,7 @@
 import array
 import itertools
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
 from maskrcnn_jax.errors import UserError
 
 _FARTHEST = 1e5  # pixels; coordinates beyond are mistakes
+_LONGEST_OUTLINE = 1e6  # pixels of a polygon; drawing takes some 80 bytes for each
 _MOST_PIXELS = 1 << 30  # of an image; OpenCV decodes no larger one
+_NO_NAME = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # breaks lines, or no file or UTF-8 has it
 _LONGEST_NAME = 1024  # characters; all names together lie in one array, at the width of the longest
 
 
@@ -150,7 +153,7 @@ class _Images:
             self.sizes.extend((height, width))
             if height < 1 or width < 1 or height * width > _MOST_PIXELS:
                 raise ValueError(f"size {height}x{width}")
-            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or _NO_NAME.search(name):
                 raise ValueError(f"file_name {short(name)}")
         except (KeyError, TypeError, ValueError, OverflowError) as e:
             del self.ids[len(self.file_names) :], self.sizes[2 * len(self.file_names) :]
@@ -237,7 +240,11 @@ class _Annotations:
         height, width = rle["size"]
         counts = rle["counts"]
         self.rle_sizes.extend((height, width))
+        if height < 1 or width < 1 or height * width > _MOST_PIXELS:  # pycocotools divides by the height
+            raise ValueError(f"the size of its mask is {short(height)}x{short(width)}")
         if isinstance(counts, list):
+            if not all(0 <= count <= _MOST_PIXELS for count in counts):
+                raise ValueError("the counts of its mask are no run lengths")
             counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
         else:
             counts = counts.encode("ascii")
@@ -265,9 +272,19 @@ def polygon_problem(polygon: list[float]) -> str | None:
     """Returns the kind of problem for which a polygon is dropped, None for none."""
     if len(polygon) < 6 or len(polygon) % 2:
         return faults.SHORT_POLYGON
-    # Drawing takes memory in proportion to the outline, so one wild number could take all there is.
-    in_reach = max(map(abs, polygon)) <= _FARTHEST
-    return None if in_reach and math.isfinite(sum(polygon)) else faults.FAR_POLYGON
+    # Drawing takes memory in proportion to the outline, so wild numbers could take all there is.
+    reach = max(map(abs, polygon))
+    if not reach <= _FARTHEST or not math.isfinite(sum(polygon)):
+        return faults.FAR_POLYGON
+    if reach * len(polygon) > _LONGEST_OUTLINE and _outline(polygon) > _LONGEST_OUTLINE:  # the first takes no time
+        return faults.FAR_POLYGON
+    return None
+
+
+def _outline(polygon: list[float]) -> float:
+    """Returns the length of an outline, by the longer side of each step."""
+    xy = np.array(polygon, np.float64).reshape(-1, 2)
+    return float(np.abs(xy - np.roll(xy, 1, axis=0)).max(axis=1).sum())
 
 
 class _NestingError(ValueError):
@@ -282,6 +299,8 @@ def _categories(path: Path, entries: list[dict], report: Report) -> tuple[list[i
         known = isinstance(entry, dict)
         if not known or not isinstance(entry.get("id"), int) or not isinstance(entry.get("name"), str | int | float):
             report(_malformed(path, "category", place, entry, ValueError("id and name are needed")))
+        elif _NO_NAME.search(str(entry["name"])):
+            report(_malformed(path, "category", place, entry, ValueError(f"its name is {short(entry['name'])}")))
         elif not -(2**63) <= entry["id"] < 2**63:
             report(_malformed(path, "category", place, entry, ValueError("its id is too large")))
         elif entry["id"] in names:
@@ -312,7 +331,8 @@ def short(value: object) -> str:
     """Names a value that came instead of another one; it may be as long and as deep as somebody made it."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
-    return " ".join(str(value).split())[:60]
+    text = " ".join(str(value).split())[:60]
+    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair cannot be printed
 
 
 def _numpy(packed: array.array, dtype: type) -> np.ndarray:

@@ -18,6 +18,7 @@ _COCO_NAMES = """
     laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
     scissors, teddy bear, hair drier, toothbrush
 """
+_MOST_CLASSES = 1 << 16  # each takes a megabyte of a model's weights
 
 
 class Categories(NamedTuple):
@@ -84,10 +85,16 @@ class Categories(NamedTuple):
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            columns = [tuple(row[key] for row in content["categories"]) for key in ("id", "name", "label")]
-            return cls(*columns, content["num_classes"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            ids, names, labels = (tuple(row[key] for row in content["categories"]) for key in ("id", "name", "label"))
+            num_classes = content["num_classes"]
+            if {*map(type, ids), *map(type, labels), type(num_classes)} != {int} or {*map(type, names)} != {str}:
+                raise ValueError("something other than numbers and names")
+            if len(set(labels)) < len(labels) or not 0 < min(labels) <= max(labels) < num_classes <= _MOST_CLASSES:
+                raise ValueError("labels that no model has")
+            return cls(ids, names, labels, num_classes)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            reason = e.strerror if isinstance(e, OSError) else "it holds something else"
             raise UserError(
-                f"cannot read the categories of the model from {path} ({e!r}); it is written when training starts, "
+                f"cannot read the categories of the model from {path} ({reason}); it is written when training starts, "
                 "so point at the folder of a training run"
             ) from None

@@ -1,6 +1,7 @@
 """Reads image files: RGB bytes, or an error that says what is wrong with the file."""
 
 import io
+import re
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,10 @@ from PIL import Image
 from maskrcnn_jax.errors import UserError
 
 _TIMES_LARGER = 4  # pixels than annotated: no reason to decode an image only to say so
+# Of an image, in pixels; a larger one needs a file of a size to match, at some 100 times what photographs take.
+_PIXELS_OF_ANY_FILE = 1 << 25
+_PIXELS_OF_A_BYTE = 100
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BrokenImageError(UserError):
@@ -31,6 +36,8 @@ def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.
         data = path.read_bytes()
     except OSError as e:
         raise _broken(path, f"cannot be read ({e.strerror})") from None
+    except ValueError:  # a null or half of a surrogate pair
+        raise _broken(path, "has a name that no file can have") from None
     return check_and_decode(path, data, size, channels)
 
 
@@ -59,14 +66,17 @@ def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np
         upright: turn an image of 3 channels as its EXIF entry says.
 
     Returns:
-        [h, w, channels] uint8, with fewer channels where the file has fewer; None if it is no image.
+        [h, w, channels] uint8, with fewer channels where the file has fewer; None if it is no image, or one that is
+        far too large for its file.
     """
+    if _is_bomb(data):
+        return None
     if channels > 3:
         flags = cv2.IMREAD_UNCHANGED
     else:
         flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         return None
     if image is None or image.dtype not in (np.uint8, np.uint16):
@@ -107,15 +117,34 @@ def _wrong_size(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> 
 
 def _refuse_bomb(path: Path, data: bytes, size: tuple[int, int]) -> None:
     """Refuses a file that would decode to many times the pixels that are wanted, such as a few kB of black."""
-    most = _TIMES_LARGER * size[0] * size[1]
-    if most > Image.MAX_IMAGE_PIXELS:
-        return  # of images as large as that Pillow would warn, whatever they are for
+    if (_pixels_in_header(data) or 0) > _TIMES_LARGER * size[0] * size[1]:
+        raise _broken(path, f"has far more pixels than the {size[0]}x{size[1]} (height x width) of the annotations")
+
+
+def _is_bomb(data: bytes) -> bool:
+    """Whether OpenCV might fill the memory with what a header claims; it decodes even where the header is damaged."""
+    found = _pixels_in_header(data)
+    if found is None:
+        return not data.startswith(_TIFF)  # whose many channels Pillow does not know
+    if data.startswith(b"\x89PNG") and not _chunks_fit(data):
+        return True
+    return found > max(_PIXELS_OF_ANY_FILE, _PIXELS_OF_A_BYTE * len(data))
+
+
+def _chunks_fit(data: bytes) -> bool:
+    """Whether the parts of a PNG lie within the file; libpng takes the memory for one before it reads it."""
+    start = 8
+    while start + 12 <= len(data) and not data.startswith(b"IEND", start + 4):
+        start += 12 + int.from_bytes(data[start : start + 4], "big")  # length, name and checksum
+    return start + 12 <= len(data)
+
+
+def _pixels_in_header(data: bytes) -> int | None:
+    """Returns how many pixels an image says that it has, None where Pillow does not know the file."""
     try:
         with Image.open(io.BytesIO(data)) as opened:  # reads the header only
-            found = opened.height, opened.width
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise _broken(path, f"has far more pixels than the {size[0]}x{size[1]} of the annotations") from None
-    except Exception:  # Pillow raises all sorts of things at broken files, and OpenCV reads some that it does not
-        return
-    if found[0] * found[1] > most:
-        raise _wrong_size(path, found, size)
+            return opened.height * opened.width
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+        return int(re.search(r"\d+", str(e))[0])  # "Image size (1000000000 pixels) exceeds ..."
+    except Exception:  # Pillow raises all sorts of things at broken files
+        return None

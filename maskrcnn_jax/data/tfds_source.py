@@ -166,18 +166,27 @@ def load_arrays(path: Path, source: Path) -> tuple[AnnotationFile, int]:
         UserError: the file is missing or damaged.
     """
     try:
-        with path.open("rb") as file, np.load(file) as stored:
-            values = {name: stored[name] for name in stored.files}
+        values = _read_stored(path)
         problems = json.loads(values["problems"].item())
         values["problems"] = {kind: np.array(places, np.int64) for kind, places in problems.items()}
         for name in ("num_annotations", "category_shift", "category_ids", "category_names", "file_names"):
             values[name] = values[name].tolist()
         num_missing = values.pop("num_missing").item()
         return AnnotationFile(path=source, **values), num_missing
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    except Exception:  # what zipfile, zlib and NumPy raise at damaged files is told nowhere
         raise UserError(
-            f"{path} cannot be read ({e!r}); remove {path.parent.parent} and build it again by tools/build_tfds.py"
+            f"{path} cannot be read (missing or damaged); remove {path.parent.parent} and build it again by "
+            "tools/build_tfds.py"
         ) from None
+
+
+def _read_stored(path: Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file that np.savez wrote: without code, and without parts that grow when unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("compressed parts")
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
 
 
 def without_masks(file: AnnotationFile) -> AnnotationFile:

@@ -20,6 +20,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from maskrcnn_jax.data import faults
+from maskrcnn_jax.data.annotation_file import read_annotation_file
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
 
@@ -41,6 +43,8 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
     Raises:
         UserError: if the file is missing, is no JSON or holds no COCO annotations.
     """
+    if image_ids is None:
+        _check_file(Path(path))
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(os.fspath(path)) if image_ids is None else _read_part(Path(path), set(image_ids))
@@ -59,11 +63,25 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
         raise UserError(
             f"the annotation file {path} does not exist; check the path and the name of the split"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError, TypeError) as error:
-        raise UserError(f"{path} is no COCO annotation file ({type(error).__name__}: {error})") from error
+    except (ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is no COCO annotation file; give an instances_*.json") from error
     if not coco.dataset.get("images") or not coco.dataset.get("categories"):
         raise UserError(f"{path} holds no images or no categories; give a COCO instances_*.json")
     return coco
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what pycocotools would crash at or fill the memory with; of images of a split, loading it did so."""
+    if not path.exists():
+        return  # which has a sentence of its own
+    problems = read_annotation_file(path, keep_unlisted=True).problems
+    for kind in (faults.FAR_POLYGON, faults.OTHER_SIZE, faults.NOT_FINITE):
+        if kind in problems:
+            raise UserError(
+                f"{path} has {len(problems[kind])} {kind.removesuffix(' dropped')}; correct or remove them"
+            )
 
 
 def _read_part(path: Path, image_ids: set[int]) -> COCO:

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import load_annotations, load_results, write_json
+from maskrcnn_jax.evaluation.result_files import read_results
 
 OCCLUSIONS = {"free": 0.05, "partly covered": 0.35, "mostly covered": np.inf}  # largest share of the box
 CROWDING = {"1 to 3 objects": 3, "4 to 10 objects": 10, "more objects": np.inf}  # in the image
@@ -219,8 +219,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         truth = load_annotations(args.annotations)
-        found = _read(args.detections, truth)
-        other = _read(args.against, truth) if args.against else None
+        found = read_results(Path(args.detections), truth.imgs, truth.cats)
+        other = read_results(Path(args.against), truth.imgs, truth.cats) if args.against else None
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -245,17 +245,6 @@ def main() -> int:
     if args.json:
         write_json(Path(args.json), written, indent=2)
     return 0
-
-
-def _read(path: str, truth: COCO) -> list[dict]:
-    try:
-        results = json.loads(Path(path).read_text())
-        unknown = {result["image_id"] for result in results} - set(truth.imgs)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} holds no COCO results ({error}); give the detections.json of eval.py") from None
-    if unknown:
-        raise UserError(f"{path} has results for image {min(unknown)}, which the annotations do not have")
-    return results
 
 
 if __name__ == "__main__":

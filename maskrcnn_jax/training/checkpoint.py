@@ -217,11 +217,34 @@ def load_config(workdir: str | Path, defaults: ConfigDict) -> ConfigDict:
         raise UserError(f"{workdir} holds no trained model ({path} is missing); give the --workdir of train.py")
     config = defaults.unlock()
     try:
-        with config.ignore_type():
-            config.update(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no config that train.py wrote ({error}); give it with --config") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _check_types(found, config)
+        with config.ignore_type():  # JSON has lists for tuples
+            config.update(found)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no config that train.py wrote ({reason}); give it with --config") from None
     return config
+
+
+def _check_types(found: object, known: ConfigDict) -> None:
+    """Raise a ValueError unless the options in a file have values like those that are known."""
+    if not isinstance(found, dict):
+        raise ValueError("it holds something other than options by name")
+    for name, value in found.items():
+        default = known.get(name)
+        if isinstance(default, ConfigDict):
+            _check_types(value, default)
+        elif default is not None and not _is_like(value, default):
+            raise ValueError(f"{name} is not of the type {type(default).__name__}")
+
+
+def _is_like(value: object, default: object) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)
 
 
 def save_config(config: ConfigDict, workdir: str | Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data import images
+from maskrcnn_jax.data import faults, images
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import drop_labels, load_index
-from maskrcnn_jax.data.images import BrokenImageError
+from maskrcnn_jax.data.images import BrokenImageError, decode_image
 from maskrcnn_jax.errors import UserError
 
 SQUARE = [2, 3, 10, 3, 10, 9, 2, 9]  # a polygon: columns 2..9, rows 3..8
@@ -493,3 +493,33 @@ def test_an_index_as_large_as_cocos_opens_within_a_minute_and_one_and_a_half_gig
     assert measured["check_seconds"] < 10, measured
     assert measured["findings"] == ["boxes that do not fit their masks"], "their polygons are random"
     assert measured["peak_bytes"] < 1.5e9, measured
+
+
+@pytest.mark.parametrize("size", [[0, 24], [20, 0], [10**9, 10**9], [-20, -24]])
+def test_a_run_length_mask_of_an_impossible_size_is_refused(dataset, size):
+    mask = {"size": size, "counts": "0PY0"}  # without a box, pycocotools divides by the height
+    root = dataset.write([(20, 24)], [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": mask}])
+    with pytest.raises(UserError, match="the size of its mask is"):
+        load_index(root, "train2017")
+
+
+def test_a_polygon_that_takes_long_to_draw_is_dropped(dataset):
+    zigzag = [9e4, 0, -9e4, 10] * 100
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "segmentation": [zigzag]}
+    index = load_index(dataset.write([(20, 24)], [annotation]), "train2017")
+    assert index.problems[faults.FAR_POLYGON] == 1 and not index.has_mask.any()
+
+
+@pytest.mark.parametrize("name", ["a\0.jpg", "a\n.jpg", "\ud800.jpg"])
+def test_a_name_that_no_file_can_have_is_refused(dataset, name):
+    root = dataset.write([(20, 24)], images=[{"id": 1, "file_name": name, "height": 20, "width": 24}])
+    with pytest.raises(UserError, match="image 1 in .* is malformed: file_name a?") as raised:
+        load_index(root, "train2017")
+    assert "\n" not in str(raised.value) and str(raised.value).encode()
+
+
+def test_an_image_that_claims_far_more_than_its_file_holds_is_not_decoded():
+    data = cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1].tobytes()
+    assert decode_image(data) is not None
+    for place, written in ((16, b"\0\0\x75\0" * 2), (33, b"\x7f\xff\0\0")):  # the sides; the length of a part
+        assert decode_image(data[:place] + written + data[place + len(written) :]) is None

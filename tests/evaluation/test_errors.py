@@ -32,7 +32,10 @@ def write_truth(path, boxes_of_images, categories=(3, 8)):
         for category, box in boxes
     ]
     content = {
-        "images": [{"id": i + 1, "height": SIDE, "width": SIDE} for i in range(len(boxes_of_images))],
+        "images": [
+            {"id": i + 1, "file_name": f"{i + 1}.jpg", "height": SIDE, "width": SIDE}
+            for i in range(len(boxes_of_images))
+        ],
         "annotations": [a | {"id": n} for n, a in enumerate(annotations, 1)],
         "categories": [{"id": c, "name": f"thing {c}"} for c in categories],
     }

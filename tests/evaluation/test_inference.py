@@ -200,7 +200,7 @@ def test_an_oracle_scores_one_through_resizing_padding_pasting_and_evaluation(tm
             entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": draw_ellipse(box, sizes_of[index])}
             entries.append(entry)
     images = [
-        {"id": int(image_id), "height": size[0], "width": size[1], "file_name": ""}
+        {"id": int(image_id), "height": size[0], "width": size[1], "file_name": f"{image_id}.jpg"}
         for image_id, size in zip(image_ids, sizes_of, strict=True)
     ]
     categories = [{"id": 5, "name": "a"}, {"id": 9, "name": "b"}]

@@ -1,0 +1,70 @@
+"""Reads COCO results, such as detections.json, and looks at them before pycocotools does, which believes anything."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
+from maskrcnn_jax.errors import UserError
+
+
+def read_results(path: Path, images: Mapping[int, dict], category_ids: Collection[int]) -> list[dict]:
+    """Reads a file of results with boxes and run-length masks.
+
+    Args:
+        path: the JSON.
+        images: entry of the annotation file by image_id.
+        category_ids: those of the annotation file.
+
+    Raises:
+        UserError: the file holds something else, or results of images or categories that the annotations do not have.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise _no_results(path, e.strerror) from None
+    except (ValueError, RecursionError):
+        raise _no_results(path, "it is no JSON") from None
+    if not isinstance(results, list):
+        raise _no_results(path, "it is no list")
+    for place, result in enumerate(results):
+        try:
+            _check(result, images, category_ids)
+        except KeyError as e:
+            raise _no_results(path, f"entry {place} has no {e}") from None
+        except (ValueError, TypeError, AttributeError) as e:
+            raise _no_results(path, f"entry {place}: {e}") from None
+    return results
+
+
+def _check(result: Any, images: Mapping[int, dict], category_ids: Collection[int]) -> None:
+    if not isinstance(result, dict):
+        raise ValueError("it is no object")
+    image_id, category_id = result["image_id"], result["category_id"]
+    if type(image_id) is not int or image_id not in images:
+        raise ValueError("it is of an image which the annotations do not have")
+    if type(category_id) is not int or category_id not in category_ids:
+        raise ValueError("it is of a category which the annotations do not have")
+    box = result["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, (*box, result["score"]))):
+        raise ValueError("its bbox is not x, y, width, height, or its score no number")
+    size = [images[image_id]["height"], images[image_id]["width"]]
+    mask = result["segmentation"]
+    if not isinstance(mask, dict) or mask["size"] != size or not isinstance(mask["counts"], str):
+        raise ValueError("its segmentation is no run-length mask of the size of its image")
+    counts = mask["counts"].encode(errors="replace")
+    runs = np.frombuffer(counts, np.uint8)
+    if not is_well_formed(counts) or num_pixels(runs, np.array([0, len(runs)]))[0] != size[0] * size[1]:
+        raise ValueError("its run-length mask does not fit its image")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _no_results(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} holds no COCO results ({reason}); give the detections.json of eval.py")
