@@ -188,7 +188,7 @@ class SlowArray:
 def test_the_wait_for_data_is_the_time_in_which_the_devices_have_nothing_to_do():
     waits, idle_from = [], 0
     with ThreadPoolExecutor(1) as watcher:
-        log = _Log(None, None, None, 1, 1, watcher)
+        log = _Log(None, None, None, 0, 1, 1, watcher)
         for seconds_of_batch, seconds_of_step in [(0.1, 0.4), (0.1, 0.4), (0.6, 0.1), (0, 0)]:
             wanted = time.perf_counter()
             time.sleep(seconds_of_batch)
