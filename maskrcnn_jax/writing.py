@@ -11,7 +11,7 @@ from maskrcnn_jax.errors import UserError
 # What a full, broken or read-only disk answers. Libraries that write in C++ tell of it in a text only.
 _ANSWERS = [
     os.strerror(number)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 ]
 
 
