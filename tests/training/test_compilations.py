@@ -37,7 +37,7 @@ def test_nothing_is_compiled_after_the_first_epoch_its_evaluation_and_its_checkp
     write_mixed_dataset(tmp_path / "data", [landscape] * 11 + [portrait] * 6, "train2017")
     write_mixed_dataset(tmp_path / "data", [landscape] * 3 + [portrait] * 2, "val2017")  # batches of 2, 1 and 2
     config.data.coco_dir, config.data.long_side = str(tmp_path / "data"), 96
-    config.epochs, config.log_every, config.checkpoint_every, config.eval_losses = 3, 1, 2, True
+    config.epochs, config.log_every, config.checkpoint_every = 3, 1, 2
     config.optim.ema_decay = 0.9
     compiled, saved = [], []
 
