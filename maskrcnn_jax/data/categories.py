@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.writing import replace_file
 
 # Category ids of COCO's detection task: 80 of 1..90.
 _COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
@@ -74,7 +75,7 @@ class Categories(NamedTuple):
             {"id": i, "name": n, "label": label} for i, n, label in zip(self.ids, self.names, self.labels, strict=True)
         ]
         content = {"num_classes": self.num_classes, "categories": rows}
-        Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Categories":

@@ -278,6 +278,12 @@ class Loader:
                 if isinstance(batch, Exception):
                     raise batch
                 yield _copy(batch) if self._workers else batch
+        except RuntimeError as e:
+            if "terminated unexpectedly" not in str(e):
+                raise
+            raise UserError(
+                "a process that loads images died, perhaps for want of memory; take fewer with --config.data.workers"
+            ) from None
         finally:
             iterator.close()
             if self._workers:

@@ -21,6 +21,7 @@ from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_
 from maskrcnn_jax.evaluation.inference import make_detect, run_detection
 from maskrcnn_jax.evaluation.visualize import draw_instances, grid, side_by_side
 from maskrcnn_jax.processes import gather, is_first
+from maskrcnn_jax.writing import replace_file
 
 NUM_PICTURES = 12  # images drawn after an evaluation
 DRAWN_SCORE = 0.5  # detections below are left out of the pictures
@@ -163,4 +164,5 @@ class Evaluator:
         if not is_first():
             return
         write_files(workdir, evaluation.metrics, evaluation.results)
-        cv2.imwrite(str(Path(workdir) / "predictions.jpg"), evaluation.picture[..., ::-1])
+        _, picture = cv2.imencode(".jpg", evaluation.picture[..., ::-1])
+        replace_file(Path(workdir) / "predictions.jpg", picture.tobytes())

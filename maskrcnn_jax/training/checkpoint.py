@@ -5,6 +5,7 @@ A run's folder (``workdir``) also holds what a checkpoint needs to be understood
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
+from maskrcnn_jax.processes import gather, is_first
 from maskrcnn_jax.training.step import TrainState
+from maskrcnn_jax.writing import replace_file, writing
+
+_log = logging.getLogger(__name__)
 
 BEST_METRIC = "segm_AP"
 # By default every device that holds a copy writes a slice of it, and a program is compiled for every slice.
@@ -31,29 +36,44 @@ def _metric(metrics: dict) -> float:
     return metrics[BEST_METRIC]
 
 
+class UnreadableCheckpoint(UserError):
+    """Files of a checkpoint are missing or were cut off."""
+
+
 class Checkpoints:
     """The checkpoints in ``<workdir>/checkpoints``, named by step."""
 
-    def __init__(self, workdir: str | Path, *, keep: int = 2):
-        """Open the folder, creating it if need be.
+    def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
+        """Open the folder.
 
         Args:
           workdir: of the run.
           keep: how many of the newest are kept, beside the best by mask AP.
+          read_only: change nothing, while another process may be training. Otherwise the folder is created if need be,
+            and what a training left unfinished is deleted.
+
+        Raises:
+          UserError: when the folder cannot be made.
         """
+        folder = Path(workdir).absolute() / "checkpoints"
         policy = AnyPreservationPolicy(
             [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
         )
-        self._manager = ocp.CheckpointManager(
-            epath.Path(Path(workdir).absolute() / "checkpoints"),
-            # Named here, because a manager that has not saved yet cannot tell how its items were written.
-            item_handlers={
-                name: ocp.PyTreeCheckpointHandler(type_handler_registry=_ONE_WRITER) for name in ("model", "training")
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=_metric, cleanup_tmp_directories=True
-            ),
-        )
+        with writing(folder):
+            self._manager = ocp.CheckpointManager(
+                epath.Path(folder),
+                # Named here, because a manager that has not saved yet cannot tell how its items were written.
+                item_handlers={
+                    name: ocp.PyTreeCheckpointHandler(type_handler_registry=_ONE_WRITER)
+                    for name in ("model", "training")
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    best_fn=_metric,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                ),
+            )
 
     @property
     def latest_step(self) -> int | None:
@@ -76,13 +96,60 @@ class Checkpoints:
         Args:
           state: of training.
           metrics: of the evaluation of this state, if there was one.
+
+        Raises:
+          UserError: when the disk refuses this checkpoint, or did so with the one before.
         """
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}),
-            metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics else None,
-            force=True,
-        )
+        with writing(self._manager.directory):
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}),
+                metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics else None,
+                force=True,
+            )
+
+    def restore_newest(self, like: TrainState) -> TrainState | None:
+        """Read the newest checkpoint that can be read; newer ones are put aside, with a warning.
+
+        Args:
+          like: as for :meth:`restore`.
+
+        Returns:
+          The state, or nothing when there is no checkpoint.
+
+        Raises:
+          UserError: when there are some and none of them can be read, or as :meth:`restore` does.
+        """
+        unreadable = []
+        for step in reversed(self.steps):
+            state, problem = None, None
+            try:
+                state = self.restore(step, like)
+            except UnreadableCheckpoint as error:
+                problem = str(error)
+            problems = [said for said in gather(problem) if said]
+            if not problems:
+                self._put_aside(unreadable, step)
+                return state
+            unreadable.append((step, problems[0]))
+        if unreadable:
+            raise UserError(
+                f"{unreadable[0][1]}, and no other in {self._manager.directory} can; bring back a copy, or use another "
+                "--workdir to start anew"
+            )
+        return None
+
+    def _put_aside(self, unreadable: list[tuple[int, str]], step: int) -> None:
+        for newer, problem in unreadable:
+            folder = Path(self._manager.directory) / str(newer)
+            aside = folder.with_name(f"unreadable_{newer}")
+            if is_first():
+                with writing(folder):
+                    folder.rename(aside)
+                _log.warning("%s; going on from step %d, and it is now called %s", problem, step, aside.name)
+        if unreadable:
+            gather(None)  # renamed, for all processes
+            self._manager.reload()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Read a whole checkpoint.
@@ -93,6 +160,7 @@ class Checkpoints:
 
         Raises:
           UserError: when the checkpoint is of another architecture or optimizer; names what differs.
+          UnreadableCheckpoint: when files of it are missing or were cut off.
         """
         items = self._restore(step, _items(like))
         averaged = None if like.averaged is None else items["model"]["params"]
@@ -105,23 +173,33 @@ class Checkpoints:
         nnx.update(model, arrays["params"], arrays["variables"])
 
     def close(self) -> None:
-        """Wait until everything is written."""
-        self._manager.close()
+        """Wait until everything is written; errors as in :meth:`save`."""
+        with writing(self._manager.directory):
+            self._manager.close()
 
     def _restore(self, step: int, like: dict) -> dict:
-        metadata = self._manager.item_metadata(step)
-        for name, tree in like.items():
-            _check_same_arrays(metadata[name], tree, self._manager.directory / str(step))
+        folder = self._manager.directory / str(step)
         abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in like.items()}
-        return self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
-                    for name, tree in abstract.items()
-                }
-            ),
-        )
+        try:
+            metadata = self._manager.item_metadata(step)
+            for name, tree in like.items():
+                if not metadata[name]:
+                    raise FileNotFoundError(f"{name} is missing")
+                _check_same_arrays(metadata[name], tree, folder)
+            return self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+                        for name, tree in abstract.items()
+                    }
+                ),
+            )
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds: whatever the files lack, they are no checkpoint
+            said = (str(error).splitlines() or [type(error).__name__])[0][:80]
+            raise UnreadableCheckpoint(f"checkpoint {folder} cannot be read ({said}...)") from None
 
 
 def has_checkpoint(workdir: str | Path) -> bool:
@@ -183,7 +261,7 @@ def restore_model(workdir: str | Path, options: Mapping, *, which: str = "latest
     """
     workdir = Path(workdir)
     categories = Categories.load(workdir / "categories.json")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         if which in ("latest", "best"):
             step = checkpoints.latest_step if which == "latest" else checkpoints.best_step
@@ -249,4 +327,4 @@ def _is_like(value: object, default: object) -> bool:
 
 def save_config(config: ConfigDict, workdir: str | Path) -> None:
     """Write the resolved config of a run."""
-    (Path(workdir) / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    replace_file(Path(workdir) / "config.json", config.to_json_best_effort(indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
-from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state, device_memory
+from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state, device_memory, updates_done
 
 
 class Evaluation(Protocol):
@@ -102,8 +103,8 @@ def train(
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made ({error.strerror}); choose another folder") from None
     with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
-        if checkpoints.latest_step is not None:
-            state = checkpoints.restore(checkpoints.latest_step, state)
+        restored = checkpoints.restore_newest(state)
+        state = state if restored is None else restored
         if is_first():
             save_config(config, workdir)
             index.categories.save(workdir / "categories.json")
@@ -133,7 +134,7 @@ def train(
             ThreadPoolExecutor(1) as watcher,
             tqdm(total=num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
         ):
-            log = _Log(writer, index, schedule, config.batch_size, steps_per_epoch, watcher)
+            log = _Log(writer, index, schedule, updates_done(state), config.batch_size, steps_per_epoch, watcher)
             expected = None
             for step in range(start + 1, num_steps + 1):
                 wanted = time.perf_counter()
@@ -247,11 +248,13 @@ class _Log:
         writer: MetricWriter,
         index: CocoIndex,
         schedule,
+        updates: int,
         batch_size: int,
         steps_per_epoch: int,
         watcher: ThreadPoolExecutor,
     ):
         self._writer, self._index, self._schedule, self._watcher = writer, index, schedule, watcher
+        self._updates = updates  # of the parameters so far, by which the schedule goes: a skipped step is none
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
         self._pending = []
         self._finished = None  # a future of when the last step has
@@ -277,7 +280,8 @@ class _Log:
     def write(self) -> str:
         """Fetch and write what has been added since the last time; return a line for the progress bar.
 
-        What is written is the mean over the steps, in float16 over those that were not skipped, if there are any.
+        What is written is the mean over the steps, in float16 over those that were not skipped, if there are any; the
+        learning rate is that of the last step that was not.
         Images per second are counted from end to end, with loading and logging, without compiling, evaluating and
         saving. The wait for data is the share of this time in which the devices had nothing to do for want of a batch.
 
@@ -305,14 +309,17 @@ class _Log:
         seconds = now - self._started
         self.seconds_per_step = seconds / self._timed_steps
         step = self._pending[-1][0]
-        taken = [row for row in rows if not row.get("skipped")] or rows
+        taken = [row for row in rows if not row.get("skipped")]
+        self._updates += len(taken)
+        rate = self._schedule(max(self._updates - 1, 0))  # of the last update
+        taken = taken or rows
 
         def mean(name):
             return float(np.mean([row[name] for row in (rows if name in ("loss_scale", "skipped") else taken)]))
 
         values = {
             "epoch": step / self._steps_per_epoch,
-            "lr": float(self._schedule(step - 1)),
+            "lr": float(rate),
             **{name: mean(name) for name in rows[0]},
             "images_per_second": self._timed_steps * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
@@ -337,12 +344,12 @@ class _StopSignals:
     """Turn Ctrl-C and SIGTERM into a request to save and stop after the current step; a second one stops at once.
 
     Several processes must stop after the same step, whichever of them is told to. JAX's preemption service, which
-    handles SIGTERM itself, makes them agree; Ctrl-C is then left alone.
+    handles SIGTERM itself, makes them agree; Ctrl-C is handed on to it.
     """
 
     def __enter__(self) -> "_StopSignals":
         self.requested = 0
-        caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+        caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
         self._previous = {number: signal.signal(number, self._request) for number in caught}
         return self
 
@@ -352,8 +359,11 @@ class _StopSignals:
             self.requested = int(signal.SIGTERM)
 
     def _request(self, number, _) -> None:
-        self.requested = int(number)
         signal.signal(number, self._previous[number])
+        if jax.process_count() == 1:
+            self.requested = int(number)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():

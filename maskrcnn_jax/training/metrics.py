@@ -1,11 +1,16 @@
 """Where a run's numbers and pictures go: ``metrics.jsonl`` and TensorBoard."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from maskrcnn_jax.writing import replace_file, writing
 
 
 class MetricWriter:
@@ -21,37 +26,52 @@ class MetricWriter:
           workdir: of the run.
           first_step: steps done so far; later ones are forgotten.
           active: False for one that writes nothing, in processes beside the one that does.
+
+        Raises:
+          UserError: when the disk refuses, here and in the methods.
         """
         self._active = active
         if not active:
             return
-        self._path = Path(workdir) / "metrics.jsonl"
+        self._path, board = Path(workdir) / "metrics.jsonl", Path(workdir) / "tensorboard"
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= first_step]
-            self._path.write_text("".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=first_step + 1)
+            replace_file(self._path, "".join(line + "\n" for line in kept))
+        with writing(self._path):
+            self._file = self._path.open("a")
+            board.mkdir(exist_ok=True)
+            # Not tensorboardX's SummaryWriter, whose thread ends silently on a full disk, and then all else waits for it.
+            self._board = EventsWriter(str(board / "events"))
+        # TensorBoard forgets what it has read of later steps.
+        self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers under their names."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._add(step, summary=summary.scalar(name, value))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an RGB image [h, w, 3] uint8."""
         if self._active:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._add(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def close(self) -> None:
-        """Write what is still buffered."""
+        """Close the files."""
         if self._active:
-            self._file.close()
-            self._board.close()
+            with writing(self._path):
+                self._file.close()
+                self._board.close()
+
+    def _add(self, step: int, **content) -> None:
+        with writing(self._path.with_name("tensorboard")):
+            self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+            self._board.flush()
 
 
 def _step_of(line: str) -> float:

@@ -96,6 +96,11 @@ def create_train_state(
     return graphdef, place_state(state, mesh, divide=divide)
 
 
+def updates_done(state: TrainState) -> int:
+    """Return how often the optimizer has changed the parameters: not in the steps that float16 skipped."""
+    return max(int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.opt_state, "count"))
+
+
 class Settings(NamedTuple):
     """What a step does beside following the gradient; as TrainStep describes it."""
 

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import logging
+import multiprocessing
 import time
 
 import numpy as np
@@ -297,6 +298,18 @@ def test_starting_at_a_step_gives_the_rest_of_the_run(index, start):
     assert_equal_batches(load, list(make_loader(index, **shared))[start:])
 
 
+def test_what_follows_a_step_inside_an_epoch_does_not_depend_on_workers_and_processes(index):
+    shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2, "num_steps": 14}
+    rest = list(make_loader(index, **shared))[8:]  # from the third step of the second epoch
+    shared["start_step"] = 8
+    assert_equal_batches(make_loader(index, **shared, workers=2, threads=1), rest)
+    halves = [make_loader(index, **shared, process_index=p, process_count=2, workers=1 - p) for p in (0, 1)]
+    for whole, *parts in zip(rest, *halves, strict=True):
+        for name in ("images", "image_index"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(getattr(whole, name), joined)
+
+
 def test_a_run_that_is_over_yields_nothing(index):
     assert list(make_loader(index, **TRAIN, num_steps=3, start_step=3)) == []
 
@@ -339,6 +352,19 @@ def test_a_broken_image_reaches_the_consumer_by_name(dataset, workers):
     next(batches)
     with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true$"):
         next(batches)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(index, workers):
+    batches = iter(make_loader(index, **TRAIN, num_steps=1000, workers=workers, threads=1))
+    next(batches)
+    multiprocessing.active_children()[0].kill()
+    began = time.perf_counter()
+    with pytest.raises(UserError, match="process that loads images died.*data.workers"):
+        for _ in batches:
+            pass
+    assert time.perf_counter() - began < 30
+    assert not multiprocessing.active_children()
 
 
 def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):

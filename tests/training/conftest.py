@@ -1,5 +1,7 @@
 """A run small enough for a test: 64-pixel shapes, a narrow ResNet-18, two steps an epoch."""
 
+from collections.abc import Callable
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -19,8 +21,7 @@ def shapes_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def config(shapes_dir) -> ConfigDict:
+def _small(shapes_dir) -> ConfigDict:
     config = shapes.get_config()
     config.batch_size = 8
     config.eval_batch_size = 2
@@ -45,3 +46,14 @@ def config(shapes_dir) -> ConfigDict:
     }
     config.model.update(tiny)
     return config
+
+
+@pytest.fixture
+def config(shapes_dir) -> ConfigDict:
+    return _small(shapes_dir)
+
+
+@pytest.fixture(scope="session")
+def make_config(shapes_dir) -> Callable[[], ConfigDict]:
+    """Return what makes such a config, for fixtures of several tests."""
+    return lambda: _small(shapes_dir)

@@ -188,7 +188,7 @@ class SlowArray:
 def test_the_wait_for_data_is_the_time_in_which_the_devices_have_nothing_to_do():
     waits, idle_from = [], 0
     with ThreadPoolExecutor(1) as watcher:
-        log = _Log(None, None, None, 1, 1, watcher)
+        log = _Log(None, None, None, 0, 1, 1, watcher)
         for seconds_of_batch, seconds_of_step in [(0.1, 0.4), (0.1, 0.4), (0.6, 0.1), (0, 0)]:
             wanted = time.perf_counter()
             time.sleep(seconds_of_batch)
@@ -199,6 +199,25 @@ def test_the_wait_for_data_is_the_time_in_which_the_devices_have_nothing_to_do()
             waits.append(log._waited - before)
     # The second batch comes while the first step runs, the third 0.2 s after the end of the second.
     np.testing.assert_allclose(waits, [0.1, 0, 0.2, 0], atol=0.08)
+
+
+def test_the_logged_learning_rate_is_that_of_the_last_step_that_was_taken():
+    written = []
+
+    class Writer:
+        def scalars(self, step, values):
+            written.append((step, values["lr"]))
+
+    names = ("loss", "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
+    with ThreadPoolExecutor(1) as watcher:
+        # Resumed at step 10, of which 3 were skipped.
+        log = _Log(Writer(), None, lambda updates: 100 + updates, 7, 1, 1, watcher)
+        for step, skipped in enumerate([0, 1, 1, 0, 1], start=11):
+            row = dict.fromkeys(names, 1.0) | {"gradient_norm": np.inf if skipped else 1.0, "loss_scale": 2.0}
+            log.add(step, row | {"skipped": float(skipped)}, np.zeros(1, int), 0, 0)
+            if step != 14:
+                log.write()
+    assert written == [(11, 107), (12, 107), (13, 107), (15, 108)]
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, tmp_path, monkeypatch):

@@ -1,0 +1,59 @@
+"""Trainings in processes that may be killed: forked from one that has imported everything, so that each starts quickly."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.training.loop import train
+from maskrcnn_jax.training.program_cache import ProgramCache
+
+
+class FakeEvaluation(NamedTuple):
+    metrics: dict
+    picture: np.ndarray = np.zeros((8, 8, 3), np.uint8)
+
+
+def _make_evaluate(categories):
+    def evaluate(model):
+        # Some number of the model, up and down over the steps, for the best checkpoint to be one of any age.
+        total = sum(float(array.sum()) for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        return FakeEvaluation({"bbox_AP": 0.5, "segm_AP": float(np.sin(1e6 * total))})
+
+    return evaluate
+
+
+def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
+    os.environ["XLA_FLAGS"] = ""  # read when the first device is asked for: one device
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    output = open(workdir.with_suffix(".log"), "a", buffering=1)
+    sys.stdout = sys.stderr = output
+    try:
+        train(config, workdir, make_evaluate=_make_evaluate, cache=ProgramCache(cache / "programs"))
+    except UserError as error:
+        print(f"error: {error}")
+        sys.exit(1)
+
+
+def start(config: ConfigDict, workdir: Path, cache: Path) -> multiprocessing.Process:
+    """Start a training on one device.
+
+    Args:
+      config: of the run.
+      workdir: likewise; beside it lies what is printed.
+      cache: folder of compiled programs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_run, args=(config, workdir, cache))
+    process.start()
+    return process
