@@ -114,6 +114,19 @@ def _starts(results: Mapping[str, dict]) -> list[str]:
     return [*lines, ""]
 
 
+def _origins(found: Mapping[str, Mapping[int, dict]]) -> str:
+    """Say which seeds were trained at which commit, on which day."""
+    seeds = {}
+    for by_seed in found.values():
+        for seed, result in by_seed.items():
+            seeds.setdefault((result["date"], result["commit"]), set()).add(seed)
+    parts = [
+        f"commit {commit}, {date}" + (f" (seed {', '.join(map(str, sorted(of)))})" if len(seeds) > 1 else "")
+        for (date, commit), of in sorted(seeds.items())
+    ]
+    return "; ".join(parts)
+
+
 def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> list[str]:
     """Return the section of a comparison, at the scale for which there are most results."""
     found = _of_variants(comparison, results)
@@ -122,7 +135,7 @@ def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> list[str
     one = next(iter(next(filter(None, found.values())).values()))
     images = max(_images(result) for by_seed in found.values() for result in by_seed.values())
     lines = [f"## {comparison.title}", ""]
-    lines += [f"{images} training images, {one['steps']} steps; commit {one['commit']}, {one['date']}.", ""]
+    lines += [f"{images} training images, {one['steps']} steps; {_origins(found)}.", ""]
     lines += ["| | seeds | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 2) + "|"]
     for name, by_seed in found.items():
         cells = [_mean([result["curve"][-1][key] for result in by_seed.values()]) for key in _COLUMNS.values()]
