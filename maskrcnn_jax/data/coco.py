@@ -305,7 +305,8 @@ def arrange(
     sizes = file.sizes
     limits = sizes[file.image_rows][:, [1, 0, 1, 0]].astype(np.float32)  # [K, 4]
     boxes = file.boxes.copy()
-    boxes[:, 2:] += boxes[:, :2]
+    with np.errstate(over="ignore"):  # what ends at infinity is cut off at the border, too
+        boxes[:, 2:] += boxes[:, :2]
     clipped = np.clip(boxes, 0, limits)
     positive = (file.boxes[:, 2] > 0) & (file.boxes[:, 3] > 0)
     inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])

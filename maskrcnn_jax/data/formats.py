@@ -40,7 +40,8 @@ def correct_formats(file: AnnotationFile, report: Report) -> AnnotationFile:
     if _are_corners(file, limits):
         report(fault(faults.CORNERS, "the boxes look like x1, y1, x2, y2 where x, y, width, height are wanted"))
         first, second = file.boxes[:, :2], file.boxes[:, 2:]
-        file = replace(file, boxes=np.concatenate([first, second - first], axis=1))
+        with np.errstate(over="ignore"):
+            file = replace(file, boxes=np.concatenate([first, second - first], axis=1))
     return file
 
 
