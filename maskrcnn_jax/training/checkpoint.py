@@ -137,8 +137,8 @@ class Checkpoints:
             unreadable.append((step, problems[0]))
         if unreadable:
             raise UserError(
-                f"{unreadable[0][1]}, and no other in {self._manager.directory} can; bring back a copy, or use another "
-                "--workdir to start anew"
+                f"{unreadable[0][1]}, and no other in {self._manager.directory} can; bring back a copy, or use "
+                "another --workdir to start anew"
             )
         return None
 
@@ -218,8 +218,8 @@ def _check_metrics(folder: Path) -> None:
             json.loads(path.read_text())
         except ValueError:
             raise UserError(
-                f"{path} is no evaluation that can be read; delete the folder {path.parent}, and this checkpoint counts "
-                "as one that was not evaluated"
+                f"{path} is no evaluation that can be read; delete the folder {path.parent}, and this checkpoint "
+                "counts as one that was not evaluated"
             ) from None
 
 

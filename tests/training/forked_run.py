@@ -1,4 +1,4 @@
-"""Trainings in processes that may be killed: forked from one that has imported everything, so that each starts quickly."""
+"""Trainings in processes that may be killed, forked from one that has imported everything so that they start soon."""
 
 import multiprocessing
 import os
