@@ -24,9 +24,7 @@ def run_app(main: Callable[[], None]) -> None:
     parsed = False
 
     def guarded(argv: list[str]) -> None:
-        # Orbax and JAX tell of things that are as they should be: no TPU here, a checkpoint without metrics.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        logging.getLogger("jax").setLevel(logging.WARNING)
+        _quieten_libraries()
         _enable_compilation_cache()
         nonlocal parsed
         parsed = True
@@ -128,6 +126,24 @@ def _check_config_file() -> None:
         name, _, path = argument.partition("=")
         if name.lstrip("-") == "config" and not Path(path.partition(":")[0]).is_file():
             raise UserError(f"--config={path} is no file; give one such as configs/r50_fpn.py")
+
+
+def _quieten_libraries() -> None:
+    """Keep Orbax and JAX from telling of things that are as they should be: no TPU here, a checkpoint without metrics.
+
+    Nor may Orbax print a thousand lines about a disk that refuses, whose error it raises too.
+    """
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    print_unraisable = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        # Once the first of many arrays has failed, nobody waits for the others.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _enable_compilation_cache() -> None:

@@ -27,8 +27,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         if answer is None:
             raise
         raise UserError(
-            f"{path} cannot be written ({answer}); make room there or let it be written, then the same command goes on "
-            "from what is there"
+            f"{path} cannot be written ({answer}); make room there or let it be written, then the same command goes "
+            "on from what is there"
         ) from None
 
 

@@ -53,9 +53,10 @@ class Checkpoints:
             and what a training left unfinished is deleted.
 
         Raises:
-          UserError: when the folder cannot be made.
+          UserError: when the folder cannot be made, or an evaluation in it cannot be read.
         """
         folder = Path(workdir).absolute() / "checkpoints"
+        _check_metrics(folder)
         policy = AnyPreservationPolicy(
             [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
         )
@@ -72,6 +73,8 @@ class Checkpoints:
                     best_fn=_metric,
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
+                    # Threads that wait for folders would keep a process for ten minutes whose disk refuses them.
+                    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
 
@@ -134,8 +137,8 @@ class Checkpoints:
             unreadable.append((step, problems[0]))
         if unreadable:
             raise UserError(
-                f"{unreadable[0][1]}, and no other in {self._manager.directory} can; bring back a copy, or use another "
-                "--workdir to start anew"
+                f"{unreadable[0][1]}, and no other in {self._manager.directory} can; bring back a copy, or use "
+                "another --workdir to start anew"
             )
         return None
 
@@ -206,6 +209,18 @@ def has_checkpoint(workdir: str | Path) -> bool:
     """Return whether a run has left a checkpoint, without creating anything."""
     folder = Path(workdir) / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def _check_metrics(folder: Path) -> None:
+    """Raise a UserError for an evaluation that was cut off, without which no best checkpoint can be chosen."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            raise UserError(
+                f"{path} is no evaluation that can be read; delete the folder {path.parent}, and this checkpoint "
+                "counts as one that was not evaluated"
+            ) from None
 
 
 def _items(state: TrainState) -> dict:

@@ -41,7 +41,7 @@ class MetricWriter:
         with writing(self._path):
             self._file = self._path.open("a")
             board.mkdir(exist_ok=True)
-            # Not tensorboardX's SummaryWriter, whose thread ends silently on a full disk, and then all else waits for it.
+            # Not tensorboardX's SummaryWriter: its thread ends on a full disk, and then everything waits for it.
             self._board = EventsWriter(str(board / "events"))
         # TensorBoard forgets what it has read of later steps.
         self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))

@@ -1,4 +1,4 @@
-"""Trainings in processes that may be killed: forked from one that has imported everything, so that each starts quickly."""
+"""Trainings in processes that may be killed, forked from one that has imported everything so that they start soon."""
 
 import multiprocessing
 import os
@@ -35,12 +35,13 @@ def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    output = open(workdir.with_suffix(".log"), "a", buffering=1)
-    sys.stdout = sys.stderr = output
+    with open(workdir.with_suffix(".log"), "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     try:
         train(config, workdir, make_evaluate=_make_evaluate, cache=ProgramCache(cache / "programs"))
     except UserError as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,6 +1,10 @@
 """The compiled step under its options, on a network of one layer where the whole one is not what is tested."""
 
 import contextlib
+import errno
+import os
+import shutil
+import threading
 from typing import NamedTuple
 
 import jax
@@ -163,6 +167,60 @@ def test_a_state_read_from_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
         again.state = checkpoints.restore(5, again.state)
     assert [again.step(points(seed=i)) for i in range(5, 8)] == rows
     assert_same(again.arrays(), training.arrays())
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence_and_leaves_nothing_that_waits(tmp_path, monkeypatch):
+    training, threads = Training("float32"), threading.enumerate()
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    checkpoints = Checkpoints(tmp_path)
+    for function in ("mkdir", "makedirs"):  # where folders may be written, the superuser of a test may too
+        monkeypatch.setattr(os, function, refuse)
+    with (
+        pytest.raises(UserError, match=r"checkpoints cannot be written \(Read-only file system\); make room"),
+        contextlib.closing(checkpoints),
+    ):
+        checkpoints.save(training.state)
+    new = [thread.name for thread in set(threading.enumerate()) - set(threads)]
+    assert all(name.startswith("asyncio_") for name in new), "the process would wait for them"  # asyncio's are idle
+
+
+def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # arrays that nobody waits for after the first failed
+    training = Training(ema_decay=0.9)
+    with contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        for seed in range(2):
+            training.step(points(seed=seed))
+            checkpoints.save(training.state, {"segm_AP": 0.5})
+    expected, put_aside = training.arrays(), 0
+    files = [path for path in (tmp_path / "run" / "checkpoints" / "2").rglob("*") if path.is_file()]
+    for i, path in enumerate(files):
+        damaged = tmp_path / str(i)
+        shutil.copytree(tmp_path / "run", damaged)
+        path = damaged / path.relative_to(tmp_path / "run")
+        os.truncate(path, path.stat().st_size // 2)
+        if path.parts[-2:] == ("metrics", "metrics"):
+            with pytest.raises(UserError, match="metrics is no evaluation that can be read; delete the folder"):
+                Checkpoints(damaged)
+            continue
+        with contextlib.closing(Checkpoints(damaged)) as checkpoints:
+            state = checkpoints.restore_newest(training.state)
+            if int(state.step) == 2:  # a file that nothing is read from
+                assert_same([np.array(leaf) for leaf in jax.tree.leaves(state)], expected)
+            else:
+                put_aside += 1
+                assert checkpoints.steps == [1]
+    assert put_aside >= 8
+    for path in (tmp_path / "run" / "checkpoints").glob("*/model/manifest.ocdbt"):
+        path.unlink()
+    with (
+        contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
+        pytest.raises(UserError, match="checkpoints/2 cannot be read .* and no other in .*; bring back a copy"),
+    ):
+        checkpoints.restore_newest(training.state)
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "nothing is put aside where nothing else is left"
 
 
 @pytest.mark.parametrize("divide", [False, True])
