@@ -6,6 +6,7 @@ A run's folder (``workdir``) also holds what a checkpoint needs to be understood
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -148,6 +149,8 @@ class Checkpoints:
             aside = folder.with_name(f"unreadable_{newer}")
             if is_first():
                 with writing(folder):
+                    if aside.exists():  # of an earlier time
+                        shutil.rmtree(aside)
                     folder.rename(aside)
                 _log.warning("%s; going on from step %d, and it is now called %s", problem, step, aside.name)
         if unreadable:

@@ -154,7 +154,7 @@ def train(
                 log.add(step, metrics, batch.image_index, wanted, came)
                 progress.update()
 
-                stop.agree(step)
+                stop.agree(step - start)
                 last = step == num_steps
                 evaluating = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
                 evaluating = config.eval_every and evaluating and not stop.requested
@@ -353,9 +353,13 @@ class _StopSignals:
         self._previous = {number: signal.signal(number, self._request) for number in caught}
         return self
 
-    def agree(self, step: int) -> None:
-        """Learn whether any of several processes was told to stop; all call this after each step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def agree(self, call: int) -> None:
+        """Learn whether any of several processes was told to stop; all call this after each step, with 1, 2, ...
+
+        Not with the step itself: processes that were told before their first call agree on 1, which a resumed run
+        would never come to.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(call):
             self.requested = int(signal.SIGTERM)
 
     def _request(self, number, _) -> None:
