@@ -32,6 +32,7 @@ from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.predictor import Predictor
 from maskrcnn_jax.structures import Detections
+from maskrcnn_jax.writing import writing
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda")
@@ -108,9 +109,9 @@ def export_model(
         return _in_original_pixels(nnx.merge(graphdef, state).detect(images, sizes), sizes, original_sizes)
 
     path = Path(path)
-    try:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         with zipfile.ZipFile(unfinished, "w") as file:
             file.writestr("model.json", json.dumps(describe(predictor, sizes, len(weights), int8), indent=1))
             for i, array in enumerate(weights):
@@ -121,8 +122,6 @@ def export_model(
                 program = _program(detect, weights, (height, width), predictor)
                 file.writestr(f"{height}x{width}.stablehlo", program)
         unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
 
 def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:

@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "sharding": {"structures"},
     "configs": {"errors"},
-    "export": {"evaluation", "data", "errors", "structures"},
+    "export": {"writing", "evaluation", "data", "errors", "structures"},
     "api": {"configs", "training", "evaluation", "weights", "data", "models", "errors"},
     "cli": {"api", "processes", "training", "data", "models", "errors"},
     "evaluation": {
