@@ -4,7 +4,8 @@
     python eval.py --weights=NAME --coco_dir=COCO --output=DIR
     python eval.py --weights=FILE --config=configs/torchvision_r50_fpn_v2.py --coco_dir=COCO --output=DIR
 
-Writes metrics.json, detections.json and predictions.jpg into --output, the workdir if not given.
+Writes metrics.json, detections.json and predictions.jpg into --output, the workdir if not given. With
+--report=FILE.html also a page with tables, curves, confusion between classes, the best and the worst images.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from maskrcnn_jax.cli import define_model_flags, define_process_flags, find_conf
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_eval import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.evaluation.report import write_report
 from maskrcnn_jax.processes import is_first
 
 FLAGS = flags.FLAGS
@@ -24,6 +26,7 @@ flags.DEFINE_string("coco_dir", None, "Evaluate on this dataset instead of the o
 flags.DEFINE_string("tfds_dir", None, "Likewise, on one that tools/build_tfds.py wrote.")
 flags.DEFINE_string("split", None, "Evaluate this split instead of config.data.eval_split.")
 flags.DEFINE_integer("limit", None, "Evaluate only the first images.", lower_bound=1)
+flags.DEFINE_string("report", None, "HTML page to write.")
 flags.DEFINE_string("output", None, "Folder for the results; the workdir if not given.")
 
 
@@ -48,6 +51,16 @@ def main() -> None:
     evaluator.write(output, evaluation)
     if is_first():
         print(format_table(evaluation.metrics))
+    if FLAGS.report and is_first():
+        write_report(
+            FLAGS.report,
+            evaluator.truth,
+            evaluation.results,
+            evaluation.metrics,
+            title=f"{FLAGS.workdir or FLAGS.weights} on {data.eval_split}",
+            draw=lambda image_id: evaluator.draw_image(image_id, evaluation.results),
+            training=Path(FLAGS.workdir) / "metrics.jsonl" if FLAGS.workdir else None,
+        )
 
 
 if __name__ == "__main__":

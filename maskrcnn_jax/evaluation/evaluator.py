@@ -127,37 +127,43 @@ class Evaluator:
             process_count=jax.process_count(),
         )
 
+    @property
+    def truth(self) -> COCO:
+        """Annotations of the images that are evaluated."""
+        return self._split.coco
+
     def _draw(self, results: list[dict]) -> np.ndarray:
         """Draw ground truth beside predictions for some images, evenly spread over the split."""
         _, index, _, evaluated = self._split
-        names = dict(zip(self._categories.ids, self._categories.names, strict=True))
         rows = np.unique(np.linspace(0, len(evaluated) - 1, NUM_PICTURES).astype(int))
-        by_image = {int(index.image_ids[row]): [] for row in rows}
-        for result in results:
-            if result["image_id"] in by_image and result["score"] >= DRAWN_SCORE:
-                by_image[result["image_id"]].append(result)
-        pictures = []
-        for row in rows:
-            try:
-                image = index.read_image(row)
-            except BrokenImageError:
-                continue  # the loader has named it, and stopped unless broken images are to be skipped
-            _, labels, boxes, *_ = index.annotations(row)
-            truth = draw_instances(
-                image, boxes, [index.categories.name(label) for label in labels], None, index.masks(row)
-            )
-            found = by_image[int(index.image_ids[row])]
-            corners = np.array([r["bbox"] for r in found], np.float32).reshape(-1, 4)
-            corners[:, 2:] += corners[:, :2]
-            predicted = draw_instances(
-                image,
-                corners,
-                [names[r["category_id"]] for r in found],
-                [r["score"] for r in found],
-                [r["segmentation"] for r in found],
-            )
-            pictures.append(side_by_side(truth, predicted))
-        return grid(pictures or [np.full((64, 64, 3), 255, np.uint8)], 2)
+        pictures = [self.draw_image(int(index.image_ids[row]), results) for row in rows]
+        drawn = [picture for picture in pictures if picture is not None]
+        return grid(drawn or [np.full((64, 64, 3), 255, np.uint8)], 2)
+
+    def draw_image(self, image_id: int, results: list[dict]) -> np.ndarray | None:
+        """Draw an image with ground truth beside one with predictions, [h, w, 3] uint8; None if it cannot be read."""
+        index = self._split.index
+        (row,) = np.flatnonzero(index.image_ids == image_id)
+        try:
+            image = index.read_image(row)
+        except BrokenImageError:
+            return None  # the loader has named it, and stopped unless broken images are to be skipped
+        _, labels, boxes, *_ = index.annotations(row)
+        truth = draw_instances(
+            image, boxes, [index.categories.name(label) for label in labels], None, index.masks(row)
+        )
+        names = dict(zip(self._categories.ids, self._categories.names, strict=True))
+        found = [r for r in results if r["image_id"] == image_id and r["score"] >= DRAWN_SCORE]
+        corners = np.array([r["bbox"] for r in found], np.float32).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        predicted = draw_instances(
+            image,
+            corners,
+            [names[r["category_id"]] for r in found],
+            [r["score"] for r in found],
+            [r["segmentation"] for r in found],
+        )
+        return side_by_side(truth, predicted)
 
     def write(self, workdir: str | Path, evaluation: Evaluation) -> None:
         """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder, by the first process."""

@@ -1,0 +1,89 @@
+"""The page of an evaluation, opened in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from maskrcnn_jax.data.shapes import write_dataset
+from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations
+from maskrcnn_jax.evaluation.report import write_report
+
+# Written into a copy of the page: says what a reader would see.
+CHECK = """<script>
+addEventListener("load", () => {
+  const broken = [...document.images].filter(image => !image.complete || !image.naturalWidth).length;
+  const wide = document.documentElement.scrollWidth > innerWidth;
+  document.title = JSON.stringify({images: document.images.length, plots: document.querySelectorAll("svg").length,
+    broken, wide, headings: [...document.querySelectorAll("h2")].map(h => h.textContent)});
+});
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, num_train=1, num_val=6, image_size=64, seed=3)
+    path = folder / "annotations" / "instances_val2017.json"
+    return load_annotations(path, [image["id"] for image in json.loads(path.read_text())["images"]])
+
+
+def perfect(truth):
+    """Results that are the annotations."""
+    return [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
+        | {"segmentation": truth.annToRLE(a)}
+        for a in truth.anns.values()
+    ]
+
+
+def report(path, truth, results, training=None):
+    def draw(image_id):
+        return np.full((40, 90, 3), 200, np.uint8)
+
+    write_report(path, truth, results, evaluate(truth, results), title="a <run>", draw=draw, training=training)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_a_browser_shows_the_whole_page(truth, tmp_path, some):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("there is no Chromium; .ci/run installs it where it can")
+    training = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "loss": 2.0, "loss_mask": 1.0}, {"step": 2, "bbox_AP": 0.1, "segm_AP": 0.2}]
+    training.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    results = perfect(truth)
+    results[0]["score"] = 0.2  # a miss, so that there is a worst image
+    page = report(tmp_path / "page.html", truth, results if some else [], training)
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page asks for another file"
+    (tmp_path / "checked.html").write_text(page.replace("</body>", CHECK))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "checked.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    seen = json.loads(re.search(r"<title>(.*?)</title>", shown)[1].replace("&lt;", "<").replace("&gt;", ">"))
+    headings = seen.pop("headings")
+    assert len(headings) == 7 and headings[0] == "Average precision" and headings[-1] == "Training"
+    assert seen == {"images": 6, "plots": 2, "broken": 0, "wide": False}
+
+
+def test_the_numbers_are_those_of_the_evaluation(truth, tmp_path):
+    page = report(tmp_path / "page.html", truth, perfect(truth))
+    assert "Box AP 1.0, mask AP 1.0" in page
+    assert "a &lt;run&gt;" in page
+    assert "Training" not in page, "there was none"
+    empty = report(tmp_path / "empty.html", truth, [])
+    assert "Box AP 0.0, mask AP 0.0" in empty
+
+
+def test_many_categories_are_listed_by_their_confusions(truth, tmp_path):
+    truth.dataset["categories"] += [{"id": 100 + i, "name": f"other{i}"} for i in range(40)]
+    truth.createIndex()
+    results = perfect(truth)
+    for result in results[:2]:
+        result["category_id"] = 100
+    page = report(tmp_path / "page.html", truth, results)
+    assert "said to be" in page and "<td>other0</td>" in page
