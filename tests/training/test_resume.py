@@ -14,7 +14,7 @@ import pytest
 
 from tests.training.forked_run import start
 
-STEPS = 24
+STEPS = 18
 
 
 def arrays(workdir):
