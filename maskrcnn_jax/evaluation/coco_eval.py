@@ -24,7 +24,7 @@ from maskrcnn_jax.data import faults
 from maskrcnn_jax.data.annotation_file import read_annotation_file
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.writing import replace_file
+from maskrcnn_jax.writing import replace_file, writing
 
 # The order of COCOeval.stats.
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -174,7 +174,8 @@ def write_files(directory: str | os.PathLike, metrics: dict, results: list[dict]
 
 def write_json(path: Path, content, *, indent: int | None = None) -> None:
     """Write JSON into a file, whose folder is made if it does not exist; a reader never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=indent) + "\n")
 
 

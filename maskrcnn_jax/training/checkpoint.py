@@ -74,7 +74,7 @@ class Checkpoints:
                     best_fn=_metric,
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
-                    # Threads that wait for folders would keep a process for ten minutes whose disk refuses them.
+                    # Threads that wait for folders would keep a process for twenty minutes whose disk refuses them.
                     async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
