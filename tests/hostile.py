@@ -4,6 +4,7 @@ The cases are the same in every run. ``FUZZ_TIMES=20 pytest tests -k hostile`` r
 time.
 """
 
+import copy
 import functools
 import os
 import re
@@ -117,7 +118,7 @@ def change_document(document, changes):
             break
         holder, key = places[number % len(places)]
         if deed == "set":
-            holder[key] = value
+            holder[key] = copy.deepcopy(value)  # or a later change would put it into itself
         elif deed == "delete":
             del holder[key]
         elif deed == "twice" and isinstance(holder, list):
