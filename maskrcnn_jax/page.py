@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 import cv2
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -86,7 +87,8 @@ def picture(image: np.ndarray, caption: str) -> str:
 def plot(figure: Figure, caption: str) -> str:
     """Return a matplotlib figure as a drawing, with a line of plain text below it."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, which can be searched, and not their outlines
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]  # what precedes it belongs into files of their own
     return f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>"

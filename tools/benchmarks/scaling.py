@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import html
-import math
 import os
 import tempfile
 import time
@@ -13,8 +11,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from configs import shapes
+from maskrcnn_jax import page
 from maskrcnn_jax.data.coco import load_index
 from maskrcnn_jax.structures import Batch
 from tests.data import large_index
@@ -138,20 +138,6 @@ def open_dataset(settings: Settings, folder: str) -> dict:
     return {"seconds": time.perf_counter() - start, "mb": peak_memory() - before}
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 260, 70, 30, 14, 44
-STYLE = """
-body { font: 14px sans-serif; margin: 24px; max-width: 1080px }
-main { display: flex; flex-wrap: wrap; gap: 32px }
-section { width: 480px }
-h2 { font-size: 16px; margin: 0 }
-p { margin: 4px 0 8px }
-td, th { padding: 1px 16px 1px 0; text-align: right }
-svg { font-size: 12px }
-.grid { stroke: #ddd }
-.tick { fill: #555 }
-"""
-
-
 def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> None:
     """Write one page with a plot and a table of every axis.
 
@@ -163,64 +149,27 @@ def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> N
     hardware, versions = environment["hardware"], environment["versions"]
     where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, jax {versions['jax']}"
     about = f"{where}; commit {environment['commit']}, {environment['date']}. Median, and a bar between the quartiles."
-    sections = []
+    scales = "Both scales start at zero: a straight line through the origin is cost in proportion."
+    sections = [page.paragraph(about), page.paragraph(scales)]
     for axis in dict.fromkeys(row.settings["axis"] for row in rows):
-        sections.append(_section([row for row in rows if row.settings["axis"] == axis]))
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>How cost grows</title><style>{STYLE}</style>
-<h1>How cost grows</h1><p>{html.escape(about)}</p><p>Both scales start at zero: a straight line through the origin is
-cost in proportion.</p>
-<main>{"".join(sections)}</main></html>
-"""
-    Path(path).write_text(page, encoding="utf-8")
+        sections += _section([row for row in rows if row.settings["axis"] == axis])
+    Path(path).write_text(page.page("How cost grows", sections), encoding="utf-8")
 
 
-def _section(rows: Sequence[Row]) -> str:
-    """Return the plot and the table of an axis."""
-    said = rows[0].settings
+def _section(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the heading, the plot and the table of an axis."""
+    said, unit = rows[0].settings, {"s": "seconds", "mb": "MB"}[rows[0].unit]
     name, _, at = said["at"].partition(": ")
-    cells = "".join(f"<tr><td>{row.settings['x']:,}</td><td>{cell(row.ours, row.unit)}</td></tr>" for row in rows)
-    return f"""<section><h2>{html.escape(name)}</h2><p>{html.escape(at)}</p>{_plot(rows)}
-<table><tr><th>{said["x_unit"]}</th><th>median (quartiles)</th></tr>{cells}</table></section>
-"""
-
-
-def _plot(rows: Sequence[Row]) -> str:
-    """Draw the median of each row over its x, with a bar between the quartiles, as SVG."""
-    unit = {"s": "seconds", "mb": "MB"}[rows[0].unit]
-    x_ticks = _ticks(max(row.settings["x"] for row in rows))
-    y_ticks = _ticks(max(row.ours.high for row in rows))
-
-    def place(x, y):
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-        return LEFT + x / x_ticks[-1] * width, HEIGHT - BOTTOM - y / y_ticks[-1] * height
-
-    (left, bottom), (right, top) = place(0, 0), place(x_ticks[-1], y_ticks[-1])
-    parts = []
-    for y in y_ticks:
-        height = place(0, y)[1]
-        parts.append(f'<path class="grid" d="M{left} {height:.1f}H{right}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{height + 4:.1f}" text-anchor="end">{y:,.4g}</text>')
-    for x in x_ticks:
-        along = place(x, 0)[0]
-        parts.append(f'<text class="tick" x="{along:.1f}" y="{bottom + 16}" text-anchor="middle">{x:,.0f}</text>')
-    parts.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888"/>')
-    points = [place(row.settings["x"], row.ours.median) for row in rows]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#3b6fb6"/>')
-    for row, (x, y) in zip(rows, points, strict=True):
-        low, high = (place(0, value)[1] for value in (row.ours.low, row.ours.high))
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#3b6fb6"/>')
-        parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="#000"/>')
-    x, y, said = (left + right) / 2, (top + bottom) / 2, rows[0].settings
-    parts.append(f'<text x="{x}" y="{HEIGHT - 8}" text-anchor="middle">{said["x_unit"]}</text>')
-    parts.append(f'<text transform="translate(14 {y}) rotate(-90)" text-anchor="middle">{unit}</text>')
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
-    return f'<svg {size} role="img" aria-label="{said["axis"]}">{"".join(parts)}</svg>'
-
-
-def _ticks(highest: float) -> list[float]:
-    """Return up to six round numbers from zero to the first that is not below ``highest``."""
-    power = 10 ** math.floor(math.log10(highest or 1))
-    step = next(step for step in (0.2 * power, 0.5 * power, power, 2 * power) if highest <= 5 * step)
-    return [i * step for i in range(max(1, math.ceil(highest / step)) + 1)]
+    yield page.heading(name)
+    figure = Figure(figsize=(6, 3.2))
+    axes = figure.subplots()
+    medians = np.array([row.ours.median for row in rows])
+    around = np.abs([[row.ours.low for row in rows] - medians, [row.ours.high for row in rows] - medians])
+    axes.errorbar([row.settings["x"] for row in rows], medians, around, marker="o", ecolor="black")
+    axes.set(xlabel=said["x_unit"], ylabel=unit, xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    yield page.plot(figure, at)
+    yield page.table(
+        [said["x_unit"], "median (quartiles)"], [[f"{row.settings['x']:,}", cell(row.ours, row.unit)] for row in rows]
+    )

@@ -1,12 +1,15 @@
 """A list of compared numbers: how far ours are from the reference's, as a table, JSON and one HTML page."""
 
-import html
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from maskrcnn_jax import page
 
 
 class Row(NamedTuple):
@@ -131,15 +134,16 @@ class Comparison:
 
     def write_html(self, path: str | Path, title: str) -> None:
         """Write one self-contained page: the error of every row as a plot, then as a table."""
-        parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>{_STYLE}"]
-        parts.append(
-            f"<h1>{html.escape(title)}</h1><p>{html.escape(self.table().splitlines()[-1])}. Relative means the "
-        )
-        parts.append("largest difference over the largest absolute value of the reference in the same array.</p>")
+        sections = [
+            page.paragraph(
+                f"{self.table().splitlines()[-1]}. Relative means the largest difference over the largest absolute "
+                "value of the reference in the same array."
+            )
+        ]
         for section in dict.fromkeys(row.section for row in self.rows):
             rows = [row for row in self.rows if row.section == section]
-            parts.append(f"<h2>{html.escape(section)}</h2>{_plot(rows)}{_html_table(rows)}")
-        Path(path).write_text("".join(parts) + "</html>\n", encoding="utf-8")
+            sections += [page.heading(section), *_plot(rows), *_table(rows)]
+        Path(path).write_text(page.page(title, sections), encoding="utf-8")
 
 
 def _margin(row: Row) -> float:
@@ -150,63 +154,39 @@ def _margin(row: Row) -> float:
     return error / row.tolerance if row.tolerance else (math.inf if error else 0.0)
 
 
-_STYLE = """<style>
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; width: 100% } td, th { padding: 2px 8px; text-align: right; white-space: nowrap }
-td:first-child, th:first-child { text-align: left; white-space: normal; word-break: break-all }
-tr:nth-child(even) { background: #f4f4f4 } .bad { background: #f6c1c1 !important } svg { width: 100%; height: auto }
-details { margin: 0.5em 0 }
-</style>"""
-
-_PLOT_WIDTH, _PLOT_HEIGHT, _LEFT, _LOWEST, _HIGHEST = 1000, 220, 50, -17, 1
+_LOWEST = 1e-17  # of the plots; smaller errors, 0 among them, are drawn there
 
 
-def _plot(rows: list[Row]) -> str:
-    """Draw the decimal logarithm of the relative error by row, left to right in network order, and the tolerance."""
-
-    def y(value):
-        exponent = math.log10(value) if value > 0 else _LOWEST
-        exponent = min(max(exponent if not math.isnan(exponent) else _HIGHEST, _LOWEST), _HIGHEST)
-        return 10 + (_HIGHEST - exponent) / (_HIGHEST - _LOWEST) * (_PLOT_HEIGHT - 30)
-
+def _plot(rows: list[Row]) -> Iterator[str]:
+    """Yield a plot of the relative error by row, left to right in the order of the network, and of the tolerance."""
     rows = [row for row in rows if not row.absolute]
     if not rows:
-        return ""
-    step = (_PLOT_WIDTH - _LEFT - 10) / len(rows)
-    parts = [f'<svg viewBox="0 0 {_PLOT_WIDTH} {_PLOT_HEIGHT}" role="img" aria-label="relative error by row">']
-    for exponent in range(_LOWEST + 1, _HIGHEST, 4):
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{_PLOT_WIDTH}" y1="{y(10.0**exponent):.1f}" y2="{y(10.0**exponent):.1f}" '
-            f'stroke="#ddd"/><text x="{_LEFT - 6}" y="{y(10.0**exponent) + 4:.1f}" font-size="11" '
-            f'text-anchor="end">1e{exponent}</text>'
-        )
-    for i, row in enumerate(rows):
-        x, top = _LEFT + i * step, y(row.max_rel)
-        color = "#3b6fb6" if row.ok else "#c23b3b"
-        parts.append(
-            f'<rect x="{x + step * 0.1:.1f}" y="{top:.1f}" width="{step * 0.8:.2f}" '
-            f'height="{_PLOT_HEIGHT - 20 - top:.1f}" fill="{color}"><title>{html.escape(row.name)}: {row.max_rel:.1e}'
-            f"</title></rect>"
-            f'<line x1="{x:.1f}" x2="{x + step:.1f}" y1="{y(row.tolerance):.1f}" y2="{y(row.tolerance):.1f}" '
-            f'stroke="#d08a00" stroke-width="2"/>'
-        )
-    caption = f"{rows[0].name} … {rows[-1].name}; orange: the tolerance" if len(rows) > 1 else rows[0].name
-    parts.append(f'<text x="{_LEFT}" y="{_PLOT_HEIGHT - 5}" font-size="11">{html.escape(caption)}</text></svg>')
-    return "".join(parts)
+        return
+    figure = Figure(figsize=(10, 2.6))
+    axes = figure.subplots()
+    errors = np.clip(np.nan_to_num([row.max_rel for row in rows], nan=10.0), _LOWEST, 10.0)
+    axes.bar(range(len(rows)), errors, color=["tab:blue" if row.ok else "tab:red" for row in rows])
+    tolerances = [max(row.tolerance, _LOWEST) for row in rows]
+    axes.step(range(len(rows)), tolerances, where="mid", color="tab:orange", label="tolerance")
+    axes.set(yscale="log", ylim=(_LOWEST, 10.0), xlabel="row", ylabel="relative error")
+    axes.legend(fontsize="small")
+    yield page.plot(figure, f"{rows[0].name} to {rows[-1].name}" if len(rows) > 1 else rows[0].name)
 
 
-def _html_table(rows: list[Row]) -> str:
-    lines = ["<details open>" if len(rows) <= 40 else "<details>", f"<summary>{len(rows)} rows</summary><table>"]
-    lines.append("<tr><th>name<th>ours<th>reference<th>max abs<th>relative<th>tolerance<th>where</tr>")
-    for row in rows:
-        cells = (
-            html.escape(row.name),
+def _table(rows: list[Row]) -> Iterator[str]:
+    header = ["name", "ours", "reference", "max abs", "relative", "tolerance", "where", ""]
+    cells = [
+        [
+            row.name,
             f"{row.ours:.9g}",
             f"{row.reference:.9g}",
             f"{row.max_abs:.1e}",
             f"{row.max_rel:.1e}",
             f"{row.tolerance:.0e} {'abs' if row.absolute else 'rel'}",
             ",".join(map(str, row.where)),
-        )
-        lines.append(f"<tr{'' if row.ok else ' class=bad'}><td>" + "<td>".join(cells) + "</tr>")
-    return "".join(lines) + "</table></details>"
+            "" if row.ok else "TOO FAR",
+        ]
+        for row in rows
+    ]
+    yield f"<details{' open' if len(rows) <= 40 else ''}><summary>{len(rows)} rows</summary>"
+    yield page.table(header, cells) + "</details>"
