@@ -117,8 +117,9 @@ def _wrong_size(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> 
 
 def _refuse_bomb(path: Path, data: bytes, size: tuple[int, int]) -> None:
     """Refuses a file that would decode to many times the pixels that are wanted, such as a few kB of black."""
-    if (_pixels_in_header(data) or 0) > _TIMES_LARGER * size[0] * size[1]:
-        raise _broken(path, f"has far more pixels than the {size[0]}x{size[1]} (height x width) of the annotations")
+    found = _pixels_in_header(data) or 0
+    if found > _TIMES_LARGER * size[0] * size[1]:
+        raise _broken(path, f"has {found:,} pixels, and {size[0]}x{size[1]} (height x width) by the annotations")
 
 
 def _is_bomb(data: bytes) -> bool:

@@ -72,8 +72,9 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
                     best_fn=_metric,
+                    # Not Orbax's own read_only, which warns of each option that it sets.
                     cleanup_tmp_directories=not read_only,
-                    read_only=read_only,
+                    create=not read_only,
                     # Threads that wait for folders would keep a process for twenty minutes whose disk refuses them.
                     async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                 ),
