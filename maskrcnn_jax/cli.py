@@ -24,7 +24,7 @@ def run_app(main: Callable[[], None]) -> None:
     parsed = False
 
     def guarded(argv: list[str]) -> None:
-        _quieten_libraries()
+        quieten_libraries()
         _enable_compilation_cache()
         nonlocal parsed
         parsed = True
@@ -128,7 +128,7 @@ def _check_config_file() -> None:
             raise UserError(f"--config={path} is no file; give one such as configs/r50_fpn.py")
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keep Orbax and JAX from telling of things that are as they should be: no TPU here, a checkpoint without metrics.
 
     Nor may Orbax print a thousand lines about a disk that refuses, whose error it raises too.

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from maskrcnn_jax.cli import quieten_libraries
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.loop import train
 from maskrcnn_jax.training.program_cache import ProgramCache
@@ -38,6 +39,7 @@ def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
     with open(workdir.with_suffix(".log"), "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    quieten_libraries()
     try:
         train(config, workdir, make_evaluate=_make_evaluate, cache=ProgramCache(cache / "programs"))
     except UserError as error:

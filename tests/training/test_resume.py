@@ -153,8 +153,8 @@ def test_a_disk_that_refuses_ends_a_run_in_a_sentence_that_goes_on_when_it_no_lo
     process = runs.start("refused")
     while process.is_alive() and not (workdir / "checkpoints" / "6").exists():
         time.sleep(0.01)
-    # Like a full disk: no file can grow beyond this.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    # Like a full disk: no file can grow beyond this, which what is printed does not reach.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     process.join(100)
     assert process.exitcode == 1, printed(workdir)[-3000:]
     (error,) = [line for line in printed(workdir).splitlines() if "error: " in line]
