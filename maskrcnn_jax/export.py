@@ -32,7 +32,7 @@ from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.predictor import Predictor
 from maskrcnn_jax.structures import Detections
-from maskrcnn_jax.writing import writing
+from maskrcnn_jax.writing import replace_file, writing
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda")
@@ -108,20 +108,18 @@ def export_model(
         state = jax.tree.map(dequantize, state, is_leaf=lambda leaf: isinstance(leaf, Int8))
         return _in_original_pixels(nnx.merge(graphdef, state).detect(images, sizes), sizes, original_sizes)
 
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("model.json", json.dumps(describe(predictor, sizes, len(weights), int8), indent=1))
+        for i, array in enumerate(weights):
+            with file.open(f"weights/{i}.npy", "w") as entry:
+                np.save(entry, array, allow_pickle=False)
+        for height, width in sizes:
+            file.writestr(f"{height}x{width}.stablehlo", _program(detect, weights, (height, width), predictor))
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(unfinished, "w") as file:
-            file.writestr("model.json", json.dumps(describe(predictor, sizes, len(weights), int8), indent=1))
-            for i, array in enumerate(weights):
-                content = io.BytesIO()
-                np.save(content, array, allow_pickle=False)
-                file.writestr(f"weights/{i}.npy", content.getvalue())
-            for height, width in sizes:
-                program = _program(detect, weights, (height, width), predictor)
-                file.writestr(f"{height}x{width}.stablehlo", program)
-        unfinished.replace(path)
+    replace_file(path, content.getvalue())
 
 
 def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:

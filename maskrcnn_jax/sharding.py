@@ -1,5 +1,7 @@
 """How arrays lie on the devices: batches split along their first axis, parameters whole or split as well."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -7,19 +9,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maskrcnn_jax.structures import Batch
 
 
-def make_mesh() -> Mesh:
-    """Return a mesh of all devices, those of other processes too, with one axis, "data"."""
-    return _mesh_of(jax.devices())
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with one axis, "data", of these devices; of all, those of other processes too, if not given."""
+    devices = jax.devices() if devices is None else devices
+    # Auto: under the default, Explicit, a gather along the sharded batch axis is an error.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def make_local_mesh() -> Mesh:
     """Return a mesh of the devices of this process alone."""
-    return _mesh_of(jax.local_devices())
-
-
-def _mesh_of(devices: list[jax.Device]) -> Mesh:
-    # Auto: under the default, Explicit, a gather along the sharded batch axis is an error.
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return make_mesh(jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

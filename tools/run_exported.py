@@ -71,9 +71,8 @@ class ExportedModel:
     def paste(self, mask, box, image_size):
         """Return a mask [28, 28] in its image, [h, w] bool."""
         ends = np.array(box, np.float32).reshape(2, 2).T  # (x1, x2), (y1, y2)
-        if not self.about[
-            "aligned_masks"
-        ]:  # torchvision widens masks and boxes by a pixel of the mask, to whole pixels
+        if not self.about["aligned_masks"]:
+            # torchvision widens masks by a cell all around and their boxes with them, to whole pixels.
             half = (ends[:, 1] - ends[:, 0]) * np.float32(0.5) * np.float32((len(mask) + 2) / len(mask))
             centre = (ends[:, 1] + ends[:, 0]) * np.float32(0.5)
             ends = np.stack([np.trunc(centre - half), np.trunc(centre + half) + 1], axis=1)

@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 
-from maskrcnn_jax.sharding import shard_batch
+from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tests.models.tiny import tiny_batch, tiny_model
 
@@ -15,8 +14,7 @@ STEPS = 5
 
 def train(num_devices, optimizer, *, dtype, side, divide=False):
     """Return the losses, and the parameters and statistics after the last step."""
-    devices = jax.devices()[:num_devices]
-    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    mesh = make_mesh(jax.devices()[:num_devices])
     graphdef, state = create_train_state(tiny_model(norm="batch", dtype=dtype), optimizer, mesh, divide=divide)
     train_step = TrainStep(graphdef, optimizer, mesh)
     batch = shard_batch(tiny_batch(batch_size=8, side=side), mesh)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from configs import shapes
+from tests.training.saved import saved_arrays
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
@@ -75,16 +75,7 @@ def result(workdir):
     """Return the logged losses and every saved array by name."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    folder = workdir / "checkpoints" / str(STEPS)
-    arrays = {}
-    for item in ("model", "training"):
-        checkpointer = ocp.PyTreeCheckpointer()
-        kinds = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(folder / item).item_metadata.tree
-        )
-        tree = checkpointer.restore(folder / item, restore_args=kinds)
-        arrays |= {item + jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree.leaves_with_path(tree)}
-    return losses, arrays
+    return losses, saved_arrays(workdir, STEPS)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def mesh():
-    return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    return make_mesh(jax.devices()[:1])
 
 
 def compiled(factor: float | None = None):

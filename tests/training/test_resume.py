@@ -7,27 +7,13 @@ import resource
 import signal
 import time
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from tests.training.forked_run import start
+from tests.training.saved import saved_arrays
 
 STEPS = 18
-
-
-def arrays(workdir):
-    """Return every array of the last checkpoint by name: parameters, average, statistics, optimizer, loss scale."""
-    found = {}
-    for item in ("model", "training"):
-        folder, checkpointer = workdir / "checkpoints" / str(STEPS) / item, ocp.PyTreeCheckpointer()
-        kinds = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(folder).item_metadata.tree
-        )
-        tree = checkpointer.restore(folder, restore_args=kinds)
-        found |= {item + jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree.leaves_with_path(tree)}
-    return found
 
 
 def logged(workdir):
@@ -59,10 +45,17 @@ class Runs:
         config.optim.update(ema_decay=0.9, loss_scale=2.0**19, loss_scale_interval=5)
         self.config, self.folder = config, folder
         self.finish("whole")
-        self.arrays, self.log = arrays(folder / "whole"), logged(folder / "whole")
+        self.arrays, self.log = saved_arrays(folder / "whole", STEPS), logged(folder / "whole")
 
     def start(self, name):
         return start(self.config, self.folder / name, self.folder / "cache")
+
+    def start_up_to(self, name, step):
+        """Start a run and wait for its checkpoint of this step."""
+        process = self.start(name)
+        while process.is_alive() and not (self.folder / name / "checkpoints" / str(step)).exists():
+            time.sleep(0.01)
+        return process
 
     def finish(self, name):
         """Start the command of this run and let it come to its end."""
@@ -72,7 +65,7 @@ class Runs:
 
     def assert_as_if_never_ended(self, name):
         self.finish(name)
-        result = arrays(self.folder / name)
+        result = saved_arrays(self.folder / name, STEPS)
         assert result.keys() == self.arrays.keys()
         for array in self.arrays:
             np.testing.assert_array_equal(result[array], self.arrays[array], err_msg=array)
@@ -150,9 +143,7 @@ def test_a_run_that_is_ended_again_and_again_has_the_bits_of_one_that_never_was(
 @pytest.mark.slow
 def test_a_disk_that_refuses_ends_a_run_in_a_sentence_that_goes_on_when_it_no_longer_does(runs):
     workdir = runs.folder / "refused"
-    process = runs.start("refused")
-    while process.is_alive() and not (workdir / "checkpoints" / "6").exists():
-        time.sleep(0.01)
+    process = runs.start_up_to("refused", 6)
     # Like a full disk: no file can grow beyond this, which what is printed does not reach.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     process.join(100)
@@ -167,9 +158,7 @@ def test_a_disk_that_refuses_ends_a_run_in_a_sentence_that_goes_on_when_it_no_lo
 @pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_put_aside_and_the_one_before_is_read(runs):
     workdir = runs.folder / "cut_off"
-    process = runs.start("cut_off")
-    while process.is_alive() and not (workdir / "checkpoints" / "9").exists():
-        time.sleep(0.01)
+    process = runs.start_up_to("cut_off", 9)
     process.kill()
     process.join()
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())

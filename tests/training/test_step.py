@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.layers import BatchNorm, Conv
@@ -53,10 +52,6 @@ def points(batch_size=8, seed=0):
     return Points(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
 
 
-def mesh_of(devices):
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-
-
 def _like(tree, arrays):
     return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
@@ -65,7 +60,8 @@ class Training:
     """A state and the step that changes it."""
 
     def __init__(self, dtype="float16", *, optimizer=None, normalized=True, loss_scale=2.0**15, devices=8, **options):
-        self.mesh, optimizer = mesh_of(devices), optimizer or optax.adamw(optax.linear_schedule(0.1, 0.0, 100))
+        self.mesh = make_mesh(jax.devices()[:devices])
+        optimizer = optimizer or optax.adamw(optax.linear_schedule(0.1, 0.0, 100))
         model, average = Layer(dtype, normalized=normalized), options.get("ema_decay", 0) > 0
         placing = {"average": average, "divide": options.pop("divide", False)}
         graphdef, self.state = create_train_state(model, optimizer, self.mesh, loss_scale=loss_scale, **placing)
@@ -380,7 +376,7 @@ def test_all_options_together_are_finite_and_go_on_from_a_checkpoint(
 
 def lowered(num_devices, **options):
     """Return the compiled step of the tiny network on a batch of 16."""
-    mesh = mesh_of(num_devices)
+    mesh = make_mesh(jax.devices()[:num_devices])
     graphdef, state = create_train_state(tiny_model(norm="batch"), optax.sgd(1e-3), mesh)
     train_step = TrainStep(graphdef, optax.sgd(1e-3), mesh, **options)
     train_step(state, shard_batch(tiny_batch(batch_size=16), mesh), jax.random.key(0))

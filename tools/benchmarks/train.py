@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.sharding import replicated, shard_batch
+from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.program_cache import ProgramCache
@@ -106,7 +106,7 @@ def _proposals(model: MaskRCNN, images: np.ndarray, sizes: np.ndarray) -> tuple[
 def mesh_for(batch_size: int) -> Mesh:
     """Return a mesh of as many devices as the batch can be divided among; of one where these are GPUs."""
     number = 1 if on_gpu() else max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
-    return jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:number])
+    return make_mesh(jax.devices()[:number])
 
 
 class OurTraining:
