@@ -25,7 +25,7 @@ _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 _PROBLEMS = {
     faults.SHORT_POLYGON: "correct or remove these polygons",
     faults.FAR_POLYGON: "correct or remove these polygons",
-    faults.ONLY_BOX: "add masks if there should be some; without one mask AP cannot be computed",
+    faults.ONLY_BOX: "add masks if there should be some; in an evaluation, masks that are found there count for nothing",
     faults.NO_BOX_NOR_MASK: "add what is missing, or remove these annotations",
     faults.NOT_FINITE: "correct these boxes, so that their objects are not background",
     faults.OTHER_SIZE: "write them again at the size of their image, (height, width)",
@@ -58,7 +58,6 @@ class Split:
     name: str
     json_path: Path
     image_dir: Path
-    evaluated: bool
     data: ReadDataset | None  # None where the annotations cannot be read at all
     findings: list[Finding]
     pixels: dict[bytes, int] = field(default_factory=dict)  # hash of the pixels -> place of the image
@@ -99,8 +98,8 @@ def check_split(
     except UserError as e:
         last = Finding(UNREADABLE, True, str(e))
         findings = [*_from_faults(collected, options), last]
-        return Split(name, json_path, image_dir, evaluated, None, _with_examples(json_path, findings))
-    found = _from_faults(collected, options) + _from_problems(data, evaluated)
+        return Split(name, json_path, image_dir, None, _with_examples(json_path, findings))
+    found = _from_faults(collected, options) + _from_problems(data)
     found += [
         _placed(f, data) for f in check_annotations.check_index(data.index, options.anchors, evaluated=evaluated)
     ]
@@ -116,7 +115,7 @@ def check_split(
         found += [_placed(f, data) for f in by_image]
         pixels = _places_by_pixels(data, images, facts)
     findings = _with_examples(json_path, _errors_first(_merged(found)))
-    return Split(name, json_path, image_dir, evaluated, data, findings, pixels)
+    return Split(name, json_path, image_dir, data, findings, pixels)
 
 
 def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
@@ -189,15 +188,9 @@ def _from_faults(collected: Faults, options: Options) -> list[Finding]:
     ]
 
 
-def _from_problems(data: ReadDataset, evaluated: bool) -> list[Finding]:
+def _from_problems(data: ReadDataset) -> list[Finding]:
     return [
-        Finding(
-            kind,
-            evaluated and kind == faults.ONLY_BOX,
-            f"{len(places)} {kind}; {_PROBLEMS[kind]}",
-            "annotations",
-            places,
-        )
+        Finding(kind, False, f"{len(places)} {kind}; {_PROBLEMS[kind]}", "annotations", places)
         for kind, places in data.problems.items()
     ]
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -20,8 +21,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import read_annotation_file
+from maskrcnn_jax.data.annotation_file import polygon_problem, read_annotation_file
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import replace_file, writing
@@ -39,31 +39,20 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
             pycocotools needs several gigabytes.
 
     Returns:
-        The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` or ``bbox`` get their mask's.
+        The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` or ``bbox`` get their mask's,
+        those without a mask have no ``segmentation``, and those without either are left out, as in training.
 
     Raises:
         UserError: if the file is missing, is no JSON or holds no COCO annotations.
     """
-    if image_ids is None:
-        _check_file(Path(path))
     try:
+        if image_ids is None:
+            # Raises for what pycocotools would crash at; of the images of a split, loading it did so.
+            read_annotation_file(Path(path), keep_unlisted=True)
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(os.fspath(path)) if image_ids is None else _read_part(Path(path), set(image_ids))
-            for annotation in coco.anns.values():
-                annotation.setdefault("iscrowd", 0)
-                if not annotation.get("segmentation"):
-                    raise UserError(
-                        f"annotation {annotation['id']} in {path} has no segmentation, without which mask AP cannot "
-                        "be computed; add it or remove the annotation"
-                    )
-                if not annotation.get("bbox"):
-                    annotation["bbox"] = coco_mask.toBbox(coco.annToRLE(annotation)).tolist()
-                if "area" not in annotation:
-                    annotation["area"] = float(coco_mask.area(coco.annToRLE(annotation)))
-    except FileNotFoundError:
-        raise UserError(
-            f"the annotation file {path} does not exist; check the path and the name of the split"
-        ) from None
+            completed = [_complete(coco, annotation) for annotation in coco.dataset["annotations"]]
+            coco = _make_coco(COCO, coco.dataset | {"annotations": [a for a in completed if a is not None]})
     except (ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -73,16 +62,46 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
     return coco
 
 
-def _check_file(path: Path) -> None:
-    """Refuses what pycocotools would crash at or fill the memory with; of images of a split, loading it did so."""
-    if not path.exists():
-        return  # which has a sentence of its own
-    problems = read_annotation_file(path, keep_unlisted=True).problems
-    for kind in (faults.FAR_POLYGON, faults.OTHER_SIZE, faults.NOT_FINITE):
-        if kind in problems:
-            raise UserError(
-                f"{path} has {len(problems[kind])} {kind.removesuffix(' dropped')}; correct or remove them"
-            )
+def _complete(coco: COCO, annotation: dict) -> dict | None:
+    """Fill in what an annotation leaves out; None for one that the reader of training data drops too."""
+    complete = annotation | {"iscrowd": annotation.get("iscrowd") or 0}
+    mask, box = complete.pop("segmentation", None), annotation.get("bbox")
+    if isinstance(mask, dict):
+        image = coco.imgs[annotation["image_id"]]
+        if list(mask["size"]) != [image["height"], image["width"]]:
+            return None
+    else:
+        mask = [polygon for polygon in mask or () if not polygon_problem(polygon)]
+    if mask:
+        complete["segmentation"] = mask
+    elif not box:
+        return None
+    complete["bbox"] = box or coco_mask.toBbox(coco.annToRLE(complete)).tolist()
+    if "area" not in annotation:
+        _, _, width, height = complete["bbox"]
+        complete["area"] = float(coco_mask.area(coco.annToRLE(complete)) if mask else width * height)
+    return complete if all(map(math.isfinite, complete["bbox"])) else None
+
+
+def mask_truth(coco: COCO) -> COCO:
+    """Return what masks are evaluated with: where only a box is known, what is found in it counts for nothing.
+
+    Args:
+        coco: as ``load_annotations`` returns it, which boxes are evaluated with.
+    """
+    annotations = coco.dataset["annotations"]
+    if all("segmentation" in annotation for annotation in annotations):
+        return coco
+    return _make_coco(type(coco), coco.dataset | {"annotations": [_with_mask(a) for a in annotations]})
+
+
+def _with_mask(annotation: dict) -> dict:
+    """Return an annotation whose mask is unknown as a crowd that fills its box."""
+    if "segmentation" in annotation:
+        return annotation
+    x, y, width, height = annotation["bbox"]
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    return annotation | {"iscrowd": 1, "segmentation": [corners]}
 
 
 def _read_part(path: Path, image_ids: set[int]) -> COCO:
@@ -122,10 +141,9 @@ def evaluate(
     metrics = {}
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _make_coco(coco_class, coco.dataset)
-        detected = load_results(truth, results)
-        for kind in ("bbox", "segm"):
-            evaluation = evaluation_class(truth, detected, kind)
+        for kind, known in (("bbox", coco), ("segm", mask_truth(coco))):
+            truth = _make_coco(coco_class, known.dataset)
+            evaluation = evaluation_class(truth, load_results(truth, results), kind)
             if image_ids is not None:
                 evaluation.params.imgIds = sorted({int(image_id) for image_id in image_ids})
             evaluation.evaluate()

@@ -29,7 +29,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.coco_eval import load_annotations, load_results, write_json
+from maskrcnn_jax.evaluation.coco_eval import load_annotations, load_results, mask_truth, write_json
 from maskrcnn_jax.evaluation.result_files import read_results
 
 OCCLUSIONS = {"free": 0.05, "partly covered": 0.35, "mostly covered": np.inf}  # largest share of the box
@@ -107,6 +107,7 @@ class Errors:
           kind: "bbox" or "segm".
         """
         self.image_ids = sorted(truth.imgs)
+        truth = truth if kind == "bbox" else mask_truth(truth)
         groups = _groups_of(truth)
         self.groups = {"all": _match(truth, results, kind, {}, None)}
         for name in (*OCCLUSIONS, *CROWDING):

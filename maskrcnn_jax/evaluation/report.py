@@ -13,14 +13,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax import page
-from maskrcnn_jax.evaluation.coco_eval import STATISTICS, load_results
+from maskrcnn_jax.evaluation.coco_eval import STATISTICS, load_results, mask_truth
 from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE, ImageErrors, confusion
 from maskrcnn_jax.evaluation.errors import CROWDING, OCCLUSIONS, SIZES, Errors
 from maskrcnn_jax.writing import replace_file
 
 _KINDS = {"bbox": "box", "segm": "mask"}
-_MOST_CLASSES = 20  # in a matrix of confusion, and curves of categories in one plot
-_CURVES = 8
+_MOST_CLASSES = 20  # in a matrix of confusion; of more, so many of the confusions are listed
+_CURVES = 8  # of categories in one plot
 _IMAGES = 6  # of the best and of the worst
 _NOTHING = "nothing"
 
@@ -85,7 +85,7 @@ def _text(value: float) -> float | str:
 def _precision_recall(truth: COCO, results: list[dict]) -> Iterator[str]:
     yield page.heading("Precision and recall")
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, load_results(truth, results), "segm")
+        evaluation = COCOeval(mask_truth(truth), load_results(truth, results), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
     # [thresholds, recalls, categories], of all areas with a hundred detections; -1 where there are no objects

@@ -37,6 +37,11 @@ def _metric(metrics: dict) -> float:
     return metrics[BEST_METRIC]
 
 
+def _best_metric(metrics: dict) -> float:
+    """Return the mask AP, or the box AP where no object has a mask, and COCO's mask AP is -1."""
+    return metrics[BEST_METRIC] if metrics[BEST_METRIC] >= 0 else metrics.get("bbox_AP", metrics[BEST_METRIC])
+
+
 class UnreadableCheckpoint(UserError):
     """Files of a checkpoint are missing or were cut off."""
 
@@ -109,7 +114,7 @@ class Checkpoints:
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}),
-                metrics={BEST_METRIC: metrics[BEST_METRIC]} if metrics else None,
+                metrics={BEST_METRIC: _best_metric(metrics)} if metrics else None,
                 force=True,
             )
 

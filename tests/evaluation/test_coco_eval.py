@@ -190,7 +190,7 @@ def test_results_of_unknown_images_and_missing_files_are_the_users_to_mend(datas
     path, _ = dataset
     with pytest.raises(UserError, match="not in the annotation file, image 5"):
         evaluate(path, [result(5, 7, (10, 10, 20, 20), 0.9)])
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="absent.json: No such file"):
         evaluate(tmp_path / "absent.json", [])
     for content in ("{", "[]", "{}", '{"images": [], "categories": [], "annotations": []}'):
         (tmp_path / "bad.json").write_text(content)
@@ -219,14 +219,24 @@ def test_ground_truth_of_coco_as_detections_scores_one(coco_dir):
     assert metrics["segm_AP"] == pytest.approx(1.0)
 
 
-def test_an_annotation_without_a_mask_is_named_before_anything_is_computed(tmp_path):
-    path = tmp_path / "instances.json"
-    annotation = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}
-    content = {
-        "images": [{"id": 1, "file_name": "1.jpg", "height": 8, "width": 8}],
-        "categories": [{"id": 1, "name": "thing"}],
-        "annotations": [annotation],
-    }
+def test_where_only_the_box_is_known_found_masks_count_for_nothing(dataset):
+    """Box AP has the object as any other; mask AP is that of a file without it and without what was found there."""
+    path, big = dataset
+    content = json.loads(path.read_text())
+    known, only_box = content["annotations"]
+    content["annotations"] = [known, {k: v for k, v in only_box.items() if k not in ("segmentation", "area")}]
+    content["annotations"].append({"id": 3, "image_id": big, "category_id": 7, "segmentation": [[1, 2, 3, 4]]})
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="annotation 7 .* has no segmentation"):
-        load_annotations(path)
+    wrong_mask = result(big + 1, 20, (31, 6, 30, 20), 0.9) | {"bbox": [30.0, 5.0, 40.0, 50.0]}
+    right = result(big, 7, (10, 10, 20, 20), 0.8)
+    metrics = evaluate(path, [right, wrong_mask])
+    assert metrics["bbox_per_category"] == pytest.approx({"cup": 1.0, "dog": 1.0, "owl": -1.0})
+    assert metrics["segm_per_category"] == pytest.approx({"cup": 1.0, "dog": -1.0, "owl": -1.0})
+    assert metrics["segm_AP"] == pytest.approx(1.0)
+    # A mask elsewhere in that image is wrong all the same.
+    content["annotations"].append(annotation(4, big, 20, (60, 30, 10, 20)))
+    path.write_text(json.dumps(content))
+    found = result(big, 20, (60, 30, 10, 20), 0.5)
+    assert evaluate(path, [right, wrong_mask, found])["segm_per_category"]["dog"] == pytest.approx(1.0)
+    elsewhere = result(big + 1, 20, (2, 2, 8, 8), 0.9)
+    assert evaluate(path, [right, elsewhere, found])["segm_per_category"]["dog"] == pytest.approx(0.5)

@@ -89,7 +89,6 @@ class _Mender:
         file = split.data.file
         self.done: dict[str, list[str]] = {}
         self._rows = {finding.kind: set(finding.rows.tolist()) for finding in split.findings}
-        self._only_box_is_error = split.evaluated
         self._sizes = dict(zip(file.image_ids.tolist(), file.sizes.tolist(), strict=True))
         self._names = dict(zip(file.image_ids.tolist(), file.file_names, strict=True))
         places = dict(zip(file.image_places.tolist(), range(len(file.image_ids)), strict=True))
@@ -132,8 +131,7 @@ class _Mender:
         entry = dict(entry)
         name = f"{self._names[entry['image_id']]}, annotation {entry['id']}"
         self._mend_ids(place, entry, name)
-        if not self._mend_mask(place, entry, name, size):
-            return None
+        self._mend_mask(place, entry, name, size)
         return entry if self._mend_box(place, entry, name, size) else None
 
     def _mend_ids(self, place: int, entry: dict, name: str) -> None:
@@ -148,8 +146,8 @@ class _Mender:
             entry["id"] = self._next_id
             self._next_id += 1
 
-    def _mend_mask(self, place: int, entry: dict, name: str, size: list[int]) -> bool:
-        """Mends the mask in place; returns False where the annotation is to be dropped."""
+    def _mend_mask(self, place: int, entry: dict, name: str, size: list[int]) -> None:
+        """Mends the mask in place."""
         polygons = entry.get("segmentation")
         if self._has(faults.NESTING, place):
             self._note("polygons nested as they should be", name)
@@ -161,10 +159,6 @@ class _Mender:
         if faults.NORMALISED_POLYGONS in self._rows and isinstance(polygons, list):
             self._note("polygons turned from shares into pixels", name)
             entry["segmentation"] = [_scaled(polygon, size) for polygon in polygons]
-        if self._only_box_is_error and self._has(faults.ONLY_BOX, place):
-            self._note("annotations dropped: no mask to evaluate with", name)
-            return False
-        return True
 
     def _mend_box(self, place: int, entry: dict, name: str, size: list[int]) -> bool:
         """Mends the box in place; returns False where the annotation is to be dropped."""
