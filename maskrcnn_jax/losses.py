@@ -117,9 +117,11 @@ def mask_loss(logits: jax.Array, targets: jax.Array, foreground: jax.Array) -> j
 def dice_loss(logits: jax.Array, targets: jax.Array, foreground: jax.Array) -> jax.Array:
     """Return the mean of 1 - Dice over the masks of foreground RoIs, with arguments as those of mask_loss.
 
-    Both sums of the fraction are one larger, for masks without a pixel. Source: V-Net, with plain sums below the line.
+    Both sums of the fraction are one larger, for masks without a pixel. The squares are V-Net's, its source: with the
+    plain sums that are common as well, the best mask that is the same everywhere is all ones, and there the sigmoid
+    has no gradient to leave it by; with squares it is the root of the share of the object.
     """
     probabilities = jax.nn.sigmoid(logits)
     shared = jnp.sum(probabilities * targets, axis=(-2, -1))
-    total = jnp.sum(probabilities + targets, axis=(-2, -1))
+    total = jnp.sum(jnp.square(probabilities) + jnp.square(targets), axis=(-2, -1))
     return masked_mean(1 - (2 * shared + 1) / (total + 1), foreground)
