@@ -107,9 +107,7 @@ def get_config() -> ConfigDict:
     # The batch is worked on in so many equal parts one after the other, in the memory of one; the gradient is the mean
     # of theirs. Losses divide by numbers of samples, and norms take their statistics, part by part.
     optim.accumulate = 1
-    # Of the backbone, whose parameters keep their initial values: 1 the stem, 2 the first stage too, ...; the
-    # statistics of norm="batch" go on there.
-    optim.frozen_stages = 0
+    optim.frozen_stages = 0  # of the backbone, which keep their initial values: 1 the stem, 2 the first stage too, ...
 
     config.data = ConfigDict()
     data = config.data

@@ -25,7 +25,7 @@ _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 _PROBLEMS = {
     faults.SHORT_POLYGON: "correct or remove these polygons",
     faults.FAR_POLYGON: "correct or remove these polygons",
-    faults.ONLY_BOX: "add masks if there should be some; in an evaluation, masks that are found there count for nothing",
+    faults.ONLY_BOX: "add masks if there should be some; masks found there count for nothing in mask AP",
     faults.NO_BOX_NOR_MASK: "add what is missing, or remove these annotations",
     faults.NOT_FINITE: "correct these boxes, so that their objects are not background",
     faults.OTHER_SIZE: "write them again at the size of their image, (height, width)",

@@ -95,7 +95,13 @@ def train(
     elif initialise:
         initialise(model)
     graphdef, state = create_train_state(
-        model, optimizer, mesh, loss_scale=loss_scale, average=ema_decay > 0, divide=config.shard_params
+        model,
+        optimizer,
+        mesh,
+        loss_scale=loss_scale,
+        average=ema_decay > 0,
+        divide=config.shard_params,
+        frozen_stages=config.optim.frozen_stages,
     )
     train_step = TrainStep(graphdef, optimizer, mesh, cache, **step_options)
     try:

@@ -37,7 +37,7 @@ def is_decayed(params: nnx.State) -> nnx.State:
 
 
 def is_frozen(path: tuple[str | int, ...], frozen_stages: int) -> bool:
-    """Return whether a parameter of MaskRCNN belongs to the first stages of its backbone; the stem is the first."""
+    """Return whether a parameter or module is in the first stages of the backbone of MaskRCNN, the stem being one."""
     match path:
         case ("backbone", "stem", *_):
             return frozen_stages >= 1

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.sharding import cut_batch, place_state, replicated
 from maskrcnn_jax.structures import Batch
+from maskrcnn_jax.training.optimizer import is_frozen
 from maskrcnn_jax.training.program_cache import ProgramCache, programs_from_jax, step_key
 
 # Below, a scale would only guard against gradients that are larger than float16 itself.
@@ -69,6 +70,7 @@ def create_train_state(
     loss_scale: float = 2.0**15,
     average: bool = False,
     divide: bool = False,
+    frozen_stages: int = 0,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Split a model into its structure, in training mode, and the state that steps change, on every device.
 
@@ -79,6 +81,7 @@ def create_train_state(
       loss_scale: to begin with, in float16.
       average: also keep an average of the parameters.
       divide: the state among the devices, instead of keeping a copy on each.
+      frozen_stages: of the backbone, the optimizer's; their batch normalisation keeps its statistics and goes by them.
 
     Raises:
       UserError: for a loss scale that cannot be.
@@ -86,6 +89,9 @@ def create_train_state(
     if not MIN_LOSS_SCALE <= loss_scale <= _MAX_LOSS_SCALE:
         raise UserError(f"optim.loss_scale {loss_scale} is not between 1 and 2**127; use a power of two such as 32768")
     model.train()
+    for path, module in nnx.iter_modules(model):
+        if is_frozen(path, frozen_stages):
+            module.eval()
     graphdef, params, variables = nnx.split(model, nnx.Param, ...)
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
     if model.dtype == jnp.float16:

@@ -22,6 +22,7 @@ from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.step import TrainStep, create_train_state, updates_done
 from tests.models.tiny import tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
+from tests.training.cached_step import optimizer as optimizer_of_a_run
 
 
 class Points(NamedTuple):
@@ -372,6 +373,23 @@ def test_all_options_together_are_finite_and_go_on_from_a_checkpoint(
         again.state = checkpoints.restore(3, again.state)
     np.testing.assert_equal([again.step(points(16, seed=step)) for step in range(3, 6)], rows[3:])
     assert_same(again.arrays(), training.arrays())
+
+
+@pytest.mark.slow
+def test_frozen_stages_keep_parameters_and_statistics():
+    mesh, frozen = make_mesh(jax.devices()[:1]), 2
+    optimizer = optimizer_of_a_run(frozen_stages=frozen)
+    graphdef, state = create_train_state(tiny_model(norm="batch"), optimizer, mesh, frozen_stages=frozen)
+    before = jax.tree.map(np.array, {"params": state.params, "variables": state.variables})
+    state, _ = TrainStep(graphdef, optimizer, mesh)(
+        state, shard_batch(tiny_batch(batch_size=2), mesh), jax.random.key(0)
+    )
+    after = {"params": state.params, "variables": state.variables}
+    moved = jax.tree.map(lambda old, new: bool(np.any(old != np.asarray(new))), before, after)
+    for part in ("params", "variables"):
+        backbone = moved[part]["backbone"]
+        assert not any(jax.tree.leaves((backbone["stem"], backbone["stages"][0]))), part
+        assert all(any(jax.tree.leaves(backbone["stages"][stage])) for stage in (1, 2, 3)), part
 
 
 def lowered(num_devices, **options):
