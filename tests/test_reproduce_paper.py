@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from configs import paper
@@ -42,7 +43,17 @@ def test_a_row_of_the_tables_is_the_paper_s_network_with_its_recipe(table, row):
     assert config.model.backbone == ("resnet50" if table == 1 else "resnet101")
     assert (config.batch_size, config.optim.weight_decay, config.optim.kind) == (16, 1e-4, "adamw")
     assert (config.model.rpn_channels, config.model.mask_deconv, config.optim.frozen_stages) == (512, False, 0)
-    assert len(config.model.anchor_scales) * len(config.model.aspect_ratios) == 9
+    # Sec. 2.2, 2.3, 2.6, 3.1 and 3.2; scales of a third of an octave each fill the factor 2 between the levels.
+    assert config.model.train_proposals == "gt_then_rpn" and config.model.min_proposals == 15
+    assert config.model.roi_operator == "align"
+    np.testing.assert_allclose(np.diff(np.log2([*config.model.anchor_scales, 2])), 1 / 3)
+    assert tuple(config.model.aspect_ratios) == (0.5, 1.0, 2.0)
+    losses = (config.model.classification_loss, config.model.box_loss, config.model.mask_loss)
+    assert losses == ("cross_entropy", "smooth_l1", "bce")
+    assert config.data.hflip == 0.5 and config.data.color_jitter > 0
+    assert config.model.dtype == "bfloat16" and config.optim.clip_norm == 1
+    assert config.optim.final_lr_fraction == 0, "a cosine to the end"
+    assert config.eval_losses and config.eval_train_limit == 5000 and config.eval_every == 1
     small = applied(table_run(table, row, 0.01, {}))
     assert small.data.train_limit == values.train_size // 100
     assert small.data.eval_limit == 50

@@ -267,7 +267,7 @@ def test_losses_and_detections_run_in_other_dtypes(dtype):
 @pytest.mark.parametrize("box_loss", ["iou", "giou"])
 def test_the_second_set_of_losses_trains_with_and_without_objects(box_loss, key):
     model = tiny_model(classification_loss="focal", box_loss=box_loss, mask_loss="dice")
-    losses, detect, *_ = compiled(model)
+    losses, detect, losses_of, *_ = compiled(model)
     batch = tiny_batch()
     terms, _, gradients = losses(batch, key)
     assert all(float(terms[name]) > 0 for name in TERMS)
@@ -277,6 +277,18 @@ def test_the_second_set_of_losses_trains_with_and_without_objects(box_loss, key)
     terms, _, gradients = losses(none, key)
     assert all_finite((terms, gradients))
     assert float(terms["loss_box_reg"]) == float(terms["loss_mask"]) == 0
+    # A RoI counts as background where no class is more likely than not, whatever the logit of background.
+    model.box_head.cls_score.kernel[...] *= 0
+    for logits, is_background in ([-5.0, -1, -2, -2, -2], True), ([5.0, 1, -2, -2, -2], False):
+        model.box_head.cls_score.bias[...] = jnp.array(logits)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        metrics = losses_of(params, rest, batch, key)[1]
+        background = 1 - metrics["num_foreground"] / 16
+        if is_background:
+            assert float(metrics["accuracy"]) == pytest.approx(float(background))
+            assert 0 < background < 1 and not metrics["accuracy_foreground"]
+        else:
+            assert float(metrics["accuracy"]) <= 1 - background
     # Classes that decide for themselves may all be likely at once.
     images, sizes = jnp.asarray(batch.images), jnp.asarray(batch.sizes)
     logits, deltas = jnp.full((2, 20, NUM_CLASSES), 3.0), jnp.zeros((2, 20, NUM_CLASSES, 4))

@@ -65,6 +65,12 @@ Costs of what has not been run are estimates at {IMAGES_PER_SECOND} images a sec
 """
 
 
+_STARTS = """What is changed is what a laptop has no time for; the network has its full width. A few steps show that a
+row starts: from random values and not from ImageNet's weights, without warm-up, which is cut to a tenth of so short a
+run. At the full learning rate, which Table 2 has higher, the loss may then rise at first.
+"""
+
+
 def _tables(results: Mapping[str, dict]) -> list[str]:
     lines = []
     for table in sorted({table for table, _ in ROWS}):
@@ -102,7 +108,7 @@ def _starts(results: Mapping[str, dict]) -> list[str]:
     started = {name: result for name, result in results.items() if name.startswith("paper_table") and name not in full}
     if not started:
         return []
-    lines = ["## Rows of the tables tried at another scale", ""]
+    lines = ["## Rows of the tables tried at another scale", "", _STARTS]
     lines += ["| row | changed | steps | first, last loss | lr first, highest, last |", "|---|---|---|---|---|"]
     for name, result in started.items():
         row, changed, _ = name.split("/")
