@@ -141,9 +141,10 @@ def evaluate(
     metrics = {}
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
-        for kind, known in (("bbox", coco), ("segm", mask_truth(coco))):
-            truth = _make_coco(coco_class, known.dataset)
-            evaluation = evaluation_class(truth, load_results(truth, results), kind)
+        truth = _make_coco(coco_class, coco.dataset)
+        detected = load_results(truth, results)
+        for kind, known in (("bbox", truth), ("segm", mask_truth(truth))):
+            evaluation = evaluation_class(known, detected, kind)
             if image_ids is not None:
                 evaluation.params.imgIds = sorted({int(image_id) for image_id in image_ids})
             evaluation.evaluate()
