@@ -1,4 +1,4 @@
-"""What a training compiles, and when."""
+"""What a training compiles and keeps in memory, and when."""
 
 import json
 
@@ -32,7 +32,7 @@ def write_mixed_dataset(root, sizes, split):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_the_first_epoch_its_evaluation_and_its_checkpoint(config, tmp_path, monkeypatch):
+def test_nothing_is_compiled_or_kept_after_the_first_epoch_its_evaluation_and_its_checkpoint(config, tmp_path, monkeypatch):
     landscape, portrait = (64, 96), (96, 64)
     write_mixed_dataset(tmp_path / "data", [landscape] * 11 + [portrait] * 6, "train2017")
     write_mixed_dataset(tmp_path / "data", [landscape] * 3 + [portrait] * 2, "val2017")  # batches of 2, 1 and 2
@@ -49,7 +49,7 @@ def test_nothing_is_compiled_after_the_first_epoch_its_evaluation_and_its_checkp
         real(self, state, metrics)
         if metrics:  # after an evaluation
             self._manager.wait_until_finished()
-            saved.append((int(state.step), len(compiled)))
+            saved.append((int(state.step), len(compiled), sum(array.nbytes for array in jax.live_arrays())))
 
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", save)
@@ -58,6 +58,8 @@ def test_nothing_is_compiled_after_the_first_epoch_its_evaluation_and_its_checkp
         train(config, tmp_path / "run", make_evaluate=lambda categories: Evaluator(config, categories))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert [step for step, _ in saved] == [3, 6, 9]
-    assert saved[0][1] > 4, "two sizes are trained on and detected on"
-    assert [count - saved[0][1] for _, count in saved] == [0, 0, 0]
+    steps, counts, kept = zip(*saved, strict=True)
+    assert steps == (3, 6, 9)
+    assert counts[0] > 4, "two sizes are trained on and detected on"
+    assert counts == (counts[0],) * 3
+    assert max(kept) < 1.05 * kept[0], "arrays of an epoch or an evaluation are still there"
