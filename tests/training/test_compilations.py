@@ -32,7 +32,7 @@ def write_mixed_dataset(root, sizes, split):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_or_kept_after_the_first_epoch_its_evaluation_and_its_checkpoint(config, tmp_path, monkeypatch):
+def test_nothing_is_compiled_or_kept_after_the_first_epoch_with_its_evaluation(config, tmp_path, monkeypatch):
     landscape, portrait = (64, 96), (96, 64)
     write_mixed_dataset(tmp_path / "data", [landscape] * 11 + [portrait] * 6, "train2017")
     write_mixed_dataset(tmp_path / "data", [landscape] * 3 + [portrait] * 2, "val2017")  # batches of 2, 1 and 2

@@ -91,9 +91,9 @@ COMPARISONS = {
             ),
         ),
         "With focal loss a RoI counts as background where no class is given more than one half, which this loss is\n"
-        "cautious to give: part of its lower accuracy is this rule. Dice is V-Net's, with squares. With the plain sums\n"
-        "that are as common, the masks of two of three seeds ended as whole boxes (mask AP 0.08 and 0.07, where it is\n"
-        "0.33 and 0.33 with squares): a local minimum, as the paper suspects behind its stagnation (Sec. 3.2).",
+        "cautious to give: part of its lower accuracy is this rule. Dice is V-Net's, with squares. With the plain\n"
+        "sums that are as common, the masks of two of three seeds ended as whole boxes (mask AP 0.08 and 0.07, where\n"
+        "it is 0.33 and 0.33 with squares): a local minimum, as the paper suspects in its stagnation (Sec. 3.2).",
     ),
     "proposals": Comparison(
         "Where the proposals of training come from",
