@@ -42,6 +42,8 @@ def run_app(main: Callable[[], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
+    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help shows only the program's own
     try:
         app.run(guarded, flags_parser=_parse_flags)
     except (AttributeError, KeyError, TypeError) as error:

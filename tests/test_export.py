@@ -33,7 +33,7 @@ from run_exported import ExportedModel
 model = ExportedModel("model.mrcnn")
 images = list(np.load("images.npz").values())
 for name, batches in (("one", [[image] for image in images]), ("four", [images])):
-    found = [result for batch in batches for result in model.detect(batch)]
+    found = [result for batch in batches for result in model.detect(batch, min_score=0)]
     for image, result in zip(images, found):
         pasted = [model.paste(mask, box, image.shape[:2]) for mask, box in zip(result["masks"], result["boxes"])]
         result["pasted"] = np.array(pasted).reshape(-1, *image.shape[:2])
@@ -98,7 +98,7 @@ def test_eight_bits_take_less_space_and_find_what_the_rounded_network_finds(pred
         arrays = [file[name] for name in file.files if name.startswith("weights/")]
     kept = jax.tree.leaves(predictor.network)
     assert sum(array.nbytes for array in arrays) < 0.4 * sum(np.asarray(leaf).nbytes for leaf in kept if leaf.ndim)
-    found = ExportedModel(tmp_path / "model.mrcnn").detect(images[:1])[0]
+    found = ExportedModel(tmp_path / "model.mrcnn").detect(images[:1], min_score=0)[0]
     rounded = Predictor(quantized_network(predictor.network), CATEGORIES, predictor.config)
     theirs = rounded.predict(images[0], min_score=0)
     np.testing.assert_array_equal(found["labels"], theirs.labels)

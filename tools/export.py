@@ -1,4 +1,4 @@
-"""Write a trained model into one file that runs with jax, numpy and OpenCV alone; docs/export.md says how.
+"""Write a trained model into one file that runs without this package; docs/export.md says how.
 
     python tools/export.py --workdir=runs/r50 --checkpoint=best --output=r50.mrcnn
     python tools/export.py --weights=NAME --output=coco.mrcnn --sizes=800x1088,1088x800 --int8 --coco_dir=COCO

@@ -1,10 +1,11 @@
-"""Run a model that tools/export.py wrote. Needs jax, numpy and OpenCV and nothing else; copy this file beside it.
+"""Run a model that tools/export.py wrote. Needs what follows and nothing else; copy this file beside it.
 
+pip install jax flatbuffers numpy opencv-python-headless
 python run_exported.py MODEL IMAGE [IMAGE ...]      # prints a line of JSON for each image
 """
 
+import argparse
 import json
-import sys
 
 import cv2
 import jax
@@ -25,11 +26,11 @@ class ExportedModel:
             for height, width in self.about["sizes"]
         }
 
-    def detect(self, images):
+    def detect(self, images, min_score=0.5):
         """Find the objects in images [h, w, 3] uint8, in RGB; those of one padded size are worked on together.
 
-        Returns a dict for each image: boxes [K, 4] x1, y1, x2, y2 in its pixels, scores [K], labels [K] and masks
-        [K, 28, 28], best first.
+        Objects with a lower score are left out. Returns a dict for each image: boxes [K, 4] x1, y1, x2, y2 in its
+        pixels, scores [K], labels [K] and masks [K, 28, 28], best first.
         """
         prepared = [self._prepare(image) for image in images]
         results = [None] * len(images)
@@ -45,6 +46,7 @@ class ExportedModel:
             for row, i in enumerate(rows):
                 # A model may have labels that stand for no category.
                 keep = found["valid"][row] & np.isin(found["labels"][row], list(self.categories))
+                keep &= found["scores"][row] >= min_score
                 results[i] = {name: values[row][keep] for name, values in found.items() if name != "valid"}
         return results
 
@@ -84,14 +86,22 @@ class ExportedModel:
         return weights[1] @ mask @ weights[0].T >= 0.5
 
 
-def main(path, *names):
-    model = ExportedModel(path)
-    for name in names:
+def main():
+    parser = argparse.ArgumentParser(description="Prints what an exported model finds, a line of JSON for each image.")
+    parser.add_argument("model", help="file that tools/export.py wrote")
+    parser.add_argument("images", nargs="+", help="files that OpenCV reads")
+    parser.add_argument("--min_score", type=float, default=0.5, help="leave out objects below this")
+    args = parser.parse_args()
+    try:
+        model = ExportedModel(args.model)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{args.model} cannot be read as an exported model: {error}") from None
+    for name in args.images:
         image = cv2.imread(name)
         if image is None:
             raise SystemExit(f"{name} cannot be read as an image")
         image = np.ascontiguousarray(image[..., ::-1])
-        (found,) = model.detect([image])
+        (found,) = model.detect([image], args.min_score)
         rows = []
         for i, label in enumerate(found["labels"].tolist()):
             box, category = found["boxes"][i], model.categories[label]
@@ -108,4 +118,4 @@ def main(path, *names):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -68,7 +68,10 @@ def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Rep
     rest = stream_json(path, {"images": images.add, "annotations": annotations.add})
     absent = [name for name in ("images", "annotations", "categories") if name not in rest]
     if absent:
-        raise UserError(f"{path} has no {' and no '.join(absent)}; a COCO instances file was wanted")
+        raise UserError(
+            f"{path} has no {' and no '.join(absent)}; a COCO instances file has lists of images, annotations and "
+            'categories, these such as {"id": 1, "name": "person"}'
+        )
     category_ids, category_names = _categories(path, rest["categories"], report)
     if not images.file_names:
         raise UserError(f"{path} lists no images; at least one is needed")

@@ -261,7 +261,10 @@ def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
         str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found
     ]
     if absent:
-        raise UserError(f"coco_dir {root} lacks {' and '.join(absent)}; --config.data.coco_dir must be {layout}")
+        raise UserError(
+            f"coco_dir {root} lacks {' and '.join(absent)}; --config.data.coco_dir must be {layout}, or "
+            "--config.data.train_split and --config.data.eval_split what the splits are called there"
+        )
     return json_path, image_dir
 
 

@@ -233,6 +233,9 @@ def main() -> int:
         compared = differences(errors, Errors(truth, other, kind), draws) if other is not None else {}
         print(f"{title} AP with the interval of {CONFIDENCE:.0%} over {len(truth.imgs)} images")
         for group, (value, low, high) in table.items():
+            if value < 0:
+                print(f"  {group:16} no objects")
+                continue
             line = f"  {group:16} {value:6.3f} ({low:.3f} to {high:.3f}) {errors.number_of_objects(group):7} objects"
             if group in compared:
                 (apart, least, most), chance = compared[group]

@@ -94,6 +94,11 @@ def train(
         _check_same_categories(workdir, index.categories)
     elif initialise:
         initialise(model)
+    elif config.optim.frozen_stages:
+        raise UserError(
+            f"optim.frozen_stages {config.optim.frozen_stages} would keep the first stages of the backbone at random "
+            "values; give --weights, or set it to 0"
+        )
     graphdef, state = create_train_state(
         model,
         optimizer,
@@ -123,6 +128,7 @@ def train(
             f"{'resuming' if start else 'starting'} at step {start} of {num_steps}, {steps_per_epoch} steps an epoch, "
             f"batch {config.batch_size}{in_parts} on {jax.device_count()} {jax.default_backend()} devices{processes}, "
             f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
+            + ("" if start or initialise else ", from random values")
         )
         if start >= num_steps:
             _print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
