@@ -14,7 +14,7 @@ from maskrcnn_jax import api
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.processes import join
+from maskrcnn_jax.processes import join, leave
 from maskrcnn_jax.training.program_cache import ProgramCache
 
 
@@ -40,7 +40,7 @@ def run_app(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            leave(1)
 
     for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help shows only the program's own

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ def join(
 ) -> None:
     """Join the other processes of this job, before anything else is asked of JAX; alone, do nothing.
 
-    Processes that ``srun`` or ``mpirun`` started find each other by themselves.
+    Processes that ``srun``, ``mpirun`` or GKE's TPU slices started find each other by themselves.
 
     Args:
       coordinator_address: host:port of process 0.
@@ -51,13 +52,24 @@ def join(
 
 
 def _launched() -> bool:
-    """Return whether a launcher started this process beside others."""
+    """Return whether a launcher, or GKE on the hosts of a TPU slice, started this process beside others."""
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
     return any(int(os.environ.get(number) or 1) > 1 and own in os.environ for number, own in _LAUNCHERS.items())
 
 
 def is_first() -> bool:
     """Return whether this process is the one that prints and writes what there should be once."""
     return jax.process_index() == 0
+
+
+def leave(status: int) -> None:
+    """End this process; one of several at once: JAX would first wait for the others, who wait for this one."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def gather(value) -> list:

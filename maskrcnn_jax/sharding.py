@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -78,11 +79,14 @@ def place_batch(arrays, mesh: Mesh):
 
 
 def cut_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
-    """Arrange the rows [B, ...] of a sharded batch as [parts, B / parts, ...]; no row leaves its device."""
+    """Arrange the rows [B, ...] of a sharded batch as [parts, B / parts, ...]; no row leaves its device.
+
+    Part p has the rows p, p + parts, p + 2 parts, ..., whatever the number of devices.
+    """
     layout = NamedSharding(mesh, PartitionSpec(None, "data"))
 
     def cut(array):
-        rows = array.reshape(mesh.size, parts, -1, *array.shape[1:]).swapaxes(0, 1)
+        rows = jnp.moveaxis(array.reshape(mesh.size, -1, parts, *array.shape[1:]), 2, 0)
         rows = rows.reshape(parts, -1, *array.shape[1:])
         return jax.lax.with_sharding_constraint(rows, layout)
 

@@ -12,7 +12,7 @@ def initialised(monkeypatch):
     """Record how JAX is asked to join other processes, in an environment without a launcher."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     return calls
 
@@ -25,6 +25,7 @@ def test_a_process_alone_joins_nobody(initialised, monkeypatch):
     # In a batch script itself, which srun has not started, nobody else is there.
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.delenv("SLURM_STEP_NODELIST")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     processes.join()
     assert initialised == []
     assert processes.gather({"a": 1}) == [{"a": 1}]
@@ -36,7 +37,10 @@ def test_what_a_launcher_started_and_what_options_say_is_joined(initialised, mon
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-8]")
     processes.join()
-    assert initialised == [("host:1234", 2, 1), (None, None, None), (None, None, None)]
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host-0,host-1")
+    processes.join()
+    assert initialised == [("host:1234", 2, 1), *[(None, None, None)] * 3]
 
 
 @pytest.mark.parametrize("given", [("host:1234", 2, None), (None, None, 0), ("host:1234", 2, 2)])

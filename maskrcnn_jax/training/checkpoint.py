@@ -100,12 +100,8 @@ class Checkpoints:
         """Step of the best checkpoint by mask AP, the newest when none was evaluated."""
         return self._manager.best_step() or self.latest_step
 
-    def save(self, state: TrainState, metrics: dict | None = None) -> None:
+    def save(self, state: TrainState) -> None:
         """Write a checkpoint in the background; the state may be given up as soon as this returns.
-
-        Args:
-          state: of training.
-          metrics: of the evaluation of this state, if there was one.
 
         Raises:
           UserError: when the disk refuses this checkpoint, or did so with the one before.
@@ -114,9 +110,34 @@ class Checkpoints:
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(**{name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}),
-                metrics={BEST_METRIC: _best_metric(metrics)} if metrics else None,
                 force=True,
             )
+
+    def wait(self) -> None:
+        """Wait until what is being saved is written; errors as in :meth:`save`."""
+        with writing(self._manager.directory):
+            self._manager.wait_until_finished()
+
+    def add_metrics(self, step: int, metrics: dict) -> None:
+        """Keep the metrics of the evaluation of a checkpoint, by which the best is chosen; errors as in :meth:`save`.
+
+        Apart from :meth:`save`, so that an evaluation that is killed costs no training.
+        """
+        self.wait()
+        if is_first():
+            path = self._metrics_path(step)
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+            replace_file(path, json.dumps({BEST_METRIC: _best_metric(metrics)}))
+        gather(None)  # written, for all processes
+        self._manager.reload()
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether a checkpoint has the metrics of its evaluation."""
+        return self._metrics_path(step).is_file()
+
+    def _metrics_path(self, step: int) -> Path:
+        return Path(self._manager.directory) / str(step) / "metrics" / "metrics"  # where Orbax looks for them
 
     def restore_newest(self, like: TrainState) -> TrainState | None:
         """Read the newest checkpoint that can be read; newer ones are put aside, with a warning.

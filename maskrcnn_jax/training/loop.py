@@ -31,7 +31,14 @@ from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
-from maskrcnn_jax.training.step import MIN_LOSS_SCALE, TrainStep, create_train_state, device_memory, updates_done
+from maskrcnn_jax.training.step import (
+    MIN_LOSS_SCALE,
+    TrainState,
+    TrainStep,
+    create_train_state,
+    device_memory,
+    updates_done,
+)
 
 
 class Evaluation(Protocol):
@@ -130,7 +137,12 @@ def train(
             f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
             + ("" if start or initialise else ", from random values")
         )
-        if start >= num_steps:
+
+        def evaluation_is_due(step: int) -> bool:
+            return bool(config.eval_every) and (step == num_steps or step % (config.eval_every * steps_per_epoch) == 0)
+
+        to_evaluate = start > 0 and evaluation_is_due(start) and not checkpoints.is_evaluated(start)
+        if start >= num_steps and not to_evaluate:
             _print(f"nothing to do: {workdir} has been trained for all of its {num_steps} steps")
             return
 
@@ -140,12 +152,23 @@ def train(
 
         # 5. Steps
         with (
-            contextlib.closing(MetricWriter(workdir, first_step=start, active=is_first())) as writer,
+            contextlib.closing(
+                MetricWriter(workdir, first_step=start, evaluated=not to_evaluate, active=is_first())
+            ) as writer,
             contextlib.closing(batches),
             _StopSignals() as stop,
             ThreadPoolExecutor(1) as watcher,
             tqdm(total=num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
         ):
+
+            def measure(step: int, state: TrainState) -> None:
+                evaluation = evaluate(nnx.merge(graphdef, state.inference_params, state.variables, copy=True))
+                writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
+                writer.picture(step, "predictions", evaluation.picture)
+                checkpoints.add_metrics(step, evaluation.metrics)
+
+            if to_evaluate:  # the run was ended before or in this evaluation
+                measure(start, state)
             log = _Log(writer, index, schedule, updates_done(state), config.batch_size, steps_per_epoch, watcher)
             expected = None
             for step in range(start + 1, num_steps + 1):
@@ -168,8 +191,7 @@ def train(
 
                 stop.agree(step - start)
                 last = step == num_steps
-                evaluating = last or step % (config.eval_every * steps_per_epoch or np.inf) == 0
-                evaluating = config.eval_every and evaluating and not stop.requested
+                evaluating = evaluation_is_due(step) and not stop.requested
                 saving = last or stop.requested or evaluating or step % (config.checkpoint_every or np.inf) == 0
                 if saving or step % (config.log_every or np.inf) == 0:
                     progress.set_postfix_str(log.write())  # before saving: what is not finite must not be saved
@@ -177,21 +199,13 @@ def train(
                         expected = datetime.timedelta(seconds=round(log.seconds_per_step * (num_steps - step)))
                         _print(f"expected: {expected} for the other {num_steps - step} steps, without evaluations")
                 if saving:
-                    evaluation = None
+                    checkpoints.save(state)
                     if evaluating:
-                        try:
-                            evaluation = evaluate(
-                                nnx.merge(graphdef, state.inference_params, state.variables, copy=True)
-                            )
-                        except BaseException:
-                            checkpoints.save(state)  # what was trained must not be lost with it
-                            raise
-                        writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
-                        writer.picture(step, "predictions", evaluation.picture)
-                    checkpoints.save(state, evaluation and evaluation.metrics)
+                        measure(step, state)
                     log.restart_clock()
-                if stop.requested:
+                if saving and stop.requested:  # told so after it was decided not to save: in the next step
                     break
+            checkpoints.wait()
     if stop.requested:
         _print(f"stopped at step {int(state.step)}; the same command goes on from here")
         raise SystemExit(128 + stop.requested)

@@ -19,12 +19,13 @@ class MetricWriter:
     A resumed run goes on from its checkpoint, so lines after that step are removed first: every step stands once.
     """
 
-    def __init__(self, workdir: str | Path, *, first_step: int, active: bool = True):
+    def __init__(self, workdir: str | Path, *, first_step: int, evaluated: bool = True, active: bool = True):
         """Open the files.
 
         Args:
           workdir: of the run.
           first_step: steps done so far; later ones are forgotten.
+          evaluated: False where an evaluation after these steps is still to come, so that it is forgotten too.
           active: False for one that writes nothing, in processes beside the one that does.
 
         Raises:
@@ -36,7 +37,7 @@ class MetricWriter:
         self._path, board = Path(workdir) / "metrics.jsonl", Path(workdir) / "tensorboard"
         if self._path.exists():
             lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= first_step]
+            kept = [line for line in lines if _place_of(line) <= (first_step, evaluated)]
             replace_file(self._path, "".join(line + "\n" for line in kept))
         with writing(self._path):
             self._file = self._path.open("a")
@@ -74,8 +75,10 @@ class MetricWriter:
             self._board.flush()
 
 
-def _step_of(line: str) -> float:
+def _place_of(line: str) -> tuple[float, bool]:
+    """Return the step of a line, and whether it is of an evaluation, which follows the step."""
     try:
-        return json.loads(line)["step"]
+        values = json.loads(line)
+        return values["step"], "loss" not in values
     except (json.JSONDecodeError, KeyError):
-        return float("inf")  # cut off when the run was killed
+        return float("inf"), True  # cut off when the run was killed

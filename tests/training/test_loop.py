@@ -109,6 +109,47 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, capsy
         assert skipped[1] < 1, "no step was taken"
 
 
+@pytest.mark.slow
+def test_a_signal_at_any_moment_is_followed_by_a_checkpoint_and_costs_no_evaluation(config, tmp_path, monkeypatch):
+    config.log_every, config.eval_every = 1, 1
+    train(config, tmp_path / "whole", make_evaluate=scores(0.2, 0.1))
+
+    def stop_at(patch, owner, name, call):
+        """Send the signal at the end of such a call of a method."""
+        real, calls = getattr(owner, name), []
+
+        def method(*args):
+            result = real(*args)
+            calls.append(name)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        patch.setattr(owner, name, method)
+
+    # Steps 2 and 4 are evaluated. What is logged after a step is waited for when it is decided whether to save.
+    moments = [(_Log, "add", 1, 1), (_Log, "add", 2, 2), (_Log, "write", 1, 2), (_Log, "add", 4, 4)]
+    moments += [(Checkpoints, "wait", 3, 4)]
+    for i, (owner, name, call, stopped_at) in enumerate(moments):
+        run = tmp_path / str(i)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(patch, owner, name, call)
+            train(config, run, make_evaluate=scores(0.2, 0.1))
+        with contextlib.closing(Checkpoints(run)) as checkpoints:
+            assert checkpoints.latest_step == stopped_at, (name, call)
+        done = [line["segm_AP"] for line in lines(run) if "segm_AP" in line]
+        train(config, run, make_evaluate=scores(*[0.2, 0.1][len(done) :]))
+        whole, parts = [
+            [(line["step"], line.get("loss"), line.get("segm_AP")) for line in lines(folder)]
+            for folder in (tmp_path / "whole", run)
+        ]
+        assert parts == whole, (name, call)
+        with contextlib.closing(Checkpoints(run)) as checkpoints:
+            assert checkpoints.best_step == 2
+        for ours, expected in zip(arrays(run), arrays(tmp_path / "whole"), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+
+
 def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config, tmp_path, monkeypatch):
     config.epochs, config.optim.ema_decay = 1, 0.9
     saved, evaluated = [], []
@@ -116,9 +157,9 @@ def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config
     def leaves(tree):
         return jax.tree.map(np.array, jax.tree.leaves(nnx.to_pure_dict(tree)))
 
-    def save(self, state, metrics=None):
+    def save(self, state):
         saved.extend([leaves(state.params), leaves(nnx.merge_state(state.averaged, state.variables))])
-        real(self, state, metrics)
+        real(self, state)
 
     def evaluate(model):
         evaluated.append(leaves(nnx.state(model)))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -105,6 +106,9 @@ class Stopper:
         process.join(100)
         if process.exitcode == 0:
             return False
+        if process.exitcode == 128 + signal.SIGTERM:  # what it was told at has been saved
+            step = re.findall(r"stopped at step (\d+);", printed(workdir))[-1]
+            assert (workdir / "checkpoints" / step).is_dir()
         self.count += 1
         self.while_saving += unfinished(workdir, began)
         return True
