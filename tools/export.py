@@ -3,8 +3,8 @@
     python tools/export.py --workdir=runs/r50 --checkpoint=best --output=r50.mrcnn
     python tools/export.py --weights=NAME --output=coco.mrcnn --sizes=800x1088,1088x800 --int8 --coco_dir=COCO
 
-With --int8 the weights take a quarter of the size, with --prune=0.3 that share of the channels inside the blocks of the
-backbone and the box head is left out; given a dataset, it also prints the AP that this costs.
+With --int8 the weights take a quarter of the size, with --prune=0.3 that share of the channels inside the backbone's
+blocks and the box head is left out; given a dataset, it also prints the AP that this costs.
 """
 
 import re
