@@ -2,7 +2,7 @@
 
 Only channels that one layer gives and the next one reads go: those inside the residual blocks of a ResNet, and the
 features between the fully connected layers of the box head. What blocks add up keeps its width, and so do the pyramid,
-the RPN and the mask head, whose masks are lost with a third of its channels.
+the RPN and the mask head, which gives hardly a mask without a third of its channels.
 """
 
 import jax
@@ -22,7 +22,8 @@ def prune_channels(network: MaskRCNN, fraction: float) -> MaskRCNN:
     Of K channels int(fraction * K) go, those with the least product of two norms: the L1 norm of the filter, as its
     batch normalisation scales it, which bounds the channel where inputs are bounded, and the L2 norm of the weights
     that read it, which is how far the channel moves the next layer. A channel that gives nothing, or that nothing
-    reads, has none. docs/export.md has the AP of this criterion beside others.
+    reads, has none. What a lost channel gave on average is not made up for, which did not help; docs/export.md has the
+    AP of this criterion beside others.
 
     Args:
       network: with a ResNet.
