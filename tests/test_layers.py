@@ -33,6 +33,7 @@ ALLOWED = {
     },
     "sharding": {"structures"},
     "configs": {"errors"},
+    "pruning": {"models", "errors"},
     "export": {"writing", "evaluation", "data", "errors", "structures"},
     "api": {"configs", "training", "evaluation", "weights", "data", "models", "errors"},
     "cli": {"api", "processes", "training", "data", "models", "errors"},
