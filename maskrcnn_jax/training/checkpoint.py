@@ -4,8 +4,10 @@ A run's folder (``workdir``) also holds what a checkpoint needs to be understood
 ``categories.json``.
 """
 
+import fcntl
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,9 +61,12 @@ class Checkpoints:
             and what a training left unfinished is deleted.
 
         Raises:
-          UserError: when the folder cannot be made, or an evaluation in it cannot be read.
+          UserError: when the folder cannot be made, another process writes into it, or an evaluation in it cannot be
+            read.
         """
         folder = Path(workdir).absolute() / "checkpoints"
+        if is_first() and not read_only:
+            _lock(folder.parent)
         _check_metrics(folder)
         policy = AnyPreservationPolicy(
             [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
@@ -239,6 +244,23 @@ def has_checkpoint(workdir: str | Path) -> bool:
     """Return whether a run has left a checkpoint, without creating anything."""
     folder = Path(workdir) / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def _lock(workdir: Path) -> None:
+    """Keep other trainings out of a folder until this process ends."""
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = os.open(workdir / ".lock", os.O_CREAT | os.O_WRONLY)
+    try:
+        # Not flock, whose locks outlive a killed process in the data workers that it has forked.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(file)
+        raise UserError(
+            f"another training is writing into {workdir}; wait for its end, or use another --workdir"
+        ) from None
+    except OSError:
+        os.close(file)  # not every file system has locks
 
 
 def _check_metrics(folder: Path) -> None:

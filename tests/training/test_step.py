@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from typing import NamedTuple
 
@@ -182,6 +184,19 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_and_leaves_nothing_that_w
         checkpoints.save(training.state)
     new = [thread.name for thread in set(threading.enumerate()) - set(threads)]
     assert all(name.startswith("asyncio_") for name in new), "the process would wait for them"  # asyncio's are idle
+
+
+def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
+    holding = "import fcntl; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", holding], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another training is writing into"):
+        Checkpoints(tmp_path)
+    Checkpoints(tmp_path, read_only=True).close()
+    other.communicate("\n")
+    Checkpoints(tmp_path).close()
 
 
 def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monkeypatch):
