@@ -28,6 +28,7 @@ from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
 from maskrcnn_jax.training.data_check import check_before_training
 from maskrcnn_jax.training.derive import fill_in
+from maskrcnn_jax.training.memory import give_back_memory
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.program_cache import ProgramCache
@@ -166,6 +167,8 @@ def train(
                 writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
                 writer.picture(step, "predictions", evaluation.picture)
                 checkpoints.add_metrics(step, evaluation.metrics)
+                del evaluation
+                give_back_memory()
 
             if to_evaluate:  # the run was ended before or in this evaluation
                 measure(start, state)

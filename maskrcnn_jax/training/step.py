@@ -6,7 +6,6 @@ sums across devices, so losses and batch statistics are those of the whole batch
 divided among them between the steps.
 """
 
-import ctypes
 import functools
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.sharding import cut_batch, place_state, replicated
 from maskrcnn_jax.structures import Batch
+from maskrcnn_jax.training.memory import give_back_memory
 from maskrcnn_jax.training.optimizer import is_frozen
 from maskrcnn_jax.training.program_cache import ProgramCache, programs_from_jax, step_key
 
@@ -181,7 +181,7 @@ class TrainStep:
         if _kind(batch) in self.programs:
             return None
         self.programs[_kind(batch)] = program = self._program(state, batch, key)
-        _give_back_memory()
+        give_back_memory()
         return program
 
     def lower(self, state: TrainState, batch: Batch, key: jax.Array) -> jax.stages.Lowered:
@@ -275,10 +275,3 @@ def _average(averaged, params, step, decay):
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     # In this form, unlike optax.incremental_update's, parameters that never change are their own average to the bit.
     return jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), averaged, params)
-
-
-def _give_back_memory() -> None:
-    """Return what the compiler has freed to the system, half a gigabyte at full width, which glibc would keep."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
