@@ -211,7 +211,8 @@ def _library() -> tuple[Callable, Callable]:
 def _make_coco(coco_class: Callable, dataset: dict) -> COCO:
     coco = coco_class()
     coco.dataset = dataset
-    coco.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
     return coco
 
 
