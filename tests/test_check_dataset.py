@@ -267,7 +267,8 @@ def test_the_command_tells_writes_a_page_and_a_cleaned_copy(root, tmp_path):
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     assert "2 errors and 1 warning in 2 splits." in done.stdout
-    assert f"{cleaned} is written, with 0 errors" in done.stdout
+    assert f"{cleaned} is written: 0 errors and 1 warning in 1 split." in done.stdout
+    assert done.stdout.rstrip().endswith("are not listed and will not be used"), "what is left is said"
     page = report.read_text()
     assert page.count("<img ") == 2, "the third cannot be read"
     for name in names:

@@ -93,11 +93,8 @@ def fix(config: ConfigDict, splits: list[Split], output: Path) -> None:
         (split,) = check(config, str(output), str(split.image_dir), FLAGS.open_images)
         if not split.num_errors:
             break
-    left = split.findings
-    print(
-        plain(f"{output} is written; {split.num_errors} errors and {len(left) - split.num_errors} warnings are left")
-    )
-    for finding in left:
+    print(plain(f"{output} is written: {summary([split])}"))
+    for finding in split.findings:
         print(plain(f"  {finding.sentence}"))
 
 

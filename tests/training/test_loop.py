@@ -128,8 +128,7 @@ def test_a_signal_at_any_moment_is_followed_by_a_checkpoint_and_costs_no_evaluat
         patch.setattr(owner, name, method)
 
     # Steps 2 and 4 are evaluated. What is logged after a step is waited for when it is decided whether to save.
-    moments = [(_Log, "add", 1, 1), (_Log, "add", 2, 2), (_Log, "write", 1, 2), (_Log, "add", 4, 4)]
-    moments += [(Checkpoints, "wait", 3, 4)]
+    moments = [(_Log, "write", 1, 2), (_Log, "add", 2, 2), (_Log, "add", 4, 4), (Checkpoints, "wait", 3, 4)]
     for i, (owner, name, call, stopped_at) in enumerate(moments):
         run = tmp_path / str(i)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
