@@ -76,6 +76,15 @@ def test_dice_loss_of_a_half_covered_mask():
     # One of two pixels each: (2 * 1 + 1) / (2 + 2 + 1). An empty mask found empty costs nothing.
     assert losses.dice_loss(logits, targets, jnp.array([[True, False]])) == pytest.approx(1 - 3 / 5, rel=1e-6)
     assert losses.dice_loss(logits, targets, jnp.array([[False, True]])) == pytest.approx(0, abs=1e-6)
+    # Undecided everywhere: (2 * 1 + 1) / (4 / 4 + 2 + 1).
+    assert losses.dice_loss(0 * logits, targets, jnp.array([[True, False]])) == pytest.approx(1 - 3 / 4, rel=1e-6)
+
+
+def test_the_dice_loss_draws_back_from_a_mask_that_fills_its_box():
+    targets = jnp.zeros((1, 1, 28, 28)).at[..., :14, :].set(1.0)
+    gradient = jax.grad(lambda level: losses.dice_loss(level + 0 * targets, targets, jnp.ones((1, 1), bool)))
+    low, high = (float(gradient(jax.scipy.special.logit(jnp.sqrt(0.5)) + step)) for step in (-0.1, 0.1))
+    assert low < 0 < high, "the best level is the root of the share of the object"
 
 
 def arguments(rng, rows):
