@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     # Divide parameters, their averages and the optimizer's state among the devices, instead of a copy on each: less
     # memory, more communication, the same results.
     config.shard_params = False
-    config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP
+    config.keep_checkpoints = 2  # newest ones kept, beside the best by mask AP, or box AP without masks
 
     # Keyword arguments of maskrcnn_jax.models.mask_rcnn.MaskRCNN, under the names that torchvision gives them.
     config.model = ConfigDict()

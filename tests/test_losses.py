@@ -85,6 +85,11 @@ def test_the_dice_loss_draws_back_from_a_mask_that_fills_its_box():
     gradient = jax.grad(lambda level: losses.dice_loss(level + 0 * targets, targets, jnp.ones((1, 1), bool)))
     low, high = (float(gradient(jax.scipy.special.logit(jnp.sqrt(0.5)) + step)) for step in (-0.1, 0.1))
     assert low < 0 < high, "the best level is the root of the share of the object"
+    soft = targets * 0.5  # with shares of cells that are right everywhere nothing is to be moved
+    slope = jax.grad(lambda logits: losses.dice_loss(logits, soft, jnp.ones((1, 1), bool)))(
+        jnp.where(soft, 0.0, -50.0)
+    )
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
 
 
 def arguments(rng, rows):

@@ -40,7 +40,9 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
 
     Returns:
         The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` or ``bbox`` get their mask's,
-        those without a mask have no ``segmentation``, and those without either are left out, as in training.
+        those without a mask have no ``segmentation``. Those with neither, with boxes that are not finite or masks of
+        another size than their image are left out, as in training; boxes without area stay, as pycocotools has them.
+        The objects are numbered from 1.
 
     Raises:
         UserError: if the file is missing, is no JSON or holds no COCO annotations.
@@ -52,7 +54,9 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(os.fspath(path)) if image_ids is None else _read_part(Path(path), set(image_ids))
             completed = [_complete(coco, annotation) for annotation in coco.dataset["annotations"]]
-            coco = _make_coco(COCO, coco.dataset | {"annotations": [a for a in completed if a is not None]})
+            # Numbered anew: for COCOeval 0 is no object, and of two with one id it keeps one.
+            numbered = [a | {"id": i} for i, a in enumerate(filter(None, completed), 1)]
+            coco = _make_coco(COCO, coco.dataset | {"annotations": numbered})
     except (ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -63,7 +67,7 @@ def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None 
 
 
 def _complete(coco: COCO, annotation: dict) -> dict | None:
-    """Fill in what an annotation leaves out; None for one that the reader of training data drops too."""
+    """Fill in what an annotation leaves out; None for one that nothing can be compared with."""
     complete = annotation | {"iscrowd": annotation.get("iscrowd") or 0}
     mask, box = complete.pop("segmentation", None), annotation.get("bbox")
     if isinstance(mask, dict):
@@ -77,7 +81,7 @@ def _complete(coco: COCO, annotation: dict) -> dict | None:
     elif not box:
         return None
     complete["bbox"] = box or coco_mask.toBbox(coco.annToRLE(complete)).tolist()
-    if "area" not in annotation:
+    if not isinstance(annotation.get("area"), int | float):
         _, _, width, height = complete["bbox"]
         complete["area"] = float(coco_mask.area(coco.annToRLE(complete)) if mask else width * height)
     return complete if all(map(math.isfinite, complete["bbox"])) else None

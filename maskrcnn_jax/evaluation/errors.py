@@ -107,8 +107,8 @@ class Errors:
           kind: "bbox" or "segm".
         """
         self.image_ids = sorted(truth.imgs)
-        truth = truth if kind == "bbox" else mask_truth(truth)
         groups = _groups_of(truth)
+        truth = truth if kind == "bbox" else mask_truth(truth)
         self.groups = {"all": _match(truth, results, kind, {}, None)}
         for name in (*OCCLUSIONS, *CROWDING):
             self.groups[name] = _match(truth, results, kind, groups, name)

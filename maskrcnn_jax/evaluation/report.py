@@ -92,7 +92,7 @@ def _precision_recall(truth: COCO, results: list[dict]) -> Iterator[str]:
     precision = evaluation.eval["precision"][..., 0, -1]
     known = np.flatnonzero((precision >= 0).all(axis=(0, 1)))
     if not len(known):
-        yield page.paragraph("There are no objects to find.")
+        yield page.paragraph("There are no objects with masks to find.")
         return
     precision, recalls = precision[..., known], evaluation.params.recThrs
     names = [truth.cats[evaluation.params.catIds[column]]["name"] for column in known]

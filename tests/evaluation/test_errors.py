@@ -80,6 +80,20 @@ def test_overall_and_by_size_it_is_pycocotools_number(many, kind):
         assert found[group].low < found[group].value < found[group].high
 
 
+def test_objects_of_which_only_the_box_is_known_count_for_crowding_but_not_for_masks(tmp_path):
+    boxes = [(3, (50 * i, 10, 30, 30)) for i in range(4)]
+    path = write_truth(tmp_path / "truth.json", [boxes])
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"][:3]:
+        del annotation["segmentation"]
+    path.write_text(json.dumps(content))
+    truth, results = load_annotations(path), [result(1, category, box, 0.9) for category, box in boxes]
+    for kind, number in (("bbox", 4), ("segm", 1)):
+        found = Errors(truth, results, kind)
+        assert found.number_of_objects("all") == found.number_of_objects("4 to 10 objects") == number
+        assert found.average_precision("all", np.ones((0, 1)))[0] == pytest.approx(1)
+
+
 def test_overall_it_is_pycocotools_number_on_real_annotations(coco_dir):
     """With crowds, and images without objects; what is found is the truth, moved a little."""
     truth = load_annotations(coco_dir / "annotations" / "instances_val2017.json")

@@ -1,5 +1,6 @@
 """The page of an evaluation, opened in a browser."""
 
+import copy
 import json
 import re
 import shutil
@@ -77,6 +78,13 @@ def test_the_numbers_are_those_of_the_evaluation(truth, tmp_path):
     assert "Training" not in page, "there was none"
     empty = report(tmp_path / "empty.html", truth, [])
     assert "Box AP 0.0, mask AP 0.0" in empty
+
+
+def test_where_only_boxes_are_known_a_page_has_what_they_tell(truth, tmp_path):
+    truth, results = copy.deepcopy(truth), perfect(truth)
+    for annotation in truth.anns.values():
+        annotation.pop("segmentation")
+    assert "Box AP 1.0, mask AP no objects" in report(tmp_path / "page.html", truth, results)
 
 
 def test_many_categories_are_listed_by_their_confusions(truth, tmp_path):

@@ -186,6 +186,16 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_and_leaves_nothing_that_w
     assert all(name.startswith("asyncio_") for name in new), "the process would wait for them"  # asyncio's are idle
 
 
+def test_without_any_mask_the_best_checkpoint_is_that_of_the_best_boxes(tmp_path):
+    training = Training("float32")
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step, box_ap in ((1, 0.5), (2, 0.3)):
+            training.step(points())
+            checkpoints.save(training.state)
+            checkpoints.add_metrics(step, {"segm_AP": -1.0, "bbox_AP": box_ap})
+        assert (checkpoints.best_step, checkpoints.latest_step) == (1, 2)
+
+
 def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
     holding = "import fcntl; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     other = subprocess.Popen(
