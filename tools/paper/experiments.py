@@ -98,8 +98,8 @@ COMPARISONS = {
         ),
         f"Few images are one in {_FEW}, seen {_FEW} times as often. With focal loss a RoI counts as background where\n"
         "no class is given more than one half, which this loss is cautious to give: part of its lower accuracy is\n"
-        "this rule. Dice is V-Net's, with squares. With plain sums, which are as common, masks could end as whole boxes:\n"
-        "mask AP of 0.341, 0.080 and 0.071 with all images and seeds 0, 1 and 2, withdrawn since.",
+        "this rule. Dice is V-Net's, with squares. With plain sums, which are as common, masks could end as whole\n"
+        "boxes: mask AP of 0.341, 0.080 and 0.071 with all images and seeds 0, 1 and 2, withdrawn since.",
     ),
     "proposals": Comparison(
         "Where the proposals of training come from",
