@@ -55,7 +55,7 @@ def get_config(which: str = "full") -> ConfigDict:
     config.batch_size = config.eval_batch_size = 4
     config.data.short_side, config.data.long_side = (640, 1066) if which == "full" else (320, 533)
     if which == "laptop":
-        config.images_to_see = 2000  # an afternoon of two cores
+        config.images_to_see = 2000  # an hour of two cores
     config.data.resize = "uint8"
     config.data.buckets = "auto"
     model = config.model

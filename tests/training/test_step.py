@@ -1,23 +1,14 @@
 """The compiled step under its options, on a network of one layer where the whole one is not what is tested."""
 
 import contextlib
-import errno
-import os
-import shutil
-import subprocess
-import sys
-import threading
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.layers import BatchNorm, Conv
 from maskrcnn_jax.sharding import make_mesh, place_state, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.optimizer import make_optimizer
@@ -25,65 +16,7 @@ from maskrcnn_jax.training.step import TrainStep, create_train_state, updates_do
 from tests.models.tiny import tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
 from tests.training.cached_step import optimizer as optimizer_of_a_run
-
-
-class Points(NamedTuple):
-    """What the small network is trained on."""
-
-    x: np.ndarray  # [B, 1, 1, 3]
-    y: np.ndarray  # [B, 1, 1, 4]
-
-
-class Layer(nnx.Module):
-    """A convolution with trained statistics, and the squared distance of its output from what is wanted."""
-
-    def __init__(self, dtype, *, normalized=True):
-        self.dtype = jnp.dtype(dtype)
-        self.conv = Conv(3, 4, 1, dtype=self.dtype, rngs=nnx.Rngs(0))
-        self.norm = BatchNorm(4, dtype=self.dtype) if normalized else None
-
-    def losses(self, batch, key):
-        x = self.conv(batch.x)
-        x = x if self.norm is None else self.norm(x)
-        loss = jnp.mean(jnp.square(x.astype(jnp.float32) - batch.y))
-        return {"loss_y": loss}, {"draw": jax.random.uniform(key)}
-
-
-def points(batch_size=8, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = (batch_size, 1, 1, 3), (batch_size, 1, 1, 4)
-    return Points(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
-
-
-def _like(tree, arrays):
-    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
-
-
-class Training:
-    """A state and the step that changes it."""
-
-    def __init__(self, dtype="float16", *, optimizer=None, normalized=True, loss_scale=2.0**15, devices=8, **options):
-        self.mesh = make_mesh(jax.devices()[:devices])
-        optimizer = optimizer or optax.adamw(optax.linear_schedule(0.1, 0.0, 100))
-        model, average = Layer(dtype, normalized=normalized), options.get("ema_decay", 0) > 0
-        placing = {"average": average, "divide": options.pop("divide", False)}
-        graphdef, self.state = create_train_state(model, optimizer, self.mesh, loss_scale=loss_scale, **placing)
-        self.train_step = TrainStep(graphdef, optimizer, self.mesh, **options)
-
-    def step(self, batch):
-        """Take a step; returns its metrics."""
-        self.state, metrics = self.train_step(self.state, shard_batch(batch, self.mesh), jax.random.key(0))
-        return {name: float(value) for name, value in metrics.items()}
-
-    def arrays(self, *fields):
-        """Return copies of the arrays of the state, or of these fields."""
-        chosen = [getattr(self.state, field) for field in fields or self.state._fields]
-        return [np.array(leaf) for leaf in jax.tree.leaves(chosen)]
-
-
-def assert_same(ours, expected):
-    for a, b in zip(ours, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
+from tests.training.layer import Training, assert_same, points
 
 
 def test_float16_skips_a_step_whose_gradient_overflows_and_goes_on_with_half_the_scale():
@@ -152,115 +85,6 @@ def test_a_loss_scale_that_cannot_be_is_refused(loss_scale):
         Training(loss_scale_interval=0)
 
 
-def test_a_state_read_from_a_checkpoint_goes_on_with_the_same_bits(tmp_path):
-    options = {"loss_scale": 2.0**20, "loss_scale_interval": 2}
-    training = Training(**options)
-    skipped = sum(training.step(points(seed=i))["skipped"] for i in range(5))
-    assert 0 < skipped < 5
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(training.state)
-    rows = [training.step(points(seed=i)) for i in range(5, 8)]
-
-    again = Training(**options)
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        again.state = checkpoints.restore(5, again.state)
-    assert [again.step(points(seed=i)) for i in range(5, 8)] == rows
-    assert_same(again.arrays(), training.arrays())
-
-
-def test_a_folder_that_cannot_be_written_is_a_sentence_and_leaves_nothing_that_waits(tmp_path, monkeypatch):
-    training, threads = Training("float32"), threading.enumerate()
-
-    def refuse(path, *_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-
-    checkpoints = Checkpoints(tmp_path)
-    for function in ("mkdir", "makedirs"):  # where folders may be written, the superuser of a test may too
-        monkeypatch.setattr(os, function, refuse)
-    with (
-        pytest.raises(UserError, match=r"checkpoints cannot be written \(Read-only file system\); make room"),
-        contextlib.closing(checkpoints),
-    ):
-        checkpoints.save(training.state)
-    new = [thread.name for thread in set(threading.enumerate()) - set(threads)]
-    assert all(name.startswith("asyncio_") for name in new), "the process would wait for them"  # asyncio's are idle
-
-
-def test_without_any_mask_the_best_checkpoint_is_that_of_the_best_boxes(tmp_path):
-    training = Training("float32")
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        for step, box_ap in ((1, 0.5), (2, 0.3)):
-            training.step(points())
-            checkpoints.save(training.state)
-            checkpoints.add_metrics(step, {"segm_AP": -1.0, "bbox_AP": box_ap})
-        assert (checkpoints.best_step, checkpoints.latest_step) == (1, 2)
-
-
-def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
-    holding = "import fcntl; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", holding], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another training is writing into"):
-        Checkpoints(tmp_path)
-    Checkpoints(tmp_path, read_only=True).close()
-    other.communicate("\n")
-    Checkpoints(tmp_path).close()
-
-
-def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # arrays that nobody waits for after the first failed
-    training = Training(ema_decay=0.9)
-    with contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints:
-        for seed in range(2):
-            training.step(points(seed=seed))
-            checkpoints.save(training.state)
-            checkpoints.add_metrics(int(training.state.step), {"segm_AP": 0.5})
-    expected, put_aside = training.arrays(), 0
-    files = [path for path in (tmp_path / "run" / "checkpoints" / "2").rglob("*") if path.is_file()]
-    for i, path in enumerate(files):
-        damaged = tmp_path / str(i)
-        shutil.copytree(tmp_path / "run", damaged)
-        path = damaged / path.relative_to(tmp_path / "run")
-        os.truncate(path, path.stat().st_size // 2)
-        if path.parts[-2:] == ("metrics", "metrics"):
-            with pytest.raises(UserError, match="metrics is no evaluation that can be read; delete the folder"):
-                Checkpoints(damaged)
-            continue
-        with contextlib.closing(Checkpoints(damaged)) as checkpoints:
-            state = checkpoints.restore_newest(training.state)
-            if int(state.step) == 2:  # a file that nothing is read from
-                assert_same([np.array(leaf) for leaf in jax.tree.leaves(state)], expected)
-            else:
-                put_aside += 1
-                assert checkpoints.steps == [1]
-    assert put_aside >= 8
-    for path in (tmp_path / "run" / "checkpoints").glob("*/model/manifest.ocdbt"):
-        path.unlink()
-    with (
-        contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
-        pytest.raises(UserError, match="checkpoints/2 cannot be read .* and no other in .*; bring back a copy"),
-    ):
-        checkpoints.restore_newest(training.state)
-    assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "nothing is put aside where nothing else is left"
-
-
-@pytest.mark.parametrize("divide", [False, True])
-def test_a_checkpoint_of_eight_devices_goes_on_with_two(tmp_path, divide):
-    eight, two = (Training("float32", ema_decay=0.9, divide=divide, devices=devices) for devices in (8, 2))
-    for seed in range(3):
-        eight.step(points(seed=seed))
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(eight.state)
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        two.state = checkpoints.restore_newest(two.state)
-    assert_same(two.arrays(), eight.arrays())
-    for seed in range(3, 8):
-        ours, expected = two.step(points(seed=seed)), eight.step(points(seed=seed))
-        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-
-
 def test_the_average_is_that_of_the_parameters_after_each_step():
     training = Training("float32", ema_decay=0.3)
     (expected,) = [a.astype(np.float64) for a in training.arrays("params")[:1]]
@@ -327,7 +151,9 @@ def test_the_gradient_is_the_mean_of_those_of_the_parts_and_statistics_follow_pa
 
     losses, moves = [], []
     for part in parts:
-        params = place_state(_like(separate.state.params, start), separate.mesh, divide=False)
+        params = place_state(
+            jax.tree.unflatten(jax.tree.structure(separate.state.params), start), separate.mesh, divide=False
+        )
         separate.state = separate.state._replace(params=params)
         losses.append(separate.step(part)["loss"])
         moves.append([after - before for after, before in zip(separate.arrays("params"), start, strict=True)])
