@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     model.classification_loss = "cross_entropy"  # or focal: sigmoid focal loss (paper, Sec. 3.2)
     model.box_loss = "smooth_l1"  # of the box head; or iou, giou (paper, Sec. 3.2)
     model.mask_loss = "bce"  # or dice (paper, Sec. 3.2)
-    model.remat = False  # compute the backbone again in the gradient, on accelerators: less memory, more time
+    model.remat = False  # compute the backbone again in the gradient: less memory, more time
     model.dtype = "float32"  # of convolutions and matrix products: float32, bfloat16, float16 (V100, T4), float64
 
     config.optim = ConfigDict()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
-from maskrcnn_jax.models.layers import ConvNorm, Linear, parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, Linear, parameter_dtype, relu
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
@@ -73,10 +73,10 @@ class BoxHead(nnx.Module):
         leading = pooled.shape[:-3]
         x = pooled.reshape(-1, *pooled.shape[-3:])
         for convolution in self.convs:
-            x = nnx.relu(convolution(x, None if valid is None else valid.reshape(-1)))
+            x = relu(convolution(x, None if valid is None else valid.reshape(-1)))
         x = x.reshape(*leading, -1)
         for linear in self.fcs:
-            x = nnx.relu(linear(x))
+            x = relu(linear(x))
         wide = parameter_dtype(x.dtype)
         logits = self.cls_score(x).astype(wide)
         return logits, self.bbox_pred(x).astype(wide).reshape(*logits.shape, 4)

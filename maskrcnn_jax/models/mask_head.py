@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal, normal
-from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype
+from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype, relu
 
 
 class MaskHead(nnx.Module):
@@ -70,7 +70,7 @@ class MaskHead(nnx.Module):
         leading = pooled.shape[:-3]
         x = pooled.reshape(-1, *pooled.shape[-3:])
         for convolution in self.convs:
-            x = nnx.relu(convolution(x, None if valid is None else valid.reshape(-1)))
+            x = relu(convolution(x, None if valid is None else valid.reshape(-1)))
         x = x.reshape(math.prod(leading[:-1]), leading[-1], *x.shape[1:])  # [B, R, h, w, K]
         labels = labels.reshape(x.shape[:2])
         filters = self.logits_kernel[...][labels].astype(self.dtype)
@@ -152,7 +152,7 @@ def _product(equation: str, *arrays: jax.Array) -> jax.Array:
 
 def _enlarge(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Return the positive part of the deconvolution of x [B, R, h, w, K], [B, R, h, w, 2, 2, K]."""
-    return nnx.relu(jnp.einsum("brhwl,lijk->brhwijk", x, kernel) + bias.reshape(1, 1, 1, 1, 1, 1, -1))
+    return relu(jnp.einsum("brhwl,lijk->brhwijk", x, kernel) + bias.reshape(1, 1, 1, 1, 1, 1, -1))
 
 
 def _cut(array: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal
-from maskrcnn_jax.models.layers import Conv, ConvNorm, parameter_dtype
+from maskrcnn_jax.models.layers import Conv, ConvNorm, parameter_dtype, relu
 
 STEM_CHANNELS = 16
 LAST_CHANNELS = 960  # of the 1x1 convolution at the end
@@ -83,7 +83,7 @@ class SqueezeExcitation(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         means = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=parameter_dtype(x.dtype))
-        return x * jax.nn.hard_sigmoid(self.fc2(nnx.relu(self.fc1(means))))
+        return x * jax.nn.hard_sigmoid(self.fc2(relu(self.fc1(means))))
 
 
 class InvertedResidual(nnx.Module):
@@ -101,7 +101,7 @@ class InvertedResidual(nnx.Module):
         """
         kernel_size, expanded, out_channels, squeeze, hard_swish, stride = setting
         options |= {"dtype": dtype, "rngs": rngs}
-        activated = options | {"activation": jax.nn.hard_swish if hard_swish else nnx.relu}
+        activated = options | {"activation": jax.nn.hard_swish if hard_swish else relu}
         self.expand = ConvNormActivation(in_channels, expanded, 1, **activated) if expanded != in_channels else None
         self.depthwise = ConvNormActivation(
             expanded, expanded, kernel_size, stride=stride, depthwise=True, **activated

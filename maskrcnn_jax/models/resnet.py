@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal
-from maskrcnn_jax.models.layers import ConvNorm
+from maskrcnn_jax.models.layers import ConvNorm, relu
 
 # Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
 ARCHITECTURES = {
@@ -46,8 +46,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         identity = x if self.shortcut is None else self.shortcut(x)
         for i, convolution in enumerate(self.convs):
-            x = convolution(x if i == 0 else nnx.relu(x))
-        return nnx.relu(x + identity)
+            x = convolution(x if i == 0 else relu(x))
+        return relu(x + identity)
 
 
 def _block_layers(bottleneck_channels: int, out_channels: int, stride: int, stride_in_1x1: bool):
@@ -136,7 +136,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, I]."""
-        x = max_pool(nnx.relu(self.stem(images)))
+        x = max_pool(relu(self.stem(images)))
         outputs, run = [], nnx.remat(Block.__call__) if self.remat else Block.__call__
         for stage in self.stages:
             for block in stage:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import normal
-from maskrcnn_jax.models.layers import Conv, ConvNorm, apply_together
+from maskrcnn_jax.models.layers import Conv, ConvNorm, apply_together, relu
 
 _small_normal = normal(0.01)
 
@@ -37,7 +37,7 @@ class RPNHead(nnx.Module):
         for feature in features:
             hidden = feature
             for convolution in self.convs:
-                hidden = nnx.relu(convolution(hidden))
+                hidden = relu(convolution(hidden))
             logits, offsets = apply_together([self.cls_logits, self.bbox_pred], hidden)
             batch, wide = feature.shape[0], jnp.promote_types(hidden.dtype, jnp.float32)
             objectness.append(logits.reshape(batch, -1).astype(wide))

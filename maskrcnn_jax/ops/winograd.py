@@ -58,14 +58,15 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     strips = _Strips(x.shape)
     num_channels, num_outputs = kernel.shape[2:]
     transformed = (_constant(_KERNEL, x) @ kernel.reshape(9, -1)).reshape(-1, num_channels, num_outputs)
-    padded = strips.pad_input(x)
+    arranged = strips.arrange(x, around=1)
 
-    def convolve(start):
-        products = jnp.matmul(strips.transform_input(padded, start), transformed)  # [36, tiles, C]
+    def convolve(outputs, start):
+        products = jnp.matmul(strips.transform_input(arranged, start), transformed)  # [36, tiles, C]
         tiles = _constant(_OUTPUT, x) @ products.reshape(len(products), -1)
-        return strips.untile(tiles, num_outputs)
+        return jax.lax.dynamic_update_slice(outputs, strips.untile(tiles, num_outputs)[:, None], start), None
 
-    return strips.crop(jax.lax.map(convolve, strips.starts))
+    outputs = jnp.zeros(strips.output_shape(num_outputs), x.dtype)
+    return strips.collect(jax.lax.scan(convolve, outputs, strips.starts)[0])
 
 
 def _conv3x3_forward(x, kernel):
@@ -84,7 +85,7 @@ conv3x3.defvjp(_conv3x3_forward, _conv3x3_backward)
 def _kernel_gradient(x, gradient):
     """Return the gradient [3, 3, K, C] of the kernel from that of the output [N, H, W, C]."""
     strips = _Strips(x.shape)
-    padded, padded_gradient = strips.pad_input(x), strips.pad_output(gradient)
+    arranged, arranged_gradient = strips.arrange(x, around=1), strips.arrange(gradient, around=0)
 
     # Every device adds up what is its own, and they meet once: devices that wait for each other in every round of a
     # loop can wait for ever when they have fewer threads than they are.
@@ -94,9 +95,9 @@ def _kernel_gradient(x, gradient):
         return tiles.reshape(_WINDOW**2, parts, -1, tiles.shape[-1])
 
     def add(total, start):
-        tiles = strips.tile_output(padded_gradient, start)  # [16, tiles * C]
+        tiles = strips.tile_output(arranged_gradient, start)  # [16, tiles * C]
         products = (_constant(_OUTPUT.T, x) @ tiles).reshape(_WINDOW**2, -1, gradient.shape[-1])
-        inputs = strips.transform_input(padded, start)
+        inputs = strips.transform_input(arranged, start)
         return total + jnp.einsum("pdtk,pdtc->pdkc", apart(inputs), apart(products)), None
 
     zeros = jnp.zeros((_WINDOW**2, parts, x.shape[-1], gradient.shape[-1]), x.dtype)
@@ -108,72 +109,73 @@ def _constant(matrix, like):
     return jnp.asarray(matrix, like.dtype)
 
 
-def _tiled(strip):
-    """Return [TILE, TILE, groups, rows, columns, K] of a strip of whole tiles."""
-    groups, height, width, channels = strip.shape
-    tiles = strip.reshape(groups, height // TILE, TILE, width // TILE, TILE, channels)
-    return tiles.transpose(2, 4, 0, 1, 3, 5)
-
-
 class _Strips:
-    """How maps [N, H, W, ...] divide into strips of tiles: some rows of all maps, or some maps as a whole.
+    """How maps [N, H, W, ...] divide into strips of tiles: some maps as a whole, or some rows of all maps.
 
     The maps lie as [group, member, ...] and a strip takes one member of each group. So where the maps are shared out
-    to devices each of them has a part of every strip, and XLA need not bring strips together.
+    to devices each of them has a part of every strip, and XLA need not bring strips together. Only rows are padded
+    before they are cut; what else a strip needs is padded in it, since a padded copy of 256 small maps takes 85 MB.
     """
 
     def __init__(self, shape: tuple[int, ...]):
-        self.shape = shape[:3]
-        num_maps, height, width = self.shape
-        rows, self.columns = -(-height // TILE), -(-width // TILE)
-        self.groups = min(num_maps, max(1, _STRIP_TILES // (rows * self.columns)))
+        self.num_maps, self.height, self.width = shape[:3]
+        rows, self.columns = -(-self.height // TILE), -(-self.width // TILE)
+        self.groups = min(self.num_maps, max(1, _STRIP_TILES // (rows * self.columns)))
         if self.groups == 1:
-            self.groups = num_maps  # large maps: strips of rows
-        members = -(-num_maps // self.groups)
+            self.groups = self.num_maps  # large maps: strips of rows
+        self.members = -(-self.num_maps // self.groups)
         strips_per_map = -(-rows // max(1, _STRIP_TILES // (self.groups * self.columns)))
         self.rows = -(-rows // strips_per_map)
-        self.padded = (self.groups, members, strips_per_map * self.rows * TILE, self.columns * TILE)
+        self.cut = strips_per_map > 1
+        self.strip_rows = self.rows * TILE if self.cut else self.height
+        self.all_rows = self.strip_rows * strips_per_map
         self.starts = jnp.array(
-            [(0, m, y * self.rows * TILE, 0, 0) for m in range(members) for y in range(strips_per_map)], jnp.int32
+            [(0, m, y * self.strip_rows, 0, 0) for m in range(self.members) for y in range(strips_per_map)], jnp.int32
         )  # [strips, 5]
 
-    def pad_output(self, x, around=0):
-        """Return x [N, H, W, K] as [groups, members, rows, columns, K]."""
-        groups, members, height, width = self.padded
-        fill = (groups * members - x.shape[0], height - x.shape[1], width - x.shape[2])
-        x = jnp.pad(x, ((0, fill[0]), (around, fill[1] + around), (around, fill[2] + around), (0, 0)))
-        return x.reshape(groups, members, *x.shape[1:])
+    def arrange(self, x, around):
+        """Return x [N, H, W, K] as [groups, members, rows, W, K], its strips with ``around`` cells of zeros around."""
+        maps = self.groups * self.members - self.num_maps
+        rows = (around, self.all_rows - self.height + around) if self.cut else (0, 0)
+        x = jnp.pad(x, ((0, maps), rows, (0, 0), (0, 0)))
+        return x.reshape(self.groups, self.members, *x.shape[1:])
 
-    def pad_input(self, x):
-        return self.pad_output(x, around=1)
-
-    def transform_input(self, padded, start):
-        """Return the transformed windows [36, tiles, K] of a strip of a padded input."""
-        strip = self._slice(padded, start, around=1)
-        rest = TILE - (_WINDOW - TILE)  # to whole tiles; a window is one of them and the first cells of the next
-        tiles = _tiled(jnp.pad(strip, ((0, 0), (0, rest), (0, rest), (0, 0))))
+    def transform_input(self, arranged, start):
+        """Return the transformed windows [36, tiles, K] of a strip of an input, arranged with the cells around it."""
+        # A window is a tile and the first cells of the next.
+        tiles = self._tiles(arranged, start, around=1)
         tall = jnp.concatenate([tiles[:, :, :, :-1], tiles[: _WINDOW - TILE, :, :, 1:]], axis=0)
         windows = jnp.concatenate([tall[..., :-1, :], tall[:, : _WINDOW - TILE, ..., 1:, :]], axis=1)
         flat = windows.reshape(_WINDOW**2, -1)
-        return (_constant(_INPUT, padded) @ flat).reshape(_WINDOW**2, -1, padded.shape[-1])
+        return (_constant(_INPUT, arranged) @ flat).reshape(_WINDOW**2, -1, arranged.shape[-1])
 
-    def tile_output(self, padded, start):
-        """Return the tiles [16, tiles * C] of a strip of a padded output."""
-        return _tiled(self._slice(padded, start, around=0)).reshape(TILE**2, -1)
+    def tile_output(self, arranged, start):
+        """Return the tiles [16, tiles * C] of a strip of an output."""
+        return self._tiles(arranged, start, around=0).reshape(TILE**2, -1)
+
+    def output_shape(self, channels):
+        """Return the shape of an arranged output."""
+        return self.groups, self.members, self.all_rows, self.width, channels
 
     def untile(self, tiles, channels):
-        """Return the strip [groups, rows, columns, C] of tiles [16, tiles * C]."""
+        """Return the strip [groups, rows, W, C] of tiles [16, tiles * C]."""
         tiles = tiles.reshape(TILE, TILE, self.groups, self.rows, self.columns, channels)
-        return tiles.transpose(2, 3, 0, 4, 1, 5).reshape(self.groups, self.rows * TILE, self.columns * TILE, channels)
+        strip = tiles.transpose(2, 3, 0, 4, 1, 5)
+        strip = strip.reshape(self.groups, self.rows * TILE, self.columns * TILE, channels)
+        return strip[:, : self.strip_rows, : self.width]
 
-    def crop(self, strips):
-        """Return [N, H, W, C] of all strips [strips, groups, rows, columns, C]."""
-        num_maps, height, width = self.shape
-        groups, members, padded_height, padded_width = self.padded
-        maps = strips.swapaxes(0, 1).reshape(groups * members, padded_height, padded_width, strips.shape[-1])
-        return maps[:num_maps, :height, :width]
+    def collect(self, arranged):
+        """Return [N, H, W, C] of an arranged output."""
+        maps = arranged.reshape(-1, *arranged.shape[2:])
+        return maps[: self.num_maps, : self.height]
 
-    def _slice(self, padded, start, around):
-        height, width = self.rows * TILE + 2 * around, padded.shape[3]
-        size = (self.groups, 1, height, width, padded.shape[-1])
-        return jax.lax.dynamic_slice(padded, start, size)[:, 0]
+    def _tiles(self, arranged, start, around):
+        """Return the tiles [TILE, TILE, groups, rows, columns, K] of a strip, more where it has cells around it."""
+        present, above = (self.strip_rows + 2 * around, 0) if self.cut else (self.height, around)
+        size = (self.groups, 1, present, self.width, arranged.shape[-1])
+        strip = jax.lax.dynamic_slice(arranged, start, size)[:, 0]
+        rows, columns = self.rows + around, self.columns + around  # of tiles
+        below, right = rows * TILE - above - present, columns * TILE - around - self.width
+        strip = jnp.pad(strip, ((0, 0), (above, below), (around, right), (0, 0)))
+        tiles = strip.reshape(self.groups, rows, TILE, columns, TILE, -1)
+        return tiles.transpose(2, 4, 0, 1, 3, 5)

@@ -153,9 +153,7 @@ class TrainStep:
             raise UserError(f"optim.ema_decay {ema_decay} is not in 0..1, 1 excluded; use 0 for none, or 0.9998")
         settings = Settings(mesh, loss_scale_interval, ema_decay, accumulate)
         self._step = functools.partial(_step, graphdef, optimizer, settings)
-        # XLA's default order of operations on CPUs takes a quarter more memory, for threads that have enough to do.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+        self._options = compiler_options(mesh)
         self._key = functools.partial(step_key, graphdef, optimizer, settings, self._options)
         self._mesh, self._cache = mesh, cache
         self.programs: dict[tuple, jax.stages.Compiled] = {}
@@ -198,6 +196,19 @@ class TrainStep:
             if name and not taken:
                 self._cache.save(name, program)
         return program
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Return the options of XLA with which steps are compiled for these devices."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    return {
+        # The default order of operations takes more memory, for threads that have enough to do.
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        # This pass would take the barriers away before operations are fused: relu's gradient would compute what it
+        # needs from what the layer before had put out, which would have to be kept until then.
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
 
 
 def device_memory(program: jax.stages.Compiled) -> str:

@@ -16,26 +16,30 @@ MEMORY_FORMATS = ("contiguous", "channels_last")  # torch's, tried one by one
 
 
 def run(settings: Settings) -> list[Row]:
-    """Measure a step with full quotas; libraries alone take some of it, which a second row leaves out."""
-    settings = train.defaults(settings)
+    """Measure a step with full quotas in turns; libraries alone take some of it, which a second row leaves out."""
+    rounds, settings = settings.rounds or 3, train.defaults(settings)
     with tempfile.TemporaryDirectory() as folder:
         _write_inputs(settings, Path(folder))
-        # Twice: the first fills the cache, as the first start of a training does.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache")}
-        cold, ours = (run_child("memory:measure_ours", settings, folder, environment=cache) for _ in range(2))
-        theirs, name = None, ""
-        if settings.against:
-            measured = {f: run_child("memory:measure_reference", settings, folder, f) for f in MEMORY_FORMATS}
-            layout = min(measured, key=lambda f: measured[f]["peak"])
-            theirs, name = measured[layout], f"torchvision, {layout}"
+
+        def measure_one():
+            return run_child("memory:measure_ours", settings, folder, environment=cache)
+
+        cold = measure_one()  # which fills the cache, as the first start of a training does
+        ours, theirs = [], {name: [] for name in MEMORY_FORMATS if settings.against}
+        for _ in range(rounds):
+            ours.append(measure_one())
+            for name, measured in theirs.items():
+                measured.append(run_child("memory:measure_reference", settings, folder, name))
     said = settings.describe() | {"ours_when_it_compiles_mb": cold["peak"], "reference": theirs, "ours": ours}
     where = "GPU memory" if on_gpu() else "process"
     title = f"peak memory of training, batch {settings.batch_size}, {where}"
 
     def row(title, value):
-        return Row(
-            title, Spread.of([value(ours)]), theirs and Spread.of([value(theirs)]), name, unit="mb", settings=said
-        )
+        spreads = {name: Spread.of([value(m) for m in measured]) for name, measured in theirs.items()}
+        best = min(spreads, key=lambda name: spreads[name].median, default=None)
+        reference = {"reference": spreads[best], "reference_name": f"torchvision, {best}"} if spreads else {}
+        return Row(title, Spread.of([value(m) for m in ours]), **reference, unit="mb", settings=said)
 
     return [row(title, lambda m: m["peak"]), row(f"{title}, less libraries", lambda m: m["peak"] - m["libraries"])]
 

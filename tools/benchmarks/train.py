@@ -10,7 +10,7 @@ from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.program_cache import ProgramCache
-from maskrcnn_jax.training.step import TrainStep, create_train_state
+from maskrcnn_jax.training.step import TrainStep, compiler_options, create_train_state
 from tools.benchmarks.inputs import (
     Objects,
     Settings,
@@ -133,7 +133,9 @@ class OurTraining:
         def loss(params, variables, batch, key):
             return sum(nnx.merge(graphdef, params, variables, copy=True).losses(batch, key)[0].values())
 
-        self._forward, self._gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+        options = compiler_options(mesh)
+        self._forward = jax.jit(loss, compiler_options=options)
+        self._gradient = jax.jit(jax.value_and_grad(loss), compiler_options=options)
 
     def load(self, batch: Batch) -> None:
         """Work on this batch from now on."""
