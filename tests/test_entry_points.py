@@ -137,6 +137,7 @@ def test_train_eval_and_predict_work_one_after_the_other(place):
     continued = train(place, "--config.max_steps=3", "--config.eval_every=0", workdir=workdir)
     assert continued.returncode == 0, continued.stderr[-2000:]
     assert "resuming at step 2 of 3" in continued.stdout
+    assert "did not have before: max_steps 3 (2 before), eval_every 0 (3 before)" in continued.stdout
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3]
 

@@ -78,8 +78,8 @@ def _average_precision(metrics: dict) -> Iterator[str]:
 
 
 def _text(value: float) -> float | str:
-    """Return an AP for a table; COCO's -1 means that there are no objects."""
-    return "no objects" if value < 0 else round(value, 3)
+    """Return an AP for a table; COCO's -1 means that there are no objects, or none with a mask."""
+    return "none to find" if value < 0 else round(value, 3)
 
 
 def _precision_recall(truth: COCO, results: list[dict]) -> Iterator[str]:

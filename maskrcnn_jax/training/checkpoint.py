@@ -392,6 +392,23 @@ def _is_like(value: object, default: object) -> bool:
     return type(value) is type(default)
 
 
+def changed_settings(config: ConfigDict, workdir: str | Path) -> list[str]:
+    """Return the fields in which a config differs from that of a run's folder, each as "batch_size 16 (8 before)"."""
+    try:
+        before = _flatten(json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return []
+    now = _flatten(json.loads(config.to_json_best_effort()))
+    return [f"{name} {now[name]} ({before[name]} before)" for name in now if before.get(name, now[name]) != now[name]]
+
+
+def _flatten(options: object, prefix: str = "") -> dict:
+    """Return nested options by names such as "optim.lr"."""
+    if not isinstance(options, dict):
+        return {prefix.removesuffix("."): options}
+    return {k: v for name, inner in options.items() for k, v in _flatten(inner, f"{prefix}{name}.").items()}
+
+
 def save_config(config: ConfigDict, workdir: str | Path) -> None:
     """Write the resolved config of a run."""
     replace_file(Path(workdir) / "config.json", config.to_json_best_effort(indent=2) + "\n")

@@ -25,7 +25,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.processes import is_first
 from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
-from maskrcnn_jax.training.checkpoint import Checkpoints, has_checkpoint, save_config
+from maskrcnn_jax.training.checkpoint import Checkpoints, changed_settings, has_checkpoint, save_config
 from maskrcnn_jax.training.data_check import check_before_training
 from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.memory import give_back_memory
@@ -124,6 +124,7 @@ def train(
     with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
         restored = checkpoints.restore_newest(state)
         state = state if restored is None else restored
+        changes = [] if restored is None else changed_settings(config, workdir)
         if is_first():
             save_config(config, workdir)
             index.categories.save(workdir / "categories.json")
@@ -138,6 +139,8 @@ def train(
             f"{parameters / 1e6:.1f} M parameters, {config.model.dtype}"
             + ("" if start or initialise else ", from random values")
         )
+        if changes:
+            _print(f"settings that this run did not have before: {', '.join(changes)}")
 
         def evaluation_is_due(step: int) -> bool:
             return bool(config.eval_every) and (step == num_steps or step % (config.eval_every * steps_per_epoch) == 0)

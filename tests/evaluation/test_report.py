@@ -84,7 +84,7 @@ def test_where_only_boxes_are_known_a_page_has_what_they_tell(truth, tmp_path):
     truth, results = copy.deepcopy(truth), perfect(truth)
     for annotation in truth.anns.values():
         annotation.pop("segmentation")
-    assert "Box AP 1.0, mask AP no objects" in report(tmp_path / "page.html", truth, results)
+    assert "Box AP 1.0, mask AP none to find" in report(tmp_path / "page.html", truth, results)
 
 
 def test_many_categories_are_listed_by_their_confusions(truth, tmp_path):
