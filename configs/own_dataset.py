@@ -59,7 +59,9 @@ def get_config(which: str = "full") -> ConfigDict:
     config.data.resize = "uint8"
     config.data.buckets = "auto"
     model = config.model
-    model.norm = model.head_norm = "frozen"  # four images are too few for statistics
+    model.norm = "frozen"  # four images are too few for statistics
+    if model.head_norm == "batch":
+        model.head_norm = "frozen"
     model.box_batch_size_per_image = 128  # as detectron2's tutorial for small datasets
     config.optim.frozen_stages = 2  # the stem and the first stage have learnt what all images share (torchvision)
     # SGD with torchvision's and detectron2's rate, 0.02 for 16 images. It scales in proportion to the batch: a step

@@ -10,6 +10,9 @@ from pathlib import Path
 import cv2
 import pytest
 
+from maskrcnn_jax.configs import own_dataset
+from maskrcnn_jax.models.mask_rcnn import make_unfilled
+from maskrcnn_jax.weights.convert import load_weights
 from tests.documents import ROOT, blocks
 
 PARTS = ("maskrcnn_jax", "configs", "tools", "train.py", "eval.py", "predict.py")
@@ -51,3 +54,20 @@ def test_every_command_of_the_walk_works(tmp_path):
     assert f"({len(found)}, 128, 128)" in python and "'image_id': 1" in python
     objects = json.loads(exported.splitlines()[-1])["objects"]
     assert [one["category_id"] for one in objects] == [result["category_id"] for result in found]
+
+
+@pytest.mark.parametrize(
+    ("which", "name"), [("full", "maskrcnn_resnet50_fpn_v2"), ("laptop", "maskrcnn_resnet50_fpn")]
+)
+def test_the_published_weights_that_a_start_is_meant_for_fit(which, name):
+    """Without the weights themselves: torchvision's network of this name has the arrays that they have."""
+    pytest.importorskip("torch")
+    from tools.torchvision_reference import import_torchvision
+
+    assert f"configs/own_dataset.py{'' if which == 'full' else ':laptop'} --weights=torchvision:{name} " in (
+        (ROOT / "docs" / "own_dataset.md").read_text()
+    )
+    network = getattr(import_torchvision().models.detection, name)(weights=None, weights_backbone=None)
+    arrays = {key: array.numpy() for key, array in network.state_dict().items()}
+    model = make_unfilled(len(arrays["roi_heads.box_predictor.cls_score.bias"]), **own_dataset.get_config(which).model)
+    load_weights(model, arrays, source=name)
