@@ -12,12 +12,12 @@ from pathlib import Path
 
 from absl import flags
 
-from maskrcnn_jax.cli import define_model_flags, define_process_flags, find_config, load_model, run_app
+from maskrcnn_jax.commands.app import define_model_flags, define_process_flags, find_config, load_model, run_app
+from maskrcnn_jax.distributed import is_first
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.coco_eval import format_table
+from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.evaluation.report import write_report
-from maskrcnn_jax.processes import is_first
 
 FLAGS = flags.FLAGS
 define_model_flags()

@@ -11,10 +11,10 @@ their captions can be read.
 
 from absl import flags
 
-from maskrcnn_jax.cli import define_model_flags, find_config, load_model, run_app
+from maskrcnn_jax.commands.app import define_model_flags, find_config, load_model, run_app
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.files import is_video, list_images, predict_images, predict_video
-from maskrcnn_jax.evaluation.predictor import MIN_SCORE, Predictor
+from maskrcnn_jax.inference.media import is_video, list_images, predict_images, predict_video
+from maskrcnn_jax.inference.predictor import MIN_SCORE, Predictor
 
 FLAGS = flags.FLAGS
 define_model_flags()

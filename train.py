@@ -7,14 +7,14 @@ Run again with the same --workdir, it goes on from the newest checkpoint there. 
 from absl import flags
 from ml_collections import config_flags
 
-from maskrcnn_jax.cli import define_process_flags, program_cache, run_app
-from maskrcnn_jax.evaluation.coco_eval import format_table
+from maskrcnn_jax.commands.app import define_process_flags, run_app
+from maskrcnn_jax.distributed import is_first
+from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.processes import is_first
 from maskrcnn_jax.training.loop import train
 from maskrcnn_jax.weights.convert import load_weights
-from maskrcnn_jax.weights.download import resolve
 from maskrcnn_jax.weights.files import read_arrays
+from maskrcnn_jax.weights.published import resolve
 
 FLAGS = flags.FLAGS
 define_process_flags()
@@ -51,7 +51,6 @@ def main() -> None:
         FLAGS.workdir,
         make_evaluate=make_evaluate,
         initialise=initialise if FLAGS.weights else None,
-        cache=program_cache(),
     )
 
 

@@ -11,12 +11,12 @@ from maskrcnn_jax import configs
 from maskrcnn_jax.configs import base
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.predictor import Predictor
+from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import load_weights
-from maskrcnn_jax.weights.download import BASE_URLS, resolve
 from maskrcnn_jax.weights.files import read_arrays
+from maskrcnn_jax.weights.published import BASE_URLS, resolve
 
 PUBLISHED = {  # named weights -> the config that they belong to
     "torchvision:maskrcnn_resnet50_fpn": "torchvision_r50_fpn",

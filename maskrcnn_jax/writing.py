@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,3 +59,10 @@ def replace_file(path: str | os.PathLike, content: str | bytes) -> None:
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content, *, indent: int | None = None) -> None:
+    """Write JSON into a file, whose folder is made if it does not exist; a reader never meets half of it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(content, indent=indent) + "\n")

@@ -19,14 +19,14 @@ from configs import shapes
 from maskrcnn_jax import api
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.shapes import write_dataset
+from maskrcnn_jax.distributed import make_mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.sharding import make_mesh
 from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
 from maskrcnn_jax.training.step import create_train_state
 from maskrcnn_jax.weights.convert import to_torchvision
-from maskrcnn_jax.weights.download import FILES
 from maskrcnn_jax.weights.files import write_arrays
+from maskrcnn_jax.weights.published import FILES
 from tests.models.tiny import OPTIONS, tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import pytest
 from tools import benchmark
 from tools.benchmarks import scaling
 from tools.benchmarks.inputs import NARROW, Settings
-from tools.benchmarks.report import write_docs
+from tools.benchmarks.tables import write_docs
 from tools.benchmarks.timing import Row, Spread, cell, compare, measure, table, write_json
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,7 +14,7 @@ from configs import paper
 from maskrcnn_jax.errors import UserError
 from tools.paper import running
 from tools.paper.experiments import COMPARISONS, comparison_run, table_run
-from tools.paper.report import load_results, write_report
+from tools.paper.results_page import load_results, write_report
 
 METRICS = ("bbox_AP", "segm_AP", "segm_AP75", "eval_accuracy", "eval_accuracy_foreground", "eval_loss")
 TRAIN_METRICS = ("train_segm_AP", "train_accuracy", "train_loss")

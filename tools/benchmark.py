@@ -19,9 +19,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the reference runs on one
 
 from absl import flags
 
-from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.commands.app import run_app
 from tools.benchmarks.inputs import NARROW, Settings
-from tools.benchmarks.report import write_docs
+from tools.benchmarks.tables import write_docs
 from tools.benchmarks.timing import Row, cell, environment, table, write_json
 
 SUBJECTS = ("inference", "train", "ops", "data", "eval", "compile", "memory", "scaling")

@@ -20,17 +20,17 @@ import torch
 from absl import flags
 
 from configs import base, torchvision_r50_fpn, torchvision_r50_fpn_v2
-from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.commands.app import run_app
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import to_torchvision
-from maskrcnn_jax.weights.download import resolve
 from maskrcnn_jax.weights.files import read_arrays
+from maskrcnn_jax.weights.published import resolve
 from maskrcnn_jax.weights.torchvision import modern_names, without_counterpart
 from tools.comparison.ap import compare_ap
+from tools.comparison.comparison_page import Comparison
 from tools.comparison.detections import compare_detections
 from tools.comparison.pair import TOLERANCES, Pair, make_targets, read_images, to_torch
-from tools.comparison.report import Comparison
 from tools.comparison.stages import compare_stages
 from tools.comparison.training import compare_losses_and_gradients, compare_steps, make_gradient
 from tools.torchvision_reference import build_reference, load_reference, randomise

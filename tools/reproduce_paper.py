@@ -21,10 +21,10 @@ from absl import flags
 from tqdm import tqdm
 
 from configs.paper import ROWS
-from maskrcnn_jax.cli import run_app
+from maskrcnn_jax.commands.app import run_app
 from maskrcnn_jax.errors import UserError
 from tools.paper.experiments import COMPARISONS, comparison_run, table_run
-from tools.paper.report import load_results, write_report
+from tools.paper.results_page import load_results, write_report
 from tools.paper.running import train
 
 FLAGS = flags.FLAGS

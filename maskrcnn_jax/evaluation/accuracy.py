@@ -15,8 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from maskrcnn_jax.processes import gather, is_first
-from maskrcnn_jax.sharding import make_local_mesh, place_batch, place_locally
+from maskrcnn_jax.distributed import gather, is_first, make_local_mesh, place_batch, place_locally
 from maskrcnn_jax.structures import Batch
 
 

@@ -16,11 +16,11 @@ from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
+from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
-from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations, write_files
-from maskrcnn_jax.evaluation.inference import make_detect, run_detection
-from maskrcnn_jax.evaluation.visualize import draw_instances, grid, side_by_side
-from maskrcnn_jax.processes import gather, is_first
+from maskrcnn_jax.evaluation.coco_metrics import evaluate, load_annotations, write_files
+from maskrcnn_jax.inference.detect import make_detect, run_detection
+from maskrcnn_jax.inference.draw import draw_instances, grid, side_by_side
 from maskrcnn_jax.writing import replace_file
 
 NUM_PICTURES = 12  # images drawn after an evaluation

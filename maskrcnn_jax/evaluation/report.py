@@ -13,9 +13,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax import page
-from maskrcnn_jax.evaluation.coco_eval import STATISTICS, load_results, mask_truth
+from maskrcnn_jax.evaluation.coco_metrics import STATISTICS, load_results, mask_truth
 from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE, ImageErrors, confusion
-from maskrcnn_jax.evaluation.errors import CROWDING, OCCLUSIONS, SIZES, Errors
+from maskrcnn_jax.evaluation.failure_analysis import CROWDING, OCCLUSIONS, SIZES, Errors
 from maskrcnn_jax.writing import replace_file
 
 _KINDS = {"bbox": "box", "segm": "mask"}
@@ -141,7 +141,9 @@ def _groups(truth: COCO, results: list[dict]) -> Iterator[str]:
         for group in ("all", *OCCLUSIONS, *CROWDING, *SIZES)
     ]
     yield page.table(["objects", "number", "box AP", "mask AP"], rows)
-    yield page.paragraph("Intervals and comparisons with another model: python -m maskrcnn_jax.evaluation.errors")
+    yield page.paragraph(
+        "Intervals and comparisons with another model: python -m maskrcnn_jax.evaluation.failure_analysis"
+    )
 
 
 def _pictures(images: dict[int, ImageErrors], truth: COCO, draw: Callable[[int], np.ndarray | None]) -> Iterator[str]:

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
 
-from maskrcnn_jax import losses
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models import losses
 from maskrcnn_jax.models.backbone import feature_list, make_backbone
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN

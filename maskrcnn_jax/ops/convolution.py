@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from maskrcnn_jax.ops.winograd import conv3x3
+from maskrcnn_jax.ops.cpu.winograd import conv3x3
 
 # Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
 _WINOGRAD_CHANNELS = 128

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
-from maskrcnn_jax.processes import gather, is_first
 from maskrcnn_jax.training.step import TrainState
 from maskrcnn_jax.writing import replace_file, writing
 

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.processes import is_first
+from maskrcnn_jax.distributed import is_first
 
 MIN_EPOCHS, MAX_EPOCHS = 12, 100  # 12: detectron2's 1x schedule, enough for a large dataset
 

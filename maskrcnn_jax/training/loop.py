@@ -21,17 +21,15 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoIndex, drop_labels
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
+from maskrcnn_jax.distributed import is_first, make_mesh, replicated, shard_batch
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.processes import is_first
-from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
+from maskrcnn_jax.training.check_data import check_before_training
 from maskrcnn_jax.training.checkpoint import Checkpoints, changed_settings, has_checkpoint, save_config
-from maskrcnn_jax.training.data_check import check_before_training
 from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.memory import give_back_memory
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
-from maskrcnn_jax.training.program_cache import ProgramCache
 from maskrcnn_jax.training.step import (
     MIN_LOSS_SCALE,
     TrainState,
@@ -55,7 +53,6 @@ def train(
     *,
     make_evaluate: Callable[[Categories], Callable[[nnx.Module], Evaluation] | None],
     initialise: Callable[[MaskRCNN], None] | None = None,
-    cache: ProgramCache | None = None,
 ) -> None:
     """Train a model, going on from the newest checkpoint in ``workdir`` if there is one.
 
@@ -65,7 +62,6 @@ def train(
       make_evaluate: called once with the categories; what it returns is called with the model after epochs, unless
         ``eval_every`` is 0.
       initialise: called with the model when there is no checkpoint, to change its initial values.
-      cache: of compiled programs, as TrainStep describes it.
 
     Raises:
       UserError: when the config, the data or the folder do not fit, or a loss is not finite.
@@ -116,7 +112,7 @@ def train(
         divide=config.shard_params,
         frozen_stages=config.optim.frozen_stages,
     )
-    train_step = TrainStep(graphdef, optimizer, mesh, cache, **step_options)
+    train_step = TrainStep(graphdef, optimizer, mesh, **step_options)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,12 +15,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from maskrcnn_jax.distributed import cut_batch, place_state, replicated
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.sharding import cut_batch, place_state, replicated
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.memory import give_back_memory
 from maskrcnn_jax.training.optimizer import is_frozen
-from maskrcnn_jax.training.program_cache import ProgramCache, programs_from_jax, step_key
 
 # Below, a scale would only guard against gradients that are larger than float16 itself.
 MIN_LOSS_SCALE = 1.0
@@ -124,7 +123,6 @@ class TrainStep:
         graphdef: nnx.GraphDef,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
-        cache: ProgramCache | None = None,
         *,
         loss_scale_interval: int = 2000,
         ema_decay: float = 0.0,
@@ -136,8 +134,6 @@ class TrainStep:
           graphdef: structure of the model, as create_train_state returns it.
           optimizer: the same as there.
           mesh: over which the batch is sharded.
-          cache: of compiled programs, for the entry points: it knows the sources of this package, but not what was
-            put in the place of one of its functions.
           loss_scale_interval: good steps in a row after which the loss scale doubles.
           ema_decay: what the average of the parameters, where there is one, keeps of itself in a step; less in the
             first steps.
@@ -154,8 +150,7 @@ class TrainStep:
         settings = Settings(mesh, loss_scale_interval, ema_decay, accumulate)
         self._step = functools.partial(_step, graphdef, optimizer, settings)
         self._options = compiler_options(mesh)
-        self._key = functools.partial(step_key, graphdef, optimizer, settings, self._options)
-        self._mesh, self._cache = mesh, cache
+        self._mesh = mesh
         self.programs: dict[tuple, jax.stages.Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -178,7 +173,8 @@ class TrainStep:
         """Make the program for such a batch and return it; nothing if there is one already."""
         if _kind(batch) in self.programs:
             return None
-        self.programs[_kind(batch)] = program = self._program(state, batch, key)
+        program = self.lower(state, batch, key).compile(self._options)
+        self.programs[_kind(batch)] = program
         give_back_memory()
         return program
 
@@ -186,16 +182,6 @@ class TrainStep:
         """Trace the step; the next state will lie on the devices as ``state`` does."""
         layouts = jax.tree.map(lambda array: array.sharding, state), replicated(self._mesh)
         return jax.jit(self._step, donate_argnums=0, out_shardings=layouts).lower(state, batch, key)
-
-    def _program(self, *arguments) -> jax.stages.Compiled:
-        name = self._key(arguments) if self._cache else None
-        program = self._cache.load(name, self._mesh) if name else None
-        if program is None:
-            with programs_from_jax() as taken:
-                program = self.lower(*arguments).compile(self._options)
-            if name and not taken:
-                self._cache.save(name, program)
-        return program
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

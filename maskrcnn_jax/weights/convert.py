@@ -10,7 +10,7 @@ from flax import nnx
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.weights import detectron2, torchvision
-from maskrcnn_jax.weights.layout import Entry
+from maskrcnn_jax.weights.layouts import Entry
 
 # Keys that checkpoints carry and no model needs: counters of frozen norms, the classifier of an ImageNet network, and
 # what detectron2 computes anew (as ours does).

@@ -11,7 +11,7 @@ from flax import nnx
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, IMAGE_STD, MaskRCNN
 from maskrcnn_jax.models.resnet import ResNet
-from maskrcnn_jax.weights.layout import Entry, Layout, Path, module_and_leaf, module_layout, then
+from maskrcnn_jax.weights.layouts import Entry, Layout, Path, module_and_leaf, module_layout, then
 
 _STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
 # Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first, and nothing but RGB.

@@ -14,7 +14,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.models.mobilenet import InvertedResidual, MobileNetV3
 from maskrcnn_jax.models.resnet import ResNet
-from maskrcnn_jax.weights.layout import Entry, Path, module_and_leaf, module_layout
+from maskrcnn_jax.weights.layouts import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
 # In a detector the backbone is what the classifier calls its features.

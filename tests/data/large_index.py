@@ -51,9 +51,9 @@ def write(root: Path) -> None:
 def measure(root: Path) -> None:
     """Prints the seconds of processor time, the peak memory of the process, the sizes of the index and what is odd."""
     from configs import base
-    from maskrcnn_jax.data.check_annotations import check_index
+    from maskrcnn_jax.checking.annotations import check_index
     from maskrcnn_jax.data.coco import load_index
-    from maskrcnn_jax.training.data_check import anchors_of
+    from maskrcnn_jax.training.check_data import anchors_of
 
     start = time.process_time()
     index = load_index(root, "train2017")

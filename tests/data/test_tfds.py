@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from pycocotools import mask as coco_mask
 
 from configs import base
+from maskrcnn_jax.checking.annotations import SAME_ANNOTATION, check_index
 from maskrcnn_jax.data import tfds_builder
-from maskrcnn_jax.data.check_annotations import SAME_ANNOTATION, check_index
 from maskrcnn_jax.data.coco import drop_labels, load_index
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.images import BrokenImageError

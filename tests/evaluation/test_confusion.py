@@ -2,8 +2,9 @@
 
 import pytest
 
-from maskrcnn_jax.evaluation.coco_eval import load_annotations, write_json
+from maskrcnn_jax.evaluation.coco_metrics import load_annotations
 from maskrcnn_jax.evaluation.confusion import ImageErrors, confusion
+from maskrcnn_jax.writing import write_json
 
 
 def objects(*rows, crowd=()):

@@ -10,8 +10,8 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.configs import base
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.evaluation.coco_eval import evaluate
-from maskrcnn_jax.evaluation.result_files import read_results
+from maskrcnn_jax.evaluation.coco_metrics import evaluate
+from maskrcnn_jax.evaluation.detections_file import read_results
 from maskrcnn_jax.training.checkpoint import load_config, save_config
 from tests.hostile import change_document, changes, damage_bytes, damages, hostile
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.data.shapes import write_dataset
-from maskrcnn_jax.evaluation.coco_eval import evaluate, load_annotations
+from maskrcnn_jax.evaluation.coco_metrics import evaluate, load_annotations
 from maskrcnn_jax.evaluation.report import write_report
 
 # Written into a copy of the page: says what a reader would see.

@@ -7,11 +7,11 @@ import optax
 import pytest
 from flax import nnx
 
+from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.backbone import feature_list
 from maskrcnn_jax.models.layers import Conv
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from maskrcnn_jax.weights.convert import to_torchvision
 from tests.models.tiny import OPTIONS, all_finite, tiny_batch

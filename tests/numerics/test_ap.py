@@ -10,7 +10,7 @@ from maskrcnn_jax.training.loop import train  # noqa: E402
 from maskrcnn_jax.weights.convert import to_torchvision  # noqa: E402
 from maskrcnn_jax.weights.files import read_arrays, write_arrays  # noqa: E402
 from tools.comparison.ap import compare_ap  # noqa: E402
-from tools.comparison.report import Comparison  # noqa: E402
+from tools.comparison.comparison_page import Comparison  # noqa: E402
 from tools.torchvision_reference import build_reference, load_reference  # noqa: E402
 
 

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 from configs import torchvision_r50_fpn, torchvision_r50_fpn_v2  # noqa: E402
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN  # noqa: E402
 from tools.compare_torch import compare  # noqa: E402
+from tools.comparison.comparison_page import Comparison  # noqa: E402
 from tools.comparison.pair import read_images  # noqa: E402
-from tools.comparison.report import Comparison  # noqa: E402
 
 CONFIGS = {"v1": torchvision_r50_fpn, "v2": torchvision_r50_fpn_v2}
 NARROW = {

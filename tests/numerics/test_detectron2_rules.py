@@ -1,6 +1,6 @@
 """detectron2's rules where they differ from torchvision's, each against a reference computed here.
 
-RoIAlign itself is in test_roi_align_oracle.py, pasting in tests/evaluation/test_paste.py.
+RoIAlign itself is in test_roi_align_oracle.py, pasting in tests/inference/test_paste.py.
 """
 
 import json

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from maskrcnn_jax import losses  # noqa: E402
+from maskrcnn_jax.models import losses  # noqa: E402
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS  # noqa: E402
 from maskrcnn_jax.models.postprocess import select_detections  # noqa: E402
 from maskrcnn_jax.ops.boxes import encode_boxes  # noqa: E402

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskrcnn_jax.ops import convolution, winograd
+from maskrcnn_jax.ops import convolution
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
-from maskrcnn_jax.ops.winograd import conv3x3
+from maskrcnn_jax.ops.cpu import winograd
+from maskrcnn_jax.ops.cpu.winograd import conv3x3
 from tests.programs import collectives_in_loops
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.models.layers import BatchNorm, Conv
-from maskrcnn_jax.sharding import make_mesh, shard_batch
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 
 

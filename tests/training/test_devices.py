@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from maskrcnn_jax.sharding import make_mesh, shard_batch
+from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tests.models.tiny import tiny_batch, tiny_model
 

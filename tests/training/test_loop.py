@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 from configs import base
-from maskrcnn_jax.data import check_annotations
+from maskrcnn_jax.checking import annotations as check_annotations
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
 from maskrcnn_jax.training.loop import _Log, shard_batch, train
 from maskrcnn_jax.training.step import TrainStep
-from tests.dataset_faults import FAULTS, READ_ANYWAY, damage, file_listed_twice
+from tests.checking.dataset_faults import FAULTS, READ_ANYWAY, damage, file_listed_twice
 
 
 class FakeEvaluation(NamedTuple):

@@ -8,15 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from maskrcnn_jax.distributed import make_mesh, place_state, shard_batch
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.sharding import make_mesh, place_state, shard_batch
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.step import TrainStep, create_train_state, updates_done
 from tests.models.tiny import tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
-from tests.training.cached_step import optimizer as optimizer_of_a_run
 from tests.training.layer import Training, assert_same, points
+from tests.training.optimizers import optimizer as optimizer_of_a_run
 
 
 def test_float16_skips_a_step_whose_gradient_overflows_and_goes_on_with_half_the_scale():

@@ -6,8 +6,7 @@ import time
 import jax
 import numpy as np
 
-from maskrcnn_jax.cli import program_cache
-from maskrcnn_jax.evaluation.inference import make_detect
+from maskrcnn_jax.inference.detect import make_detect
 from tools.benchmarks import train
 from tools.benchmarks.child import run_child
 from tools.benchmarks.inputs import (
@@ -46,7 +45,7 @@ def time_train(settings: Settings) -> dict:
     photos = read_photos(settings, settings.batch_size)
     rng = np.random.default_rng(settings.seed)
     batch = make_batch(photos, [random_objects(settings, train.ORDINARY, rng) for _ in photos])
-    return {"seconds": _first_call(train.OurTraining(make_model(settings), batch, program_cache()).step)}
+    return {"seconds": _first_call(train.OurTraining(make_model(settings), batch).step)}
 
 
 def time_inference(settings: Settings) -> dict:

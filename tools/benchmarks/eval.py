@@ -10,9 +10,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.coco_eval import STATISTICS, evaluate
-from maskrcnn_jax.evaluation.inference import run_detection
-from maskrcnn_jax.evaluation.paste import encode_rle
+from maskrcnn_jax.evaluation.coco_metrics import STATISTICS, evaluate
+from maskrcnn_jax.inference.detect import run_detection
+from maskrcnn_jax.inference.paste import encode_rle
 from maskrcnn_jax.structures import Batch, Detections
 from tools.benchmarks.inputs import Settings
 from tools.benchmarks.ops import random_boxes, random_masks

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.inference import make_detect
+from maskrcnn_jax.inference.detect import make_detect
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.structures import Detections
 from tools.benchmarks.inputs import Settings, default_dtype, make_model, on_gpu, pad_images, read_photos

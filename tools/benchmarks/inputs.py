@@ -13,7 +13,7 @@ from configs import torchvision_r50_fpn
 from maskrcnn_jax.data.shapes import draw_image
 from maskrcnn_jax.data.transforms import pack_masks
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.files import list_images
+from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.ops.boxes import box_iou
 from maskrcnn_jax.structures import Batch, GroundTruth

@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.paste import encode_rle, paste_mask
+from maskrcnn_jax.inference.paste import encode_rle, paste_mask
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE
 from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.models.proposals import select_proposals

@@ -5,11 +5,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from maskrcnn_jax.distributed import make_mesh, replicated, shard_batch
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.sharding import make_mesh, replicated, shard_batch
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import make_optimizer
-from maskrcnn_jax.training.program_cache import ProgramCache
 from maskrcnn_jax.training.step import TrainStep, compiler_options, create_train_state
 from tools.benchmarks.inputs import (
     Objects,
@@ -112,7 +111,7 @@ def mesh_for(batch_size: int) -> Mesh:
 class OurTraining:
     """Our training on one batch: loss, gradient and the optimizer's step, as the training loop has them."""
 
-    def __init__(self, model: MaskRCNN, batch: Batch, cache: ProgramCache | None = None):
+    def __init__(self, model: MaskRCNN, batch: Batch):
         mesh = mesh_for(len(batch.images))
         optimizer = make_optimizer(
             lambda _: LEARNING_RATE,
@@ -128,7 +127,7 @@ class OurTraining:
         graphdef, self.state = create_train_state(model, optimizer, mesh)
         self._mesh, self.key = mesh, jax.device_put(jax.random.key(0), replicated(mesh))
         self.load(batch)
-        self._step = TrainStep(graphdef, optimizer, mesh, cache)
+        self._step = TrainStep(graphdef, optimizer, mesh)
 
         def loss(params, variables, batch, key):
             return sum(nnx.merge(graphdef, params, variables, copy=True).losses(batch, key)[0].values())

@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoIndex, load_index
-from maskrcnn_jax.evaluation.coco_eval import evaluate
+from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import to_torch
-from tools.comparison.report import Comparison
 
 AP_LIMIT = 1e-3
 

@@ -7,11 +7,11 @@ import torch
 from tqdm import tqdm
 
 from maskrcnn_jax.data.transforms import resize_image
-from maskrcnn_jax.evaluation.paste import paste_mask
-from maskrcnn_jax.evaluation.results import unpad
+from maskrcnn_jax.inference.paste import paste_mask
+from maskrcnn_jax.inference.results import unpad
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import Pair, our_images, to_torch
-from tools.comparison.report import Comparison
 
 
 class DetectionLimits(NamedTuple):

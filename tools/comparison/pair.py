@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.files import list_images
+from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.models.mask_rcnn import IMAGE_MEAN, IMAGE_STD, make_unfilled
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.torchvision import entries

@@ -13,8 +13,8 @@ from maskrcnn_jax.data.transforms import pack_masks
 from maskrcnn_jax.models.proposals import sample_rois
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample
 from maskrcnn_jax.structures import Batch, GroundTruth, Proposals, RoISamples
+from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import Pair, channels_last, our_images, pad
-from tools.comparison.report import Comparison
 from tools.comparison.stages import compare_sets
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from maskrcnn_jax.training.optimizer import make_optimizer
+from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import Pair, to_torch
-from tools.comparison.report import Comparison
 from tools.comparison.sampling import Drawn, compare_sampling, our_batch, reference_losses
 
 # The gradient of a bias whose effect a following norm removes is zero but for rounding. Gradients are measured against

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.coco_eval import write_json
+from maskrcnn_jax.writing import write_json
 from tools.benchmarks.timing import environment
 from tools.paper.experiments import Run
 

@@ -1,0 +1,180 @@
+"""Devices and processes: the mesh, how arrays lie on it, and how processes find and tell each other."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.structures import Batch
+
+# Set by a launcher for each process that it starts: how many there are. JAX finds the rest there by itself.
+_LAUNCHERS = {"SLURM_NTASKS": "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+
+
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    search: bool = False,
+) -> None:
+    """Join the other processes of this job, before anything else is asked of JAX; alone, do nothing.
+
+    Processes that ``srun``, ``mpirun`` or GKE's TPU slices started find each other by themselves.
+
+    Args:
+      coordinator_address: host:port of process 0.
+      num_processes: of the job.
+      process_id: of this one, from 0.
+      search: let JAX look for the others, as on the workers of a Cloud TPU.
+
+    Raises:
+      UserError: when some of the first three are given and others not, or the others cannot be reached.
+    """
+    given = [coordinator_address, num_processes, process_id]
+    if any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise UserError("give all of --coordinator_address, --num_processes and --process_id, or none of them")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id={process_id} must lie in 0..{num_processes - 1}, with --num_processes")
+    elif not search and not _launched():
+        return
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the other processes cannot be joined ({str(error).splitlines()[0]}); look at --coordinator_address, "
+            "which all of them must reach"
+        ) from None
+
+
+def _launched() -> bool:
+    """Return whether a launcher, or GKE on the hosts of a TPU slice, started this process beside others."""
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    return any(int(os.environ.get(number) or 1) > 1 and own in os.environ for number, own in _LAUNCHERS.items())
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that prints and writes what there should be once."""
+    return jax.process_index() == 0
+
+
+def leave(status: int) -> None:
+    """End this process; one of several at once: JAX would first wait for the others, who wait for this one."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def gather(value) -> list:
+    """Return the values of all processes, in their order, to each of them; all must call this together.
+
+    Args:
+      value: of this process; anything that JSON holds.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(content)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(content)] = content
+    contents = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:length])) for row, length in zip(contents, lengths, strict=True)]
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with one axis, "data", of these devices; of all, those of other processes too, if not given."""
+    devices = jax.devices() if devices is None else devices
+    # Auto: under the default, Explicit, a gather along the sharded batch axis is an error.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def make_local_mesh() -> Mesh:
+    """Return a mesh of the devices of this process alone."""
+    return make_mesh(jax.local_devices())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the layout of parameters: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_state(state, mesh: Mesh, *, divide: bool):
+    """Put the arrays of a training state, which all processes have alike, on all devices.
+
+    Args:
+      state: tree of arrays.
+      mesh: of all devices.
+      divide: split each array along the longest of its axes that the devices can share, where there is one, instead of
+        keeping a copy on every device.
+    """
+
+    def place(array):
+        axes = [axis for axis, size in enumerate(array.shape) if divide and size and size % mesh.size == 0]
+        spec = [None] * array.ndim
+        if axes:
+            spec[max(axes, key=lambda axis: array.shape[axis])] = "data"
+        layout = NamedSharding(mesh, PartitionSpec(*spec))
+        if layout.is_fully_addressable:
+            return jax.device_put(array, layout)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, layout, lambda index: host[index])
+
+    return jax.tree.map(place, state)
+
+
+def place_locally(state, mesh: Mesh):
+    """Put a tree of arrays, wherever they lie, whole on every device of this process; all processes do so together.
+
+    Args:
+      state: tree of arrays.
+      mesh: as make_local_mesh returns it.
+    """
+    if not all(array.is_fully_addressable for array in jax.tree.leaves(state)):
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated(make_mesh()))(state)
+        state = jax.tree.map(lambda array: array.addressable_data(0), whole)
+    return jax.device_put(state, replicated(mesh))
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """Return the layout of a batch: its rows divided among the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def place_batch(arrays, mesh: Mesh):
+    """Put the arrays [B, ...] of a batch on the devices: divided where they can share it, else whole on each of them.
+
+    For batches of any size, such as one image; training refuses those that cannot be divided.
+    """
+    (num_rows,) = {len(array) for array in jax.tree.leaves(arrays)}
+    return jax.device_put(arrays, split(mesh) if num_rows % mesh.size == 0 else replicated(mesh))
+
+
+def cut_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """Arrange the rows [B, ...] of a sharded batch as [parts, B / parts, ...]; no row leaves its device.
+
+    Part p has the rows p, p + parts, p + 2 parts, ..., whatever the number of devices.
+    """
+    layout = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def cut(array):
+        rows = jnp.moveaxis(array.reshape(mesh.size, -1, parts, *array.shape[1:]), 2, 0)
+        rows = rows.reshape(parts, -1, *array.shape[1:])
+        return jax.lax.with_sharding_constraint(rows, layout)
+
+    return jax.tree.map(cut, batch)
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Put this process's rows of a numpy batch on its devices, as a part of the global batch."""
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(split(mesh), np.asarray(array)), batch)

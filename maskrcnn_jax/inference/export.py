@@ -1,0 +1,165 @@
+"""A trained model as one file that runs without this package: StableHLO programs, weights and what labels mean.
+
+The file is what ``numpy.load`` reads, a zip without pickles, and holds
+
+- ``model.json``: how images are prepared and what comes out, see ``describe``;
+- ``weights/0.npy``, ``weights/1.npy``, ...: arrays that every program takes, in this order;
+- ``800x1088.stablehlo`` and so on: for each padded size of images a program that ``jax.export.deserialize`` reads, for
+  any number of images and for CPUs and NVIDIA GPUs. The weights lie beside the programs, since they share them.
+
+A program is called with the list of weights, images [B, H, W, I] in RGB, padded with anything, their sizes [B, 2]
+int32 (height, width) inside the padding, and their sizes before they were resized, [B, 2] int32. It returns a dict:
+boxes [B, D, 4] in pixels of the images before they were resized, scores [B, D], labels [B, D], masks [B, D, M, M], the
+probabilities inside the boxes, and valid [B, D], False in rows that hold nothing.
+"""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maskrcnn_jax.data.loader import buckets_for
+from maskrcnn_jax.data.transforms import RESIZE
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.structures import Detections
+from maskrcnn_jax.writing import replace_file, writing
+
+FORMAT = 1
+PLATFORMS = ("cpu", "cuda")
+# Smaller arrays stay as they are: they are biases and statistics, and all of them together are small.
+_MIN_QUANTIZED = 1024
+
+
+class Int8(NamedTuple):
+    """An array in eight bits: values * scale, with a scale for each index of the last axis, the output channels."""
+
+    values: np.ndarray  # [..., K] int8
+    scale: np.ndarray  # [1, ..., K] float32
+
+
+def quantize(array: np.ndarray) -> np.ndarray | Int8:
+    """Round a weight to 255 levels per output channel; arrays of one axis or few values are returned as they are.
+
+    Args:
+      array: [..., K] floating.
+    """
+    if array.ndim < 2 or array.size < _MIN_QUANTIZED or not np.issubdtype(array.dtype, np.floating):
+        return array
+    largest = np.abs(array).max(axis=tuple(range(array.ndim - 1)), keepdims=True)
+    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return Int8(np.rint(array / scale).astype(np.int8), scale)
+
+
+def dequantize(array):
+    """Return what ``quantize`` was given, as nearly as eight bits tell."""
+    return array.values.astype(jnp.float32) * array.scale if isinstance(array, Int8) else array
+
+
+def quantized_network(network: nnx.Module) -> nnx.Module:
+    """Return a copy of a network that computes what its export with ``int8`` does."""
+    graphdef, state = nnx.split(network)
+    return nnx.merge(graphdef, jax.tree.map(lambda array: jnp.asarray(dequantize(quantize(np.asarray(array)))), state))
+
+
+def export_model(
+    predictor: Predictor,
+    path: str | os.PathLike,
+    *,
+    sizes: Sequence[tuple[int, int]] = (),
+    int8: bool = False,
+) -> None:
+    """Write a model into one file.
+
+    Args:
+      predictor: as ``mr.load`` returns it.
+      path: of the file.
+      sizes: (height, width) of the padded images, multiples of 32; if none are given, those of the config.
+      int8: keep the weights in eight bits, a quarter of the size. The program computes in the model's own dtype.
+
+    Raises:
+      UserError: when there are no sizes, or one that the model cannot have, or the file cannot be written.
+    """
+    data = predictor.config.data
+    sizes = [tuple(size) for size in sizes] or buckets_for(data.short_side, data.long_side, data.buckets)
+    if not sizes:
+        raise UserError("with data.buckets=exact every image has a size of its own; give those to export by --sizes")
+    wrong = [size for size in sizes if len(size) != 2 or min(size) < 32 or any(side % 32 for side in size)]
+    if wrong:
+        raise UserError(f"images padded to {'x'.join(map(str, wrong[0]))} do not fit the model; use multiples of 32")
+    predictor.network.eval()
+    graphdef, state = nnx.split(predictor.network)
+    state = jax.tree.map(np.asarray, state)
+    if int8:
+        state = jax.tree.map(quantize, state)
+    weights, structure = jax.tree.flatten(state)
+
+    def detect(weights, images, sizes, original_sizes):
+        state = jax.tree.unflatten(structure, weights)
+        state = jax.tree.map(dequantize, state, is_leaf=lambda leaf: isinstance(leaf, Int8))
+        return _in_original_pixels(nnx.merge(graphdef, state).detect(images, sizes), sizes, original_sizes)
+
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("model.json", json.dumps(describe(predictor, sizes, len(weights), int8), indent=1))
+        for i, array in enumerate(weights):
+            with file.open(f"weights/{i}.npy", "w") as entry:
+                np.save(entry, array, allow_pickle=False)
+        for height, width in sizes:
+            file.writestr(f"{height}x{width}.stablehlo", _program(detect, weights, (height, width), predictor))
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getvalue())
+
+
+def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:
+    """Return what ``model.json`` says: all that a program that runs the export has to know."""
+    data, model, categories = predictor.config.data, predictor.config.model, predictor.categories
+    rows = zip(categories.labels, categories.ids, categories.names, strict=True)
+    return {
+        "format": FORMAT,
+        "jax": jax.__version__,
+        "platforms": list(PLATFORMS),
+        "num_weights": num_weights,
+        "int8": int8,
+        "sizes": [list(size) for size in sizes],  # of the padded images, (height, width), smallest first
+        "channels": model.in_channels,
+        "dtype": np.dtype(RESIZE[data.resize]).name,  # of the images
+        "resize": data.resize,  # uint8 and float32: OpenCV's bilinear resizing in this dtype; pillow: Pillow's
+        "short_side": data.short_side,  # what the shorter side is resized to,
+        "long_side": data.long_side,  # unless the longer one would be more than this
+        "aligned_masks": bool(model.roi_aligned),  # whether masks are pasted as in detectron2, not as in torchvision
+        "categories": [{"label": int(label), "id": int(i), "name": name} for label, i, name in rows],
+    }
+
+
+def _in_original_pixels(detections: Detections, sizes: jax.Array, original_sizes: jax.Array) -> dict:
+    """Scale the boxes as evaluation.results.unpad does on the host."""
+    original = original_sizes.astype(jnp.float32)
+    ratios = original / jnp.maximum(sizes.astype(jnp.float32), 1)
+    boxes = detections.boxes.astype(jnp.float32) * jnp.tile(ratios[:, ::-1], 2)[:, None]
+    limits = jnp.tile(original[:, ::-1], 2)[:, None]
+    return {**detections._asdict(), "boxes": jnp.clip(boxes, 0, limits)}
+
+
+def _program(detect, weights: list[np.ndarray], size: tuple[int, int], predictor: Predictor) -> bytes:
+    """Trace the program of one padded size for any number of images."""
+    (batch,) = jax.export.symbolic_shape("batch", constraints=["batch >= 1"])
+    shape = jax.ShapeDtypeStruct
+    exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(
+        [shape(array.shape, array.dtype) for array in weights],
+        shape((batch, *size, predictor.config.model.in_channels), RESIZE[predictor.config.data.resize]),
+        shape((batch, 2), jnp.int32),
+        shape((batch, 2), jnp.int32),
+    )
+    return bytes(exported.serialize())

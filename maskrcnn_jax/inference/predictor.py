@@ -1,0 +1,219 @@
+"""A trained model as a function from pictures to the objects in them, in the user's terms: pixels, names and ids."""
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from pycocotools import mask as coco_mask
+
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.images import decode_image, too_few_channels
+from maskrcnn_jax.data.loader import buckets_for, padded_size
+from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.detect import detect_ahead, make_detect
+from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances
+from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.structures import Batch
+
+MIN_SCORE = 0.5  # detections below are left out unless others are asked for
+
+Image = np.ndarray | str | os.PathLike  # [h, w, I] uint8, RGB first, or the path of an image file
+
+
+class ImageDetections:
+    """What a model found in one image: K objects, the surest first.
+
+    ``len(detections)`` is K; ``detections[rows]`` are some of them, such as ``detections[detections.scores > 0.9]``
+    or ``detections[0]``, and iterating gives them one by one, each as detections of one object.
+
+    Attributes:
+        image: [h, w, I] uint8, the image as it was given or read, RGB first.
+        boxes: [K, 4] float32 ``x1, y1, x2, y2`` in pixels of the image, clipped to it; width = x2 - x1.
+        scores: [K] float32, probability of the class, 0..1.
+        labels: [K] int32, number of the class inside the model, 1..C.
+        category_ids: [K] int64, id of the class in the annotations that the model was trained on.
+        names: K names of the classes.
+    """
+
+    def __init__(self, image: np.ndarray, instances: Instances, categories: Categories, *, aligned_masks: bool):
+        """Describe what was found.
+
+        Args:
+            image: [h, w, I] uint8, RGB first.
+            instances: K detections in pixels of the image.
+            categories: what the labels mean.
+            aligned_masks: how masks are pasted, as in ``paste_mask``.
+        """
+        self.image = image
+        self.boxes, self.scores, self.labels, _ = instances
+        self.category_ids = np.array([categories.category_id(label) for label in self.labels], np.int64)
+        self.names = [categories.name(label) for label in self.labels]
+        self._instances, self._categories, self._aligned_masks = instances, categories, aligned_masks
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> "ImageDetections":
+        rows = np.atleast_1d(np.arange(len(self))[rows])
+        chosen = Instances(*(values[rows] for values in self._instances))
+        return ImageDetections(self.image, chosen, self._categories, aligned_masks=self._aligned_masks)
+
+    def __iter__(self) -> Iterator["ImageDetections"]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True))
+        return f"ImageDetections({found})"
+
+    @functools.cached_property
+    def masks(self) -> np.ndarray:
+        """Masks at the size of the image, [K, h, w] bool; made when they are first asked for."""
+        masks = np.zeros((len(self), *self.image.shape[:2]), bool)
+        for mask, result in zip(masks, self._results, strict=True):
+            mask[...] = coco_mask.decode(result["segmentation"])
+        return masks
+
+    def draw(self, *, min_side: int = MIN_SIDE) -> np.ndarray:
+        """Draw the masks, boxes, names and scores over the image.
+
+        Args:
+            min_side: images whose longer side is below are enlarged by a whole factor, so that the captions can be
+                read; 0 keeps the size.
+
+        Returns:
+            [h * factor, w * factor, 3] uint8 RGB.
+        """
+        masks = [result["segmentation"] for result in self._results]
+        return draw_instances(self.image, self.boxes, self.names, self.scores, masks, min_side=min_side)
+
+    def to_coco(self, image_id: int) -> list[dict]:
+        """Return COCO results, fit for JSON.
+
+        Args:
+            image_id: of this image in a dataset.
+
+        Returns:
+            A dict per object: image_id, category_id, bbox [x, y, width, height], score, segmentation (RLE).
+        """
+        return [{**result, "image_id": int(image_id)} for result in self._results]
+
+    @functools.cached_property
+    def _results(self) -> list[dict]:
+        return to_coco_results(
+            self._instances,
+            image_id=0,
+            image_size=self.image.shape[:2],
+            category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
+            aligned_masks=self._aligned_masks,
+        )
+
+
+class Predictor:
+    """A trained model, ready to be shown images.
+
+    Attributes:
+        network: the ``MaskRCNN``, in evaluation mode.
+        categories: the classes that it knows.
+        config: that it was built with, see configs/base.py.
+    """
+
+    def __init__(self, network: MaskRCNN, categories: Categories, config: ConfigDict):
+        """Take a network over; its parameters are read now, later training does not change what is predicted.
+
+        Args:
+            network: with as many classes as ``categories``.
+            categories: what its labels mean.
+            config: of its training; images are resized and masks pasted as this says.
+        """
+        self.network, self.categories, self.config = network, categories, config
+        self._detect = make_detect(network)
+        data = config.data
+        self._buckets = buckets_for(data.short_side, data.long_side, data.buckets)
+
+    def predict(
+        self, images: Image | Iterable[Image], *, min_score: float = MIN_SCORE
+    ) -> ImageDetections | list[ImageDetections]:
+        """Find the objects in an image or in several.
+
+        Each padded size of images is compiled when the first one comes; there is a handful of them, see
+        ``data.buckets``.
+
+        Args:
+            images: an array [h, w, 3] uint8 in RGB (OpenCV reads BGR), the path of an image file, or several of these.
+                With ``model.in_channels`` above 3, so many channels, RGB first.
+            min_score: objects of lower scores are left out; the model itself leaves out those below
+                ``model.box_score_thresh``.
+
+        Returns:
+            ``ImageDetections`` of the image, or a list of them, in the order of the images.
+
+        Raises:
+            UserError: an image cannot be read, or an array is of another shape or dtype.
+        """
+        if isinstance(images, Image):
+            return next(self.stream([images], min_score=min_score))
+        return list(self.stream(images, min_score=min_score))
+
+    def stream(self, images: Iterable[Image], *, min_score: float = MIN_SCORE) -> Iterator[ImageDetections]:
+        """Yield what ``predict`` returns, image by image, for more images than fit in memory.
+
+        The device works on the next image while the caller works on this one, so one image more is taken than results
+        have been yielded.
+        """
+        items = ((self._prepare(image), image) for image in map(self._read, images))
+        for batch, image, detections in detect_ahead(self._detect, items):
+            found = unpad(detections, batch.sizes, batch.original_sizes)[0]
+            # torchvision's 91 classes contain labels that stand for no category.
+            keep = (found.scores >= min_score) & np.isin(found.labels, self.categories.labels)
+            found = Instances(*(values[keep] for values in found))
+            yield ImageDetections(image, found, self.categories, aligned_masks=bool(self.config.model.roi_aligned))
+
+    def _read(self, image: Image) -> np.ndarray:
+        channels = self.config.model.in_channels
+        if not isinstance(image, np.ndarray):
+            read = read_image(Path(image), channels)
+            if read is None:
+                raise UserError(f"{image} cannot be read as an image; give a file that can, or an array")
+            return read
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
+            raise UserError(
+                f"an array of {image.dtype} {image.shape} is no image for this model; give uint8 "
+                f"(height, width, {channels}), in RGB, 0..255"
+            )
+        return image
+
+    def _prepare(self, image: np.ndarray) -> Batch:
+        """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
+        data = self.config.data
+        height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
+        padded = padded_size(height, width, self._buckets)
+        images = np.zeros((1, *padded, image.shape[2]), RESIZE[data.resize])
+        images[0, :height, :width] = resize_image(image, size, data.resize)
+        return Batch(
+            images=images,
+            sizes=np.array([size], np.int32),
+            original_sizes=np.array([image.shape[:2]], np.int32),
+            image_index=np.zeros(1, np.int32),
+            valid=np.ones(1, bool),
+            gt=None,
+        )
+
+
+def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
+    """Read a file as uint8 [h, w, channels], RGB turned upright as its EXIF entry says; None if it is no image.
+
+    Raises:
+        UserError: if it has fewer channels.
+    """
+    try:
+        image = decode_image(path.read_bytes(), channels, upright=True)
+    except OSError:
+        return None
+    if image is not None and image.shape[2] < channels:
+        raise UserError(f"image {path} {too_few_channels(image, channels)}; give files like those of the training")
+    return image

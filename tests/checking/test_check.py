@@ -1,0 +1,281 @@
+"""The checker on damaged datasets: what it finds, what training does with them, and what the mended file is worth."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import shapes
+from maskrcnn_jax.checking import annotations as check_annotations
+from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
+from maskrcnn_jax.checking.dataset import Options, check_split, compare_splits
+from maskrcnn_jax.checking.dataset_page import write_report
+from maskrcnn_jax.checking.mend import mend
+from maskrcnn_jax.commands.check import ROUNDS
+from maskrcnn_jax.data import faults
+from maskrcnn_jax.data.coco import load_index, locate
+from maskrcnn_jax.data.loader import make_loader
+from maskrcnn_jax.data.shapes import write_dataset
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.training.check_data import anchors_of
+from tests.checking.dataset_faults import (
+    FAULTS,
+    box_without_width,
+    boxes_as_corners,
+    category_zero,
+    damage,
+    file_in_other_case,
+    file_missing,
+    image_cut_short,
+)
+
+ROOT = Path(__file__).parents[2]
+ANCHORS = anchors_of(shapes.get_config())
+OPTIONS = Options(anchors=ANCHORS, threads=1)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clean") / "shapes"
+    write_dataset(root, num_train=40, num_val=6, image_size=96, seed=2)
+    return root
+
+
+@pytest.fixture
+def root(clean, tmp_path):
+    return shutil.copytree(clean, tmp_path / "shapes")
+
+
+def check(root):
+    splits = [
+        check_split(name, *locate(root, name), OPTIONS, evaluated=evaluated)
+        for name, evaluated in (("train2017", False), ("val2017", True))
+    ]
+    return compare_splits(*splits)
+
+
+def train_on_data(root):
+    """Does with the data what a training of an epoch does with it."""
+    index = load_index(root, "train2017")
+    stop_or_warn(check_index(index, ANCHORS), "train2017")
+    load_index(root, "val2017").categories.check_known(index.categories, "val2017")
+    loader = make_loader(
+        index, batch_size=4, short_side=96, long_side=96, mask_side=96, shuffle=True, annotations=True, threads=1
+    )
+    for batch in loader:
+        assert batch.valid.all()
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert np.isfinite(boxes).all()
+        assert ((boxes >= 0) & (boxes <= 96)).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (batch.gt.labels[batch.gt.valid] >= 1).all()
+        assert np.unpackbits(batch.gt.masks).max(initial=0) <= 1
+
+
+def test_a_clean_dataset_gives_no_finding(clean):
+    assert [f.sentence for split in check(clean) for f in split.findings] == []
+    train_on_data(clean)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_found_and_named_and_training_works_or_says_the_same(root, fault, tmp_path):
+    name = damage(root, fault)
+    splits = check(root)
+    findings = [finding for split in splits for finding in split.findings]
+    (found,) = [finding for finding in findings if finding.kind == FAULTS[fault]]
+    assert name in " ".join([found.sentence, *found.examples])
+    try:
+        train_on_data(root)
+    except UserError as e:
+        sentences = [
+            text for finding in findings for text in (finding.sentence, *finding.examples) if finding.is_error
+        ]
+        assert str(e) in sentences
+    if splits[0].num_errors:
+        mended = tmp_path / "mended.json"
+        assert mend(splits[0], mended)
+        mended.replace(splits[0].json_path)
+        assert [finding.sentence for finding in check(root)[0].findings if finding.is_error] == []
+        train_on_data(root)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_several_faults_the_reader_stops_at_one_that_the_checker_knows(root, seed):
+    rng = np.random.default_rng(seed)
+    for fault in rng.choice(list(FAULTS), 3, replace=False):
+        damage(root, fault, seed)
+    sentences = {finding.sentence for split in check(root) for finding in split.findings}
+    try:
+        load_index(root, "train2017")
+    except UserError as e:
+        assert str(e) in sentences
+
+
+WILD = [
+    *(None, True, -1, 0, 10**9, 2**31, 2**63, 10**400, 1e308, -1e308, math.nan, math.inf),
+    *("", "x", "\ud800\x1b[2J", "x" * 5000, "../../../../../../dev/zero", "/dev/zero", "/etc", "."),
+    *([], [[]], [[[]]], [None], ["a", "b", "c", "d", "e", "f"], [1e9] * 8, {}),
+    {"size": [48, 48], "counts": "PPPPPPP"},
+    {"size": [48, 48], "counts": "\x00"},
+    {"size": [48, 48], "counts": [10**9, 7]},
+    {"size": [10**9, 10**9], "counts": [10**18]},
+    {"size": 3, "counts": None},
+]
+
+
+@pytest.mark.slow
+def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_path):
+    """The reader loads the file or stops with a sentence of the checker; the mended file has no errors."""
+    root = tmp_path / "tiny"
+    write_dataset(root, num_train=4, num_val=1, image_size=48, seed=0)
+    path = root / "annotations" / "instances_train2017.json"
+    clean = json.loads(path.read_text())
+    rng = np.random.default_rng(0)
+    options = Options(anchors=ANCHORS, threads=1, images=False)
+    num_refused = 0
+    for _ in range(250):
+        content = copy.deepcopy(clean)
+        for _ in range(rng.integers(1, 4)):
+            section = content[["images", "annotations", "categories"][rng.integers(3)]]
+            entry = section[rng.integers(len(section))] if section and rng.random() < 0.95 else None
+            value = copy.deepcopy(WILD[rng.integers(len(WILD))])
+            if not isinstance(entry, dict) or not entry:
+                section.append(value)
+                continue
+            key = list(entry)[rng.integers(len(entry))]
+            if rng.random() < 0.1:
+                del entry[key]
+            elif isinstance(entry[key], list) and entry[key] and rng.random() < 0.5:
+                entry[key][rng.integers(len(entry[key]))] = value
+            else:
+                entry[key] = value
+        path.write_text(json.dumps(content))
+        split = check_split("train2017", path, root / "train2017", options)
+        try:
+            index = load_index(root, "train2017")
+            assert all(np.isfinite(index.boxes[row]).all() for row in range(len(index.boxes)))
+        except UserError as e:
+            num_refused += 1
+            assert str(e) in [finding.sentence for finding in split.findings if finding.is_error]
+        write_report(tmp_path / "report.html", [split])
+        mended = tmp_path / "mended.json"
+        try:
+            for _ in range(ROUNDS):
+                mend(split, mended)
+                split = check_split("train2017", mended, root / "train2017", options)
+        except UserError as e:
+            assert "cannot be mended" in str(e) or "would be left" in str(e)
+            continue
+        assert [finding.sentence for finding in split.findings if finding.is_error] == []
+    assert 50 < num_refused < 230
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"images": ' + "[" * 100_000, '{"images": [' + "9" * 10_000 + "]}", '{"a": ' + '{"a": ' * 50_000],
+)
+def test_json_that_is_deep_or_has_endless_numbers_is_one_finding(clean, tmp_path, text):
+    path = tmp_path / "deep.json"
+    path.write_text(text)
+    (found,) = check_split("deep", path, clean / "train2017", OPTIONS).findings
+    assert "is not valid JSON" in found.sentence
+
+
+@pytest.mark.parametrize("depth", [50, 300, 600, 900])
+def test_lists_as_deep_as_they_can_be_read_are_mended_or_refused(root, tmp_path, depth):
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = "DEEP"
+    path.write_text(json.dumps(content).replace('"DEEP"', "[" * depth + "1, 2, 30, 4, 5, 60" + "]" * depth))
+    split = check_split("train2017", path, root / "train2017", OPTIONS)
+    assert split.num_errors == 1
+    write_report(tmp_path / "report.html", [split])
+    try:
+        mend(split, tmp_path / "mended.json")
+    except UserError as e:
+        assert "cannot be mended" in str(e)
+        assert depth > 100
+        return
+    again = check_split("train2017", tmp_path / "mended.json", root / "train2017", OPTIONS)
+    assert again.num_errors == 0
+
+
+def test_missing_files_are_no_error_where_they_are_skipped(root):
+    name = damage(root, file_missing)
+    options = dataclasses.replace(OPTIONS, skip_broken=True)
+    (found,) = check_split("train2017", *locate(root, "train2017"), options).findings
+    assert not found.is_error
+    assert name in found.examples
+
+
+def test_findings_name_places_in_the_file_whatever_was_skipped_before(root):
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["images"][:0] = [{}, 3]
+    content["annotations"][:0] = [None, {"id": 1}, []]
+    content["images"].append(content["images"][5] | {"id": 10_000})
+    content["annotations"].append(content["annotations"][7] | {"id": 10_000})
+    path.write_text(json.dumps(content))
+    rows = {finding.kind: finding.rows.tolist() for finding in check(root)[0].findings}
+    assert rows[check_annotations.SAME_FILE] == [len(content["images"]) - 1]
+    assert rows[check_annotations.SAME_ANNOTATION] == [len(content["annotations"]) - 1]
+    assert rows[faults.MALFORMED_IMAGE] == [0, 1]
+    assert rows[faults.MALFORMED_ANNOTATION] == [0, 1, 2]
+
+
+def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
+    damage(root, boxes_as_corners)
+    damage(root, file_in_other_case)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][3] |= {"note": {"by": "somebody"}, "bbox": content["annotations"][3]["bbox"]}
+    content["images"][0]["flickr_url"] = "http://example.org/ü"
+    content["something"] = [1, {"deep": None}]
+    path.write_text(json.dumps(content))
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    done = mend(check(root)[0], tmp_path / "mended.json")
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+    assert set(done) == {"boxes turned from corners into x, y, width, height", "file names corrected"}
+    mended = json.loads((tmp_path / "mended.json").read_text())
+    for annotation in content["annotations"]:
+        x1, y1, x2, y2 = annotation["bbox"]
+        annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].removeprefix("train2017/").lower()
+    assert mended == content
+    assert list(mended) == list(content)
+
+
+@pytest.mark.slow
+def test_the_command_tells_writes_a_page_and_a_cleaned_copy(root, tmp_path):
+    names = [
+        damage(root, fault, seed) for seed, fault in enumerate((box_without_width, category_zero, image_cut_short))
+    ]
+    report, cleaned = tmp_path / "check.html", tmp_path / "cleaned.json"
+    command = [sys.executable, ROOT / "tools" / "check_dataset.py", root, f"--config={ROOT}/configs/shapes.py"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, f"--report={report}", f"--fix={cleaned}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert "2 errors and 1 warning in 2 splits." in done.stdout
+    assert f"{cleaned} is written: 0 errors and 1 warning in 1 split." in done.stdout
+    assert done.stdout.rstrip().endswith("are not listed and will not be used"), "what is left is said"
+    page = report.read_text()
+    assert page.count("<img ") == 2, "the third cannot be read"
+    for name in names:
+        assert name in done.stdout
+        assert name in page
+    (root / "annotations" / "instances_train2017.json").write_bytes(cleaned.read_bytes())
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stdout
+    assert "0 errors and 0 warnings" not in again.stdout, "the image that was dropped is not listed"

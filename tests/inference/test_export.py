@@ -1,0 +1,143 @@
+"""Exported models, run by tools/run_exported.py in a process that cannot import this package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import shapes
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.export import dequantize, export_model, quantize, quantized_network
+from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from tests.models.tiny import OPTIONS, tiny_model
+from tools.run_exported import ExportedModel
+
+ROOT = Path(__file__).parents[2]
+CATEGORIES = Categories.create([900, 7, 12, 13], ["heart", "circle", "star", "ring"])
+# Runs an export on batches of one and of four images and writes down what it finds.
+SCRIPT = """
+import sys
+sys.modules["maskrcnn_jax"] = None  # importing it fails
+sys.path.insert(0, ".")
+import numpy as np
+from run_exported import ExportedModel
+model = ExportedModel("model.mrcnn")
+images = list(np.load("images.npz").values())
+for name, batches in (("one", [[image] for image in images]), ("four", [images])):
+    found = [result for batch in batches for result in model.detect(batch, min_score=0)]
+    for image, result in zip(images, found):
+        pasted = [model.paste(mask, box, image.shape[:2]) for mask, box in zip(result["masks"], result["boxes"])]
+        result["pasted"] = np.array(pasted).reshape(-1, *image.shape[:2])
+    np.savez(f"{name}.npz", **{f"{i}_{key}": value for i, r in enumerate(found) for key, value in r.items()})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(quick_compilation):
+    """Most of the time of these tests is compiling."""
+
+
+@pytest.fixture
+def predictor():
+    config = shapes.get_config()
+    config.data.short_side = config.data.long_side = config.data.mask_side = 64
+    config.model.update({name: value for name, value in OPTIONS.items() if name != "num_classes"})
+    config.model.box_min_size = 8.0  # so that nothing is found in an image of fewer rows
+    return Predictor(tiny_model(**{**config.model, "num_classes": 5}), CATEGORIES, config)
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((90, 100), (64, 64), (4, 64), (200, 150))]
+
+
+@pytest.mark.slow
+def test_an_export_finds_what_the_model_finds_without_the_package(predictor, images, tmp_path):
+    export_model(predictor, tmp_path / "model.mrcnn")
+    np.savez(tmp_path / "images.npz", *images)
+    shutil.copy(ROOT / "tools" / "run_exported.py", tmp_path)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = predictor.predict(images, min_score=0)
+    counts = [len(found) for found in expected]
+    assert min(counts) == counts[2] == 0 and sorted(counts)[1] > 1
+    for name in ("one", "four"):
+        file = np.load(tmp_path / f"{name}.npz")
+        for i, theirs in enumerate(expected):
+            np.testing.assert_array_equal(file[f"{i}_labels"], theirs.labels)
+            np.testing.assert_allclose(file[f"{i}_boxes"], theirs.boxes, atol=0.01)
+            np.testing.assert_allclose(file[f"{i}_scores"], theirs.scores, atol=1e-5)
+            assert np.count_nonzero(file[f"{i}_pasted"] != theirs.masks) <= 1e-3 * theirs.masks.size
+    about = json.loads(np.load(tmp_path / "model.mrcnn")["model.json"])
+    assert about["categories"] == [
+        {"label": 1, "id": 7, "name": "circle"},
+        {"label": 2, "id": 12, "name": "star"},
+        {"label": 3, "id": 13, "name": "ring"},
+        {"label": 4, "id": 900, "name": "heart"},
+    ]
+    assert about["platforms"] == ["cpu", "cuda"]
+
+
+@pytest.mark.slow
+def test_eight_bits_take_less_space_and_find_what_the_rounded_network_finds(predictor, images, tmp_path):
+    export_model(predictor, tmp_path / "model.mrcnn", int8=True)
+    with np.load(tmp_path / "model.mrcnn") as file:
+        arrays = [file[name] for name in file.files if name.startswith("weights/")]
+    kept = jax.tree.leaves(predictor.network)
+    assert sum(array.nbytes for array in arrays) < 0.4 * sum(np.asarray(leaf).nbytes for leaf in kept if leaf.ndim)
+    found = ExportedModel(tmp_path / "model.mrcnn").detect(images[:1], min_score=0)[0]
+    rounded = Predictor(quantized_network(predictor.network), CATEGORIES, predictor.config)
+    theirs = rounded.predict(images[0], min_score=0)
+    np.testing.assert_array_equal(found["labels"], theirs.labels)
+    np.testing.assert_allclose(found["boxes"], theirs.boxes, atol=0.01)
+
+
+def test_eight_bits_keep_each_channel_to_half_a_level():
+    weights = np.random.default_rng(0).normal(size=(3, 3, 32, 8)) * 10.0 ** np.arange(-4, 4)
+    weights = weights.astype(np.float32)
+    weights[..., 3] = 0
+    rounded = quantize(weights)
+    assert rounded.values.dtype == np.int8
+    levels = np.abs(weights).max(axis=(0, 1, 2), keepdims=True) / 127
+    assert (np.abs(dequantize(rounded) - weights) <= levels * 0.5001).all()
+    bias = np.ones(5000, np.float32)
+    assert quantize(bias) is bias
+
+
+@pytest.mark.parametrize(
+    ("sizes", "buckets", "said"),
+    [((), "exact", "give those to export by --sizes"), ([(64, 65)], "auto", "padded to 64x65 do not fit")],
+)
+def test_sizes_that_cannot_be_are_refused(predictor, tmp_path, sizes, buckets, said):
+    predictor.config.data.buckets = buckets
+    with pytest.raises(UserError, match=said):
+        export_model(predictor, tmp_path / "model.mrcnn", sizes=sizes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_fit_no_exported_size_are_refused(predictor, tmp_path):
+    model = ExportedModel.__new__(ExportedModel)
+    model.about = {"short_side": 64, "long_side": 128, "sizes": [[64, 64]], "resize": "uint8", "dtype": "uint8"}
+    with pytest.raises(ValueError, match="64x128 after resizing fits none"):
+        model._prepare(np.zeros((100, 200, 3), np.uint8))
+
+
+def test_other_networks_can_be_traced_for_any_number_of_images(predictor, tmp_path):
+    config = predictor.config
+    config.model.update({"backbone": "mobilenet_v3_large", "roi_operator": "pool", "mask_deconv": False})
+    network = MaskRCNN(5, **config.model, rngs=nnx.Rngs(0))
+    export_model(Predictor(network, CATEGORIES, config), tmp_path / "model.mrcnn")
+    assert "64x64.stablehlo" in np.load(tmp_path / "model.mrcnn").files
