@@ -9,10 +9,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax import page
-from maskrcnn_jax.checking import annotations as check_annotations
-from maskrcnn_jax.checking.annotations import Finding
-from maskrcnn_jax.checking.dataset import Split, read_entries
+from maskrcnn_jax.checking.annotations import objects_per_category
+from maskrcnn_jax.checking.dataset import Split
+from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
 from maskrcnn_jax.data.annotation_file import short
+from maskrcnn_jax.data.findings import Finding
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import draw_instances
@@ -94,7 +95,7 @@ def _split(split: Split) -> Iterator[str]:
     for finding in split.findings:
         yield from _finding(split, finding)
     if split.data:
-        counts = check_annotations.objects_per_category(split.data.index)
+        counts = objects_per_category(split.data.index)
         yield page.heading(f"{split.name}: objects of each category")
         yield page.table(["category", "objects"], [[plain(name), count] for name, count in counts.items()])
 
@@ -111,7 +112,7 @@ def _finding(split: Split, finding: Finding) -> Iterator[str]:
 
 
 def _pictures(split: Split, finding: Finding) -> Iterator[str]:
-    places = finding.rows[: check_annotations.NUM_EXAMPLES].tolist()
+    places = finding.rows[:NUM_EXAMPLES].tolist()
     if split.data is None or finding.section not in ("images", "annotations"):
         return
     entries = read_entries(split.json_path, {finding.section: set(places)})[finding.section]

@@ -8,25 +8,20 @@ the splits are called otherwise. Lists errors (training would stop, or learn som
 with status 1 if there are errors. --fix writes a cleaned copy of the annotations of the training split, or of FILE.
 """
 
-import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
-from maskrcnn_jax.checking.dataset import Options, Split, check_split, compare_splits
+from maskrcnn_jax.checking.dataset import Options, Split, check_dataset
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
-from maskrcnn_jax.checking.mend import mend
+from maskrcnn_jax.checking.mend import fix_dataset
 from maskrcnn_jax.commands.app import run_app
-from maskrcnn_jax.data.coco import annotations_name, locate
-from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.training.check_data import anchors_of
-
-ROUNDS = 3  # of mending: what was mended may show what else is wrong
 
 FLAGS = flags.FLAGS
 
@@ -44,58 +39,20 @@ def define_flags() -> None:
     flags.DEFINE_string("fix", None, "Cleaned copy of the annotations to write.")
 
 
-def check(config: ConfigDict, dataset: str, images: str | None, open_images: bool = True) -> list[Split]:
-    """Check a dataset, or one annotation file with the images in ``images``.
-
-    Raises:
-      UserError: there is no such dataset.
-    """
-    data = config.data
-    options = Options(
-        anchors=anchors_of(config),
-        channels=config.model.in_channels,
-        skip_broken=data.skip_broken,
-        keep_unlisted=data.ignore_regions,
-        contiguous_labels=data.contiguous_labels,
-        images=open_images,
-        threads=data.threads,
-    )
-
-    def progress(items, total, what):
-        return tqdm(items, total=total, desc=what, unit="image")
-
-    if os.path.isfile(dataset):
-        if not images or not os.path.isdir(images):
-            raise UserError(f"--images={images or ''} must name the folder with the images of {dataset}")
-        return [check_split(Path(dataset).stem, Path(dataset), Path(images), options, progress=progress)]
-    training = check_split(data.train_split, *locate(dataset, data.train_split), options, progress=progress)
-    if not any((Path(dataset) / part).exists() for part in (data.eval_split, annotations_name(data.eval_split))):
-        print(f"{dataset} has no split {data.eval_split}: training needs --config.eval_every=0 then")
-        return [training]
-    evaluated = check_split(
-        data.eval_split, *locate(dataset, data.eval_split), options, evaluated=True, progress=progress
-    )
-    return list(compare_splits(training, evaluated))
+def _progress(items: Iterable, total: int, description: str) -> Iterable:
+    return tqdm(items, total=total, desc=description, unit="image")
 
 
-def fix(config: ConfigDict, splits: list[Split], output: Path) -> None:
-    """Write the cleaned copy of the first split, check it, and say what was done and what is left.
-
-    Raises:
-      UserError: it cannot be mended or written.
-    """
-    split = splits[0]
-    if any(output.resolve() == s.json_path.resolve() for s in splits):
-        raise UserError(f"--fix={output} would overwrite the annotations; give another name")
-    for _ in range(ROUNDS):
-        for what, names in mend(split, output).items():
-            print(plain(f"  {len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
-        (split,) = check(config, str(output), str(split.image_dir), FLAGS.open_images)
-        if not split.num_errors:
-            break
-    print(plain(f"{output} is written: {summary([split])}"))
-    for finding in split.findings:
-        print(plain(f"  {finding.sentence}"))
+def _print_findings(splits: list[Split]) -> None:
+    for split in splits:
+        for finding in split.findings:
+            kind = "error" if finding.is_error else "warning"
+            print(plain(f"{kind}: {split.name}: {finding.sentence}"))
+            for example in finding.examples:
+                print(plain(f"    {example}"))
+            if 0 < len(finding.examples) < len(finding.rows):
+                print(f"    and {len(finding.rows) - len(finding.examples)} more")
+    print(summary(splits))
 
 
 def main() -> None:
@@ -103,18 +60,17 @@ def main() -> None:
     data = config.data
     data.train_split = FLAGS.train_split or data.train_split
     data.eval_split = FLAGS.val_split or data.eval_split
-    splits = check(config, FLAGS.dataset or data.coco_dir, FLAGS.images, FLAGS.open_images)
-    for split in splits:
-        for finding in split.findings:
-            kind = "error" if finding.is_error else "warning"
-            print(plain(f"{kind}: {split.name}: {finding.sentence}"))
-            for example in finding.examples:
-                print(plain(f"    {example}"))
-    print(summary(splits))
+    options = Options.from_config(config, images=FLAGS.open_images)
+    splits = check_dataset(FLAGS.dataset or data.coco_dir, options, image_dir=FLAGS.images, progress=_progress)
+    _print_findings(splits)
     if FLAGS.report:
         write_report(Path(FLAGS.report), splits)
     if FLAGS.fix:
-        fix(config, splits, Path(FLAGS.fix))
+        cleaned, changes = fix_dataset(splits, FLAGS.fix, options, progress=_progress)
+        for change, names in changes.items():
+            print(plain(f"  {len(names)} {change}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
+        print(plain(f"The cleaned copy is {FLAGS.fix}:"))
+        _print_findings([cleaned])
     if any(split.num_errors for split in splits):
         sys.exit(1)
 

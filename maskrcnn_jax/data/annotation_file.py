@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.faults import Fault, Report
+from maskrcnn_jax.data.findings import Finding, Kind, Report, stop
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
 from maskrcnn_jax.errors import UserError
@@ -52,7 +51,7 @@ class AnnotationFile:
     rle_offsets: np.ndarray  # [R + 1] int64
 
 
-def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Report = faults.stop) -> AnnotationFile:
+def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Report = stop) -> AnnotationFile:
     """Reads an annotation file. Where an annotation has a mask only, its box is the one around the mask.
 
     Args:
@@ -90,8 +89,8 @@ def read_annotation_file(path: Path, *, keep_unlisted: bool = False, report: Rep
     usable, other_size = _run_lengths_that_fit(path, annotations, file_names, sizes, image_rows, report)
     usable &= (category_rows >= 0) | keep_unlisted
     if keep_unlisted:
-        problems[faults.IGNORED] = places[category_rows < 0]
-    problems[faults.OTHER_SIZE] = places[other_size]
+        problems[Kind.IGNORED] = places[category_rows < 0]
+    problems[Kind.OTHER_SIZE] = places[other_size]
     boxes = _numpy(annotations.boxes, np.float32).reshape(-1, 4)
     usable &= np.isfinite(boxes).all(axis=1)
     return AnnotationFile(
@@ -160,7 +159,7 @@ class _Images:
                 raise ValueError(f"file_name {short(name)}")
         except (KeyError, TypeError, ValueError, OverflowError) as e:
             del self.ids[len(self.file_names) :], self.sizes[2 * len(self.file_names) :]
-            self.report(_malformed(self.path, "image", place, entry, e))
+            self.report(_malformed(self.path, Kind.MALFORMED_IMAGE, place, entry, e))
             return
         self.places.append(place)
         self.file_names.append(name)
@@ -198,19 +197,19 @@ class _Annotations:
                 self._add_polygons(segmentation, place)
             x, y, width, height = entry.get("bbox") or self._box_around_last()
             self.boxes.extend((x, y, width, height))
-        except _NestingError as e:
+        except _NestingError:
             self._forget(*ends)
-            self.report(_malformed(self.path, "annotation", place, entry, e)._replace(kind=faults.NESTING))
+            self.report(Kind.NESTING.finding([place], name=_name(entry, place), path=self.path))
             return
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
             self._forget(*ends)
-            self.report(_malformed(self.path, "annotation", place, entry, e))
+            self.report(_malformed(self.path, Kind.MALFORMED_ANNOTATION, place, entry, e))
             return
         self.places.append(place)
         if self.num_parts[-1] < 0:
-            self.problems[faults.ONLY_BOX if entry.get("bbox") else faults.NO_BOX_NOR_MASK].append(place)
+            self.problems[Kind.ONLY_BOX if entry.get("bbox") else Kind.NO_BOX_NOR_MASK].append(place)
         if entry.get("bbox") and not all(map(math.isfinite, self.boxes[-4:])):
-            self.problems[faults.NOT_FINITE].append(place)
+            self.problems[Kind.NOT_FINITE].append(place)
 
     def _forget(self, num_offsets: int, num_rle_offsets: int) -> None:
         """Takes back what an entry that turned out to be malformed has left."""
@@ -229,7 +228,7 @@ class _Annotations:
         num = 0
         for polygon in polygons or ():
             if not isinstance(polygon, list) or (polygon and isinstance(polygon[0], list)):
-                raise _NestingError("segmentation must be a list of polygons, each a flat list x, y, x, y, ...")
+                raise _NestingError
             problem = polygon_problem(polygon)
             if problem:
                 self.problems[problem].append(place)
@@ -274,13 +273,13 @@ class _Annotations:
 def polygon_problem(polygon: list[float]) -> str | None:
     """Returns the kind of problem for which a polygon is dropped, None for none."""
     if len(polygon) < 6 or len(polygon) % 2:
-        return faults.SHORT_POLYGON
+        return Kind.SHORT_POLYGON
     # Drawing takes memory in proportion to the outline, so wild numbers could take all there is.
     reach = max(map(abs, polygon))
     if not reach <= _FARTHEST or not math.isfinite(sum(polygon)):
-        return faults.FAR_POLYGON
+        return Kind.FAR_POLYGON
     if reach * len(polygon) > _LONGEST_OUTLINE and _outline(polygon) > _LONGEST_OUTLINE:  # the first takes no time
-        return faults.FAR_POLYGON
+        return Kind.FAR_POLYGON
     return None
 
 
@@ -298,36 +297,36 @@ def _categories(path: Path, entries: list[dict], report: Report) -> tuple[list[i
     names, twice = {}, {}
     if not isinstance(entries, list):
         entries = []
+
+    def malformed(reason: str) -> None:
+        report(_malformed(path, Kind.MALFORMED_CATEGORY, place, entry, ValueError(reason)))
+
     for place, entry in enumerate(entries):
         known = isinstance(entry, dict)
         if not known or not isinstance(entry.get("id"), int) or not isinstance(entry.get("name"), str | int | float):
-            report(_malformed(path, "category", place, entry, ValueError("id and name are needed")))
+            malformed("id and name are needed")
         elif _NO_NAME.search(str(entry["name"])):
-            report(_malformed(path, "category", place, entry, ValueError(f"its name is {short(entry['name'])}")))
+            malformed(f"its name is {short(entry['name'])}")
         elif not -(2**63) <= entry["id"] < 2**63:
-            report(_malformed(path, "category", place, entry, ValueError("its id is too large")))
+            malformed("its id is too large")
         elif entry["id"] in names:
             twice[place] = entry["id"]
         else:
             names[entry["id"]] = str(entry["name"])
     if twice:
-        report(_twice(path, "category", faults.CATEGORY_IDS_TWICE, "categories", twice))
+        report(_twice(path, Kind.CATEGORY_IDS_TWICE, twice))
     if not names:
         raise UserError(f"{path} lists no categories; at least one is needed")
     return list(names), list(names.values())
 
 
-def _malformed(path: Path, kind: str, place: int, entry: object, error: Exception) -> Fault:
-    name = short(entry.get("id", f"at place {place}, without an id,") if isinstance(entry, dict) else entry)
+def _malformed(path: Path, kind: Kind, place: int, entry: object, error: Exception) -> Finding:
     reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-    section = {"image": "images", "annotation": "annotations", "category": "categories"}[kind]
-    faulty = {
-        "image": faults.MALFORMED_IMAGE,
-        "annotation": faults.MALFORMED_ANNOTATION,
-        "category": faults.MALFORMED_CATEGORY,
-    }[kind]
-    sentence = f"{kind} {name} in {path} is malformed: {reason}; correct or remove that entry"
-    return Fault(faulty, sentence, section, [place])
+    return kind.finding([place], name=_name(entry, place), path=path, reason=reason)
+
+
+def _name(entry: object, place: int) -> str:
+    return short(entry.get("id", f"at place {place}, without an id,") if isinstance(entry, dict) else entry)
 
 
 def short(value: object) -> str:
@@ -349,15 +348,13 @@ def _first_of_each(path: Path, images: _Images, report: Report) -> np.ndarray:
     if len(ids) < len(images.ids):
         later = np.setdiff1d(np.arange(len(images.ids)), first)
         twice = {images.places[i]: images.ids[i] for i in later.tolist()}
-        report(_twice(path, "image", faults.IMAGE_IDS_TWICE, "images", twice))
+        report(_twice(path, Kind.IMAGE_IDS_TWICE, twice))
     return np.sort(first)
 
 
-def _twice(path: Path, kind: str, faulty: str, section: str, ids: dict[int, int]) -> Fault:
-    """Makes the fault of ids by the place where each is given again."""
-    such = ", ".join(map(str, sorted(set(ids.values()))[:3]))
-    sentence = f"{path} gives {kind} ids more than once, such as {such}; every {kind} needs an id of its own"
-    return Fault(faulty, sentence, section, list(ids))
+def _twice(path: Path, kind: Kind, ids: dict[int, int]) -> Finding:
+    """Makes the finding of ids by the place where each is given again."""
+    return kind.finding(list(ids), path=path, ids=", ".join(map(str, sorted(set(ids.values()))[:3])))
 
 
 def _positions(known: np.ndarray, wanted: array.array) -> np.ndarray:
@@ -372,18 +369,11 @@ def _report_unlisted(path: Path, annotations: _Annotations, what: str, rows: np.
     wrong = np.flatnonzero(rows < 0)
     if not len(wrong):
         return
-    kind, article, remedy = faults.UNLISTED_IMAGE, "an", "add the image or remove them"
-    ids = annotations.image_ids
+    kind, ids = Kind.UNLISTED_IMAGE, annotations.image_ids
     if what == "category":
-        ids = annotations.category_ids
-        kind, article = faults.UNLISTED_CATEGORY, "a"
-        remedy = "add the category, remove them, or have them ignored by --config.data.ignore_regions=true"
-    first = wrong[0]
-    sentence = (
-        f"{len(wrong)} annotations in {path} name {article} {what} that is not listed, such as annotation "
-        f"{annotations.ids[first]} with {what} {ids[first]}; {remedy}"
-    )
-    report(Fault(kind, sentence, "annotations", _numpy(annotations.places, np.int64)[wrong]))
+        kind, ids = Kind.UNLISTED_CATEGORY, annotations.category_ids
+    first, places = wrong[0], _numpy(annotations.places, np.int64)[wrong]
+    report(kind.finding(places, path=path, annotation=annotations.ids[first], id=ids[first]))
 
 
 def _check_shift(path: Path, annotations: _Annotations, listed: list[int], report: Report) -> int:
@@ -392,11 +382,9 @@ def _check_shift(path: Path, annotations: _Annotations, listed: list[int], repor
     for step in (1, -1):
         # Of all of them: one wild id must not move the others.
         if np.array_equal(used + step, np.sort(listed)):
-            sentence = (
-                f"the category ids of the annotations in {path} are off by one: {used[0]}..{used[-1]} where "
-                f"{min(listed)}..{max(listed)} are listed; count both from the same number"
-            )
-            report(Fault(faults.OFF_BY_ONE, sentence, "annotations", _numpy(annotations.places, np.int64)))
+            places = _numpy(annotations.places, np.int64)
+            bounds = {"used": f"{used[0]}..{used[-1]}", "listed": f"{min(listed)}..{max(listed)}"}
+            report(Kind.OFF_BY_ONE.finding(places, path=path, **bounds))
             return step
     return 0
 
@@ -414,15 +402,7 @@ def _run_lengths_that_fit(
     short = (filled[masks] != image_sizes.prod(axis=1)) & ~other_size[rows]
     for row in rows[short].tolist():
         image = image_rows[row]
-        sentence = mask_that_does_not_fit(annotations.ids[row], file_names[image], *sizes[image].tolist())
-        report(Fault(faults.UNFILLED, sentence, "annotations", [annotations.places[row]]))
+        details = {"image": file_names[image], "size": "x".join(map(str, sizes[image]))}
+        report(Kind.UNFILLED.finding([annotations.places[row]], annotation=annotations.ids[row], **details))
         fits[row] = False
     return fits & ~other_size, other_size
-
-
-def mask_that_does_not_fit(annotation_id: int, file_name: str, height: int, width: int) -> str:
-    """Says that the runs of a mask have other than the pixels of its image."""
-    return (
-        f"the run-length mask of annotation {annotation_id} does not fit its image {file_name} of {height}x{width} "
-        "pixels; correct or remove the annotation"
-    )

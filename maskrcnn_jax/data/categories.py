@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import replace_file
 
@@ -47,19 +48,18 @@ class Categories(NamedTuple):
         names = [name.strip() for name in _COCO_NAMES.replace("\n", " ").split(",")]
         return cls.create(list(_COCO_IDS), names, contiguous)
 
-    def check_known(self, known: "Categories", split: str) -> None:
-        """Looks whether a model that was trained on ``known`` can be evaluated on a split with these categories.
+    def check_known(self, known: "Categories", split: str, report: Report = stop) -> None:
+        """Checks that a model that was trained on ``known`` can be evaluated on a split with these categories.
 
-        Raises:
-            UserError: there is one here that it does not know.
+        Args:
+            known: the categories of the model.
+            split: name of the split.
+            report: called if there are others; by default a UserError is raised.
         """
         pairs = [set(zip(c.ids, c.names, strict=True)) for c in (self, known)]
         unknown = sorted(pairs[0] - pairs[1])
         if unknown:
-            raise UserError(
-                f"{split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
-                "dataset with the categories of the training set"
-            )
+            report(Kind.UNKNOWN_CATEGORY.finding(split=split, names=unknown[:3]))
 
     def name(self, label: int) -> str:
         """Returns the name of a label."""

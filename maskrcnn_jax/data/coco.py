@@ -16,10 +16,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_rle, mask_that_does_not_fit, read_annotation_file
+from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_rle, read_annotation_file
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.faults import Fault, Report
+from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.formats import correct_formats
 from maskrcnn_jax.data.images import read_image_file
 from maskrcnn_jax.errors import UserError
@@ -105,9 +104,8 @@ class CocoIndex:
                 corner = mask[: columns.shape[1], : columns.shape[0]]
                 cv2.transpose(columns, dst=corner)  # several times as fast as a transposing copy in numpy
             except ValueError:
-                raise UserError(
-                    mask_that_does_not_fit(self.annotation_ids[row], self.file_names[i], height, width)
-                ) from None
+                details = {"annotation": self.annotation_ids[row], "image": self.file_names[i]}
+                raise UserError(Kind.UNFILLED.tell(size=f"{height}x{width}", **details)) from None
         return masks
 
     def read_image(self, i: int, channels: int = 3) -> np.ndarray:
@@ -191,7 +189,7 @@ def read_dataset(
     skip_broken: bool = False,
     contiguous_labels: bool = False,
     keep_unlisted: bool = False,
-    report: Report = faults.stop,
+    report: Report = stop,
 ) -> ReadDataset:
     """Does what ``load_index`` does with an annotation file and a folder of images.
 
@@ -204,7 +202,7 @@ def read_dataset(
     index, rows, problems = arrange(file, image_dir, contiguous_labels, report)
     if len(missing):
         index.problems["image files missing"] = len(missing)
-    if report is faults.stop:
+    if report is stop:
         warn_of_problems(index)
     return ReadDataset(index, file, rows, problems, missing)
 
@@ -280,11 +278,8 @@ def _find_missing(image_dir: Path, file: AnnotationFile, report: Report) -> np.n
     if missing:
         alike = find_alike(present, [file.file_names[row] for row in missing[:3]])
         such = ", ".join(f"{name} (there is {other})" if other else name for name, other in alike.items())
-        sentence = (
-            f"{len(missing)} of {len(file.file_names)} image files are missing from {image_dir}, such as {such}; "
-            "add them, or go on without them by --config.data.skip_broken=true"
-        )
-        report(Fault(faults.MISSING_FILE, sentence, "images", file.image_places[missing]))
+        details = {"total": len(file.file_names), "folder": image_dir, "names": such}
+        report(Kind.MISSING_FILE.finding(file.image_places[missing], **details))
     return np.array(missing, np.int64)
 
 
@@ -297,7 +292,7 @@ def find_alike(present: set[str], names: list[str]) -> dict[str, str | None]:
 
 
 def arrange(
-    file: AnnotationFile, image_dir: Path, contiguous_labels: bool, report: Report = faults.stop
+    file: AnnotationFile, image_dir: Path, contiguous_labels: bool, report: Report = stop
 ) -> tuple[CocoIndex, np.ndarray, dict[str, np.ndarray]]:
     """Clips and drops boxes, then sorts the annotations by image.
 
@@ -319,20 +314,17 @@ def arrange(
     problems = {
         kind: file.places[rows]
         for kind, rows in (
-            (faults.FLAT_BOX, ~positive),
-            (faults.OUTSIDE_BOX, positive & ~inside),
-            (faults.CLIPPED_BOX, moved),
+            (Kind.FLAT_BOX, ~positive),
+            (Kind.OUTSIDE_BOX, positive & ~inside),
+            (Kind.CLIPPED_BOX, moved),
         )
         if rows.any()
     }
     problems = file.problems | problems
     counts = {kind: len(places) for kind, places in problems.items()}
     if file.num_annotations and not keep.any():
-        sentence = (
-            f"none of the {file.num_annotations} annotations in {file.path} can be used ({counts}); "
-            "boxes are needed, and instance masks as polygons or run lengths"
-        )
-        report(Fault(faults.NOTHING_USABLE, sentence, "annotations", []))
+        listed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        report(Kind.NOTHING_USABLE.finding(total=file.num_annotations, path=file.path, problems=listed))
     order = np.flatnonzero(keep)
     order = order[np.argsort(file.image_rows[order], kind="stable")]
     # The last one is found by the row -1, of categories that are not listed.

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from maskrcnn_jax.data import faults
 from maskrcnn_jax.data.annotation_file import AnnotationFile
-from maskrcnn_jax.data.faults import Fault, Report
+from maskrcnn_jax.data.findings import Kind, Report
 
 _ENOUGH = 3  # objects that must agree; fewer prove nothing
 _ROUNDING = 1.01  # of shares, which may pass 1 a little
@@ -28,17 +27,14 @@ def correct_formats(file: AnnotationFile, report: Report) -> AnnotationFile:
     """
     limits = file.sizes[file.image_rows][:, ::-1].astype(np.float32)  # [K, 2] width, height
 
-    def fault(kind: str, text: str) -> Fault:
-        return Fault(kind, f"{text} in {file.path}; export the annotations again", "annotations", file.places)
-
     if _are_shares(file.coordinates):
-        report(fault(faults.NORMALISED_POLYGONS, "the polygons are shares of the image, 0..1, and not pixels"))
+        report(Kind.NORMALISED_POLYGONS.finding(file.places, path=file.path))
         file = replace(file, coordinates=_in_pixels(file, limits))
     if _are_shares(file.boxes):
-        report(fault(faults.NORMALISED_BOXES, "the boxes are shares of the image, 0..1, and not pixels"))
+        report(Kind.NORMALISED_BOXES.finding(file.places, path=file.path))
         file = replace(file, boxes=file.boxes * np.tile(limits, 2))
     if _are_corners(file, limits):
-        report(fault(faults.CORNERS, "the boxes look like x1, y1, x2, y2 where x, y, width, height are wanted"))
+        report(Kind.CORNERS.finding(file.places, path=file.path))
         first, second = file.boxes[:, :2], file.boxes[:, 2:]
         with np.errstate(over="ignore"):
             file = replace(file, boxes=np.concatenate([first, second - first], axis=1))

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
 
 _TIMES_LARGER = 4  # pixels than annotated: no reason to decode an image only to say so
@@ -95,7 +96,7 @@ def too_few_channels(image: np.ndarray, channels: int) -> str:
 
 
 def _broken(path: Path, what: str) -> BrokenImageError:
-    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
+    return BrokenImageError(Kind.BROKEN.tell(path=path, problem=what))
 
 
 def _is_truncated(data: bytes) -> bool:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from maskrcnn_jax.checking.annotations import check_before_training
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoIndex, drop_labels
 from maskrcnn_jax.data.dataset import load_dataset
@@ -24,7 +25,6 @@ from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.distributed import is_first, make_mesh, replicated, shard_batch
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.training.check_data import check_before_training
 from maskrcnn_jax.training.checkpoint import Checkpoints, changed_settings, has_checkpoint, save_config
 from maskrcnn_jax.training.derive import fill_in
 from maskrcnn_jax.training.memory import give_back_memory

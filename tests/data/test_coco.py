@@ -10,9 +10,10 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data import faults, images
+from maskrcnn_jax.data import images
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import drop_labels, load_index
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError, decode_image
 from maskrcnn_jax.errors import UserError
 
@@ -170,17 +171,17 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
     np.testing.assert_array_equal(index.masks(0)[objects.has_mask], [square_mask(20, 30)] * 4)
     assert not index.masks(0)[~objects.has_mask].any()
     assert index.problems == {
-        "polygons without three points dropped": 2,
-        "polygons with coordinates that no image has dropped": 2,
-        "annotations without a usable mask, of which only the box is learnt": 4,
-        "annotations without a usable mask, and without a box dropped": 1,
-        "run-length masks of another size than their image dropped": 1,
-        "boxes without area dropped": 1,
-        "boxes outside their image dropped": 1,
-        "boxes clipped to their image by more than a pixel": 1,
+        Kind.SHORT_POLYGON: 2,
+        Kind.FAR_POLYGON: 2,
+        Kind.ONLY_BOX: 4,
+        Kind.NO_BOX_NOR_MASK: 1,
+        Kind.OTHER_SIZE: 1,
+        Kind.FLAT_BOX: 1,
+        Kind.OUTSIDE_BOX: 1,
+        Kind.CLIPPED_BOX: 1,
     }
     assert len(caplog.records) == 1
-    assert "1 boxes without area dropped" in caplog.text
+    assert f"1 {Kind.FLAT_BOX}" in caplog.text
 
 
 @pytest.mark.parametrize("segmentation", ["polygon", "counts", "compressed"])
@@ -213,7 +214,7 @@ def test_objects_of_unlisted_categories_are_refused_or_kept_apart(dataset):
     everything = index.annotations(0, with_crowd=True)
     assert everything.labels.tolist() == [1, 0]
     assert everything.crowd.tolist() == [False, True]
-    assert index.problems == {"objects of categories that are not listed, ignored": 1}
+    assert index.problems == {Kind.IGNORED: 1}
 
 
 def test_dropped_labels_are_nested_and_leave_the_images(dataset):
@@ -314,7 +315,10 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         ({"annotations": [annotation(5, image_id="1")]}, "annotation 5 .* malformed"),
         ({"annotations": [annotation(5, image_id=1, bbox=[1, 2, 3])]}, "annotation 5 .* malformed"),
         ({"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]}, "'counts' is missing"),
-        ({"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]}, "none of the 1 .* without a box"),
+        (
+            {"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]},
+            "none of the 1 annotations .* neither box nor",
+        ),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(dataset, sections, told):
@@ -432,7 +436,7 @@ def test_a_broken_image_is_named_with_the_way_out(dataset, how, told):
     with pytest.raises(BrokenImageError, match=told) as error:
         index.read_image(0)
     assert "1.jpg" in str(error.value)
-    assert "--config.data.skip_broken=true" in str(error.value)
+    assert "data.skip_broken=true" in str(error.value)
 
 
 def test_an_image_of_many_times_the_pixels_is_refused_before_it_is_decoded(dataset, monkeypatch):
@@ -507,7 +511,7 @@ def test_a_polygon_that_takes_long_to_draw_is_dropped(dataset):
     zigzag = [9e4, 0, -9e4, 10] * 100
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "segmentation": [zigzag]}
     index = load_index(dataset.write([(20, 24)], [annotation]), "train2017")
-    assert index.problems[faults.FAR_POLYGON] == 1 and not index.has_mask.any()
+    assert index.problems[Kind.FAR_POLYGON] == 1 and not index.has_mask.any()
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a\n.jpg", "\ud800.jpg"])

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.checking.annotations import Anchors
+from maskrcnn_jax.checking.anchors import Anchors
 from maskrcnn_jax.checking.dataset import Options, check_split
 from maskrcnn_jax.data.coco import read_dataset
 from maskrcnn_jax.data.images import BrokenImageError, check_and_decode, decode_image

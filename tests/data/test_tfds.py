@@ -11,10 +11,11 @@ import tensorflow_datasets as tfds
 from pycocotools import mask as coco_mask
 
 from configs import base
-from maskrcnn_jax.checking.annotations import SAME_ANNOTATION, check_index
+from maskrcnn_jax.checking.annotations import check_index
 from maskrcnn_jax.data import tfds_builder
 from maskrcnn_jax.data.coco import drop_labels, load_index
 from maskrcnn_jax.data.dataset import load_dataset
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.data.shapes import write_dataset
@@ -131,7 +132,8 @@ def test_odd_annotations_are_read_alike(odd, tmp_path, ignore_regions):
     expected = load_index(odd, "train2017", keep_unlisted=True)
     found = load_tfds_index(tmp_path / "tfds", "train2017", keep_unlisted=True)
     assert len(expected.problems) >= 4
-    twice = [[f.rows.tolist() for f in check_index(index) if f.kind == SAME_ANNOTATION] for index in (expected, found)]
+    same = [[f for f in check_index(index) if f.kind == Kind.SAME_ANNOTATION] for index in (expected, found)]
+    twice = [[finding.rows.tolist() for finding in findings] for findings in same]
     assert twice[0] == twice[1]
     assert len(twice[0]) == 1
     assert_same_samples(expected, found, num_steps=6, ignore_regions=ignore_regions)
