@@ -59,7 +59,8 @@ class Categories(NamedTuple):
         pairs = [set(zip(c.ids, c.names, strict=True)) for c in (self, known)]
         unknown = sorted(pairs[0] - pairs[1])
         if unknown:
-            report(Kind.UNKNOWN_CATEGORY.finding(split=split, names=unknown[:3]))
+            names = ", ".join(f"{name} (id {category_id})" for category_id, name in unknown[:3])
+            report(Kind.UNKNOWN_CATEGORY.finding(count=len(unknown), split=split, names=names))
 
     def name(self, label: int) -> str:
         """Returns the name of a label."""

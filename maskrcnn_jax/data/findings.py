@@ -56,7 +56,8 @@ class Kind(StrEnum):
     """The table. Each row: identifier, section, severity, mend (or None), sentence, remedy.
 
     Identifiers of problems that the reader counts are logged after a number, and stored in built TFDS datasets.
-    Sentences are templates: ``{count:box is|boxes are}`` becomes "1 box is" or "2 boxes are".
+    Sentences are templates: ``{count:box is|boxes are}`` becomes "1 box is" or "2 boxes are". Templates inside a form,
+    as in ``{count:of {total} boxes is|of {total} boxes are}``, must be numbers.
     """
 
     section: str
@@ -125,14 +126,14 @@ class Kind(StrEnum):
         "add boxes, or instance masks as polygons or run lengths")
     MISSING_FILE = (
         "missing image files", IMAGES, Severity.ERROR_UNLESS_SKIPPED, Mend.FIND_FILE,
-        "{count} of {total} image files are missing from {folder}, such as {names}",
+        "{count:of {total} image files is|of {total} image files are} missing from {folder}, such as {names}",
         "add them, or set data.skip_broken=true to train without them")
     BROKEN = (
         "unreadable images", IMAGES, Severity.ERROR_UNLESS_SKIPPED, Mend.DROP_IMAGE,
         "image {path} {problem}", "replace it, or set data.skip_broken=true to train without it")
     UNKNOWN_CATEGORY = (
         "evaluation categories that are not trained", CATEGORIES, Severity.ERROR, None,
-        "{split} has categories {names} that the model was not trained on",
+        "{split} has {count:category|categories} that the model was not trained on, such as {names}",
         "evaluate on a dataset with the categories of the training set")
 
     # The reader continues: it drops or repairs the annotation.
@@ -205,28 +206,28 @@ class Kind(StrEnum):
     SMALL = (
         "objects too small for the anchors", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} objects are too small for the anchors: with images resized to {side} pixels, no anchor "
-        "overlaps them by {iou} or more (the smallest anchor is {anchor}), so each trains only its closest anchor",
+        "overlaps them by {iou} or more (the smallest anchor is {anchor}), so each is learned by its closest anchor only",
         "use smaller model.anchor_sizes, or enlarge the images with data.short_side")
     LARGE = (
         "objects too large or too thin for the anchors", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} objects are too large or too thin for the anchors: with images resized to {side} pixels, "
-        "no anchor overlaps them by {iou} or more (the largest anchor is {anchor}), so each trains only its closest "
-        "anchor", "change model.anchor_sizes or model.aspect_ratios")
+        "no anchor overlaps them by {iou} or more (the largest anchor is {anchor}), so each is learned by its closest "
+        "anchor only", "change model.anchor_sizes or model.aspect_ratios")
     CROWDS = (
         "many crowds", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} annotations are crowds (iscrowd 1), which are not learned as objects",
         "set iscrowd to 0 for single objects")
     EMPTY = (
         "many images without objects", IMAGES, Severity.WARNING, None,
-        "{count} of {total} images have no objects, so everything in them is learned as background",
+        "{count:of {total} images has|of {total} images have} no objects, so the whole image is learned as background",
         "check whether annotations are missing")
     UNUSED_CATEGORY = (
         "categories without objects", CATEGORIES, Severity.WARNING, None,
-        "{count} of {total} categories have no objects and cannot be learned: {names}",
+        "{count:of {total} categories has|of {total} categories have} no objects and cannot be learned: {names}",
         "annotate such objects or remove the categories")
     RARE_CATEGORY = (
         "categories with few objects", CATEGORIES, Severity.WARNING, None,
-        "{count:category has|categories have} few objects, while {most} has {num_most}: {names}",
+        "{count:category has|categories have} few objects ({most} has {num_most}): {names}",
         "annotate more such objects, or expect low AP for them")
     SAME_NAME = (
         "repeated category names", CATEGORIES, Severity.WARNING, None,
@@ -239,23 +240,23 @@ class Kind(StrEnum):
         "{count:image has|images have} exactly the pixels of another image", "keep one of each")
     TURNED = (
         "images with an EXIF orientation", IMAGES, Severity.WARNING, None,
-        "{count} of {total} images have an EXIF orientation, which is ignored",
+        "{count:of {total} images has|of {total} images have} an EXIF orientation, which is ignored",
         "make sure that boxes and masks refer to the pixels as stored")
     GREY = (
         "grey images", IMAGES, Severity.WARNING, None,
-        "{count} of {total} images are grey and are read as three equal channels",
+        "{count:of {total} images is grey and read|of {total} images are grey and read} as three equal channels",
         "replace them if colour versions exist")
     CMYK = (
         "images in CMYK", IMAGES, Severity.WARNING, None,
-        "{count} of {total} images are in CMYK and are converted to RGB without their colour profile",
+        "{count:of {total} images is|of {total} images are} converted from CMYK to RGB without the colour profile",
         "convert them to RGB if the colours matter")
     DEEP = (
         "images of more than 8 bits per channel", IMAGES, Severity.WARNING, None,
-        "{count} of {total} images have more than 8 bits per channel, of which the upper 8 are kept",
-        "convert them to 8 bits if they look dark, because the camera used fewer bits than the file holds")
+        "{count:of {total} images has|of {total} images have} more than 8 bits per channel, and the upper 8 are kept",
+        "rescale them if the camera uses fewer bits than the file has, or they are read as dark")
     ALPHA = (
         "images with an alpha channel", IMAGES, Severity.WARNING, None,
-        "{count} of {total} images have an alpha channel, which is dropped",
+        "{count:of {total} images has|of {total} images have} an alpha channel, which is dropped",
         "remove the channel, or set model.in_channels=4 if it holds data such as depth")
     NOT_LISTED = (
         "unlisted image files", IMAGES, Severity.WARNING, None,
@@ -268,8 +269,8 @@ class Kind(StrEnum):
         "{folder} has no split {split}", "add it, or set eval_every=0 to train without evaluation")
     LEAK = (
         "training images among the evaluation images", IMAGES, Severity.ERROR, Mend.DROP_IMAGE,
-        "{count:image of {training} has|images of {training} have} the pixels of an image of {evaluated}, so AP "
-        "measures memorisation", "remove these images from one of the two splits")
+        "{count:training image has|training images have} the pixels of an image of {evaluated}, so AP measures "
+        "memorisation", "remove these images from one of the two splits")
     UNLEARNED_CATEGORY = (
         "evaluation categories without training objects", CATEGORIES, Severity.WARNING, None,
         "{count:category has|categories have} objects in {evaluated} but none in {training}: {names}",

@@ -112,7 +112,7 @@ def _wrong_size(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> 
     """Makes the error of an image of another (height, width) than the annotations say."""
     what = f"has {found[0]}x{found[1]} pixels (height x width) where the annotations say {wanted[0]}x{wanted[1]}"
     if found == wanted[::-1]:
-        what += ", as if it were annotated turned, by EXIF, and is stored lying"
+        what += ", as if they followed its EXIF orientation, which is ignored"
     return _broken(path, what)
 
 
@@ -120,7 +120,7 @@ def _refuse_bomb(path: Path, data: bytes, size: tuple[int, int]) -> None:
     """Refuses a file that would decode to many times the pixels that are wanted, such as a few kB of black."""
     found = _pixels_in_header(data) or 0
     if found > _TIMES_LARGER * size[0] * size[1]:
-        raise _broken(path, f"has {found:,} pixels, and {size[0]}x{size[1]} (height x width) by the annotations")
+        raise _broken(path, f"has {found:,} pixels where the annotations say {size[0]}x{size[1]} (height x width)")
 
 
 def _is_bomb(data: bytes) -> bool:

@@ -219,6 +219,16 @@ def category_id_twice(content, root, rng):
     return ""
 
 
+def category_without_a_name(content, root, rng):
+    content["categories"].append({"id": 77})
+    return "category 77"
+
+
+def category_name_twice(content, root, rng):
+    content["categories"].append({"id": 77, "name": content["categories"][0]["name"]})
+    return content["categories"][0]["name"]
+
+
 def same_annotation(content, root, rng):
     annotation, name = _pick(content, rng)
     content["annotations"].append(annotation | {"id": 10_000})
@@ -298,6 +308,12 @@ def in_grey(content, root, rng):
     return _resave(root, rng, lambda image: image.convert("L"))
 
 
+def with_alpha(content, root, rng):
+    path = root / "train2017" / f"{int(rng.integers(1, 11)):012d}.jpg"
+    path.write_bytes(cv2.imencode(".png", rng.integers(256, size=(96, 96, 4), dtype=np.uint8))[1].tobytes())
+    return path.name
+
+
 def of_16_bits(content, root, rng):
     path = root / "train2017" / f"{int(rng.integers(1, 11)):012d}.jpg"
     path.write_bytes(cv2.imencode(".png", rng.integers(2**16, size=(96, 96, 3), dtype=np.uint16))[1].tobytes())
@@ -312,6 +328,19 @@ def tiny_objects(content, root, rng):
         annotation["segmentation"] = [[x, y, x + 3, y, x + 3, y + 3, x, y + 3]]
         name = name or f"{annotation['image_id']:012d}.jpg"
     return name
+
+
+def thin_objects(content, root, rng):
+    for annotation in content["annotations"][:5]:
+        annotation["bbox"] = [0, 5, 96, 6]
+        annotation["segmentation"] = [[0, 5, 96, 5, 96, 11, 0, 11]]
+    return f"{content['annotations'][0]['image_id']:012d}.jpg"
+
+
+def one_object_of_a_class(content, root, rng):
+    content["categories"].append({"id": 77, "name": "spiral"})
+    content["annotations"][0]["category_id"] = 77
+    return "spiral (1)"
 
 
 def all_crowds(content, root, rng):
@@ -369,6 +398,8 @@ FAULTS = {
     category_zero: Kind.UNLISTED_CATEGORY,
     categories_off_by_one: Kind.OFF_BY_ONE,
     category_id_twice: Kind.CATEGORY_IDS_TWICE,
+    category_without_a_name: Kind.MALFORMED_CATEGORY,
+    category_name_twice: Kind.SAME_NAME,
     same_annotation: Kind.SAME_ANNOTATION,
     annotation_id_twice: Kind.SAME_ID,
     image_cut_short: Kind.BROKEN,
@@ -382,7 +413,10 @@ FAULTS = {
     in_cmyk: Kind.CMYK,
     in_grey: Kind.GREY,
     of_16_bits: Kind.DEEP,
+    with_alpha: Kind.ALPHA,
     tiny_objects: Kind.SMALL,
+    thin_objects: Kind.LARGE,
+    one_object_of_a_class: Kind.RARE_CATEGORY,
     all_crowds: Kind.CROWDS,
     objects_missing: Kind.EMPTY,
     class_without_objects: Kind.UNUSED_CATEGORY,
