@@ -206,13 +206,13 @@ class Kind(StrEnum):
     SMALL = (
         "objects too small for the anchors", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} objects are too small for the anchors: with images resized to {side} pixels, no anchor "
-        "overlaps them by {iou} or more (the smallest anchor is {anchor}), so only the closest anchor learns each",
+        "overlaps them by {iou} or more (the smallest is {anchor}), so the RPN learns each from a single anchor",
         "use smaller model.anchor_sizes, or enlarge the images with data.short_side")
     LARGE = (
         "objects too large or too thin for the anchors", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} objects are too large or too thin for the anchors: with images resized to {side} pixels, "
-        "no anchor overlaps them by {iou} or more (the largest anchor is {anchor}), so only the closest anchor "
-        "learns each", "change model.anchor_sizes or model.aspect_ratios")
+        "no anchor overlaps them by {iou} or more (the largest is {anchor}), so the RPN learns each from a single "
+        "anchor", "change model.anchor_sizes or model.aspect_ratios")
     CROWDS = (
         "many crowds", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} annotations are crowds (iscrowd 1), which are not learned as objects",

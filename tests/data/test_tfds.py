@@ -258,7 +258,7 @@ def test_broken_images_stop_the_build_or_are_kept_as_they_are(odd, tmp_path, cap
         build(odd, tmp_path / "tfds")
     assert nothing_is_left(tmp_path / "tfds")
     (odd / "train2017" / "3.jpg").unlink()
-    with pytest.raises(UserError, match="1 of 6 image files are missing"):
+    with pytest.raises(UserError, match="1 of 6 image files is missing"):
         build(odd, tmp_path / "tfds")
     build(odd, tmp_path / "tfds", skip_broken=True)
     assert caplog.text.count("skip_broken=true") == 3
