@@ -113,7 +113,7 @@ def test_no_module_is_called_utils():
         ("maskrcnn_jax.ops.boxes", "from maskrcnn_jax.models.layers import conv"),
         ("maskrcnn_jax.ops.boxes", "from flax import nnx"),
         ("maskrcnn_jax.ops.boxes", "from ..models import layers"),
-        ("maskrcnn_jax.models.losses", "import maskrcnn_jax.models.rpn"),
+        ("maskrcnn_jax.ops.nms", "import maskrcnn_jax.models.rpn"),
         ("maskrcnn_jax.models.rpn", "from maskrcnn_jax import training"),
         ("maskrcnn_jax.data.loader", "def f():\n    import jax.numpy as jnp"),
         ("maskrcnn_jax.data.loader", "from maskrcnn_jax.ops.boxes import box_area"),

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs import shapes
 from maskrcnn_jax import page
+from maskrcnn_jax.config import load_config
 from maskrcnn_jax.data.coco import load_index
 from maskrcnn_jax.structures import Batch
 from tests.data import large_index
@@ -49,7 +49,7 @@ def run(settings: Settings) -> Iterator[Row]:
     """Measure every axis, at images of SIDE or of --height, a batch of 1, 100 detections and 7 objects."""
     side = settings.height or SIDE
     settings = settings.having(height=side, width=side, rounds=3, dtype=default_dtype())
-    one, network = dataclasses.replace(settings, batch_size=1), settings.model_options["backbone"]
+    one, network = dataclasses.replace(settings, batch_size=1), settings.model_options.backbone
     square = f"{side}x{side}"
     infer = functools.partial(inference.time_of_ours, make_model(one, box_score_thresh=0.0))
 
@@ -80,7 +80,7 @@ def run(settings: Settings) -> Iterator[Row]:
 
 def _devices(settings: Settings) -> Iterator[Row]:
     """Measure simulated devices, which share the cores: what dividing the work costs, with a network that is small."""
-    options = shapes.get_config().model.to_dict() | dict(settings.options)
+    options = load_config("shapes").model.to_dict() | dict(settings.options)
     side, batch_size = settings.height // 2, 2 * max(DEVICES)
     settings = dataclasses.replace(settings, height=side, width=side, batch_size=batch_size, options=options)
     at = f"the network of configs/shapes.py, batch {batch_size}, {side}x{side}, {train.ORDINARY} objects an image"
