@@ -55,7 +55,7 @@ def image_source(image: np.ndarray) -> str:
         image: [h, w, 3] uint8 RGB; embedded as JPEG.
     """
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
 
 
 def svg(figure: Figure) -> Markup:
