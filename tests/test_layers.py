@@ -13,7 +13,7 @@ ALLOWED = {
     "structures": set(),
     "errors": set(),
     "writing": {"errors"},
-    "page": set(),
+    "page": {"writing"},
     "options": {"errors"},
     "config": {"options", "errors"},
     "distributed": {"structures", "errors"},

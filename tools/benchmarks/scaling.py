@@ -146,30 +146,34 @@ def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> N
       rows: as run yields them.
       environment: as timing.environment returns it.
     """
-    hardware, versions = environment["hardware"], environment["versions"]
-    where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, jax {versions['jax']}"
-    about = f"{where}; commit {environment['commit']}, {environment['date']}. Median, and a bar between the quartiles."
-    scales = "Both scales start at zero: a straight line through the origin is cost in proportion."
-    sections = [page.paragraph(about), page.paragraph(scales)]
-    for axis in dict.fromkeys(row.settings["axis"] for row in rows):
-        sections += _section([row for row in rows if row.settings["axis"] == axis])
-    Path(path).write_text(page.page("How cost grows", sections), encoding="utf-8")
+    sections = {}
+    for row in rows:
+        sections.setdefault(row.settings["axis"], []).append(row)
+    page.write_page(
+        path,
+        Path(__file__).with_suffix(".html.j2"),
+        title="How cost grows",
+        environment=environment,
+        sections=[_section(of_axis) for of_axis in sections.values()],
+    )
 
 
-def _section(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the heading, the plot and the table of an axis."""
-    said, unit = rows[0].settings, {"s": "seconds", "mb": "MB"}[rows[0].unit]
-    name, _, at = said["at"].partition(": ")
-    yield page.heading(name)
+def _section(rows: Sequence[Row]) -> dict:
+    """Return the name, the plot and the table of an axis."""
+    settings, unit = rows[0].settings, {"s": "seconds", "mb": "MB"}[rows[0].unit]
+    name, _, at = settings["at"].partition(": ")
     figure = Figure(figsize=(6, 3.2))
     axes = figure.subplots()
     medians = np.array([row.ours.median for row in rows])
     around = np.abs([[row.ours.low for row in rows] - medians, [row.ours.high for row in rows] - medians])
     axes.errorbar([row.settings["x"] for row in rows], medians, around, marker="o", ecolor="black")
-    axes.set(xlabel=said["x_unit"], ylabel=unit, xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel=settings["x_unit"], ylabel=unit, xlim=(0, None), ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    yield page.plot(figure, at)
-    yield page.table(
-        [said["x_unit"], "median (quartiles)"], [[f"{row.settings['x']:,}", cell(row.ours, row.unit)] for row in rows]
-    )
+    return {
+        "name": name,
+        "at": at,
+        "unit": settings["x_unit"],
+        "plot": page.svg(figure),
+        "rows": [[f"{row.settings['x']:,}", cell(row.ours, row.unit)] for row in rows],
+    }
