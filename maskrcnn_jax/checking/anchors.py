@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from maskrcnn_jax.anchor_shapes import cell_anchors
 from maskrcnn_jax.checking.examples import annotations_finding
 from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.transforms import resized_sizes
+from maskrcnn_jax.options import Options
 
 _MANY = 0.01  # share of the objects; every dataset has a few
 
@@ -25,9 +25,9 @@ class Anchors:
     resize: str
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> "Anchors":
-        """Return the anchors of a config's model, and how the config resizes images."""
-        model, data = config.model, config.data
+    def from_options(cls, options: Options) -> "Anchors":
+        """Return the anchors of a model, and how its images are resized."""
+        model, data = options.model, options.data
         sizes = np.outer(model.anchor_sizes, model.anchor_scales).ravel()
         corners = cell_anchors(tuple(sizes.tolist()), model.aspect_ratios, model.exact_anchors)
         return cls(

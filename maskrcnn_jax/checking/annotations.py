@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from maskrcnn_jax.checking.anchors import Anchors, check_anchors
 from maskrcnn_jax.checking.examples import annotations_finding, images_finding, listed
@@ -17,6 +16,7 @@ from maskrcnn_jax.data.coco import CocoIndex
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.formats import overlaps, polygon_bounds
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import Options
 
 _log = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ _FEW_OBJECTS = 10  # of a category
 _RARE = 1e-3  # objects of a category, as a share of those of the most common one
 
 
-def check_before_training(config: ConfigDict, index: CocoIndex) -> None:
+def check_before_training(options: Options, index: CocoIndex) -> None:
     """Check the training annotations and log a line for every warning.
 
     Raises:
         UserError: an error that the reader does not notice.
     """
-    stop_or_warn(check_index(index, Anchors.from_config(config)), config.data.train_split)
+    stop_or_warn(check_index(index, Anchors.from_options(options)), options.data.train_split)
 
 
 def stop_or_warn(findings: Sequence[Finding], split: str) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from maskrcnn_jax.checking.anchors import Anchors
 from maskrcnn_jax.checking.annotations import check_index, objects_per_category
@@ -15,6 +14,7 @@ from maskrcnn_jax.checking.images import ImageFacts, check_images, read_images
 from maskrcnn_jax.data.coco import ReadDataset, annotations_name, locate, read_dataset
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import Options
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -24,37 +24,6 @@ Progress = Callable[[Iterable, int, str], Iterable]  # wraps an iterable, given 
 def no_progress(items: Iterable, total: int, description: str) -> Iterable:
     """Return the items."""
     return items
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the dataset will be used."""
-
-    anchors: Anchors | None = None  # without them, the sizes of objects are not checked
-    channels: int = 3  # of the images that the model takes
-    skip_broken: bool = False
-    keep_unlisted: bool = False  # accept objects of categories that are not listed
-    contiguous_labels: bool = False
-    images: bool = True  # also open the image files; otherwise only their names are checked
-    threads: int = 4
-    train_split: str = "train2017"
-    eval_split: str = "val2017"
-
-    @classmethod
-    def from_config(cls, config: ConfigDict, *, images: bool = True) -> "Options":
-        """Return how a training with this config uses the dataset."""
-        data = config.data
-        return cls(
-            anchors=Anchors.from_config(config),
-            channels=config.model.in_channels,
-            skip_broken=data.skip_broken,
-            keep_unlisted=data.ignore_regions,
-            contiguous_labels=data.contiguous_labels,
-            images=images,
-            threads=data.threads,
-            train_split=data.train_split,
-            eval_split=data.eval_split,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +48,16 @@ def check_dataset(
     options: Options,
     *,
     image_dir: str | os.PathLike | None = None,
+    open_images: bool = True,
     progress: Progress = no_progress,
 ) -> list[Split]:
     """Check a dataset for training and evaluation, or a single annotation file.
 
     Args:
         dataset: folder in COCO's layout, or an annotation file.
-        options: how it will be used.
+        options: of the training that it is for.
         image_dir: folder of the images of an annotation file.
+        open_images: also read the images; otherwise only look whether their files exist.
         progress: wraps the iteration over the images.
 
     Returns:
@@ -95,18 +66,19 @@ def check_dataset(
     Raises:
         UserError: there is no such dataset.
     """
+    how = {"open_images": open_images, "progress": progress}
     if os.path.isfile(dataset):
         if not image_dir or not os.path.isdir(image_dir):
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
         path = Path(dataset)
-        return [check_split(path.stem, path, Path(image_dir), options, progress=progress)]
-    name = options.train_split
-    training = check_split(name, *locate(dataset, name), options, progress=progress)
-    name = options.eval_split
+        return [check_split(path.stem, path, Path(image_dir), options, **how)]
+    name = options.data.train_split
+    training = check_split(name, *locate(dataset, name), options, **how)
+    name = options.data.eval_split
     if not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
         return [replace(training, findings=[*training.findings, missing])]
-    evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, progress=progress)
+    evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)
     return list(compare_splits(training, evaluated))
 
 
@@ -117,6 +89,7 @@ def check_split(
     options: Options,
     *,
     evaluated: bool = False,
+    open_images: bool = True,
     progress: Progress = no_progress,
 ) -> Split:
     """Check one annotation file and its images.
@@ -125,8 +98,9 @@ def check_split(
         name: of the split.
         json_path: the annotations.
         image_dir: the folder of the images.
-        options: how they will be used.
+        options: of the training that they are for.
         evaluated: the split is used for evaluation.
+        open_images: also read the images; otherwise only look whether their files exist.
         progress: wraps the iteration over the images.
     """
     collector = Collector()
@@ -134,8 +108,8 @@ def check_split(
         data = read_dataset(
             json_path,
             image_dir,
-            contiguous_labels=options.contiguous_labels,
-            keep_unlisted=options.keep_unlisted,
+            contiguous_labels=options.data.contiguous_labels,
+            keep_unlisted=options.data.ignore_regions,
             report=collector,
         )
     except UserError as error:
@@ -144,13 +118,14 @@ def check_split(
     found = _judge(collector.findings(), options)
     found += [Kind(kind).finding(places) for kind, places in data.problems.items()]
     found += _unlisted_files(data, image_dir)
-    by_row = check_index(data.index, options.anchors, evaluated=evaluated)
+    by_row = check_index(data.index, Anchors.from_options(options), evaluated=evaluated)
     pixels: dict[bytes, int] = {}
-    if options.images:
+    if open_images:
         images = np.setdiff1d(np.arange(len(data.index)), data.missing)
-        facts = read_images(data.index, images.tolist(), channels=options.channels, threads=options.threads)
+        sizes = {"channels": options.model.in_channels, "threads": options.data.threads}
+        facts = read_images(data.index, images.tolist(), **sizes)
         facts = list(progress(facts, len(images), f"images of {name}"))
-        by_row += check_images(data.index, images, facts, skip_broken=options.skip_broken)
+        by_row += check_images(data.index, images, facts, skip_broken=options.data.skip_broken)
         pixels = _places_by_pixels(data, images, facts)
     found += [_with_places(finding, data) for finding in by_row]
     return Split(name, json_path, image_dir, data, name_examples(json_path, _errors_first(_merge(found))), pixels)
@@ -185,7 +160,7 @@ def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
 
 def _judge(findings: list[Finding], options: Options) -> list[Finding]:
     """Return what the reader stops at as the errors and warnings that they are for this use."""
-    return [replace(f, is_error=f.kind.severity.is_error(skip_broken=options.skip_broken)) for f in findings]
+    return [replace(f, is_error=f.kind.severity.is_error(skip_broken=options.data.skip_broken)) for f in findings]
 
 
 def _with_places(finding: Finding, data: ReadDataset) -> Finding:

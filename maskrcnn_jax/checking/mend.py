@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.checking.dataset import Options, Progress, Split, check_split, no_progress
+from maskrcnn_jax.checking.dataset import Progress, Split, check_split, no_progress
 from maskrcnn_jax.data.annotation_file import polygon_problem, short
 from maskrcnn_jax.data.coco import find_alike
 from maskrcnn_jax.data.findings import ANNOTATIONS, CATEGORIES, IMAGES, Kind, Mend
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file
 
 _ROUNDS = 3  # a corrected entry may turn out to have another problem
@@ -23,14 +24,20 @@ Changes = dict[str, list[str]]  # what was changed -> the images and annotations
 
 
 def fix_dataset(
-    splits: list[Split], output: str | os.PathLike, options: Options, *, progress: Progress = no_progress
+    splits: list[Split],
+    output: str | os.PathLike,
+    options: Options,
+    *,
+    open_images: bool = True,
+    progress: Progress = no_progress,
 ) -> tuple[Split, Changes]:
     """Write a cleaned copy of the annotations of the first split, and check it.
 
     Args:
         splits: of the dataset, checked.
         output: the file to write.
-        options: how the dataset will be used.
+        options: of the training that the dataset is for.
+        open_images: also read the images when the copy is checked.
         progress: wraps the iteration over the images when the copy is checked.
 
     Returns:
@@ -46,7 +53,7 @@ def fix_dataset(
     for _ in range(_ROUNDS):
         for change, names in mend(split, output).items():
             changes.setdefault(change, []).extend(names)
-        split = check_split(output.stem, output, split.image_dir, options, progress=progress)
+        split = check_split(output.stem, output, split.image_dir, options, open_images=open_images, progress=progress)
         if not split.num_errors:
             break
     return split, changes

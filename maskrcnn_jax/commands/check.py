@@ -1,42 +1,44 @@
 """Check a dataset in COCO's format before training on it.
 
-    python tools/check_dataset.py DIR [--config=configs/r50_fpn.py] [--report=check.html] [--fix=cleaned.json]
-    python tools/check_dataset.py FILE.json --images=DIR
+    maskrcnn-jax check DIR [--config=r50_fpn] [--report=check.html] [--fix=cleaned.json]
+    maskrcnn-jax check FILE.json --images=DIR
 
-DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json; --train_split and --val_split say what
-the splits are called otherwise. Lists errors (training would stop, or learn something wrong) and warnings, and exits
-with status 1 if there are errors. --fix writes a cleaned copy of the annotations of the training split, or of FILE.
+DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json; --train_split and --val_split name other
+splits. Lists errors (training would stop, or learn something wrong) and warnings, and exits with status 1 if there are
+errors. --fix writes a cleaned copy of the annotations of the training split, or of FILE.
 """
 
+import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
-
-from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
-from maskrcnn_jax.checking.dataset import Options, Split, check_dataset
+from maskrcnn_jax.checking.dataset import Split, check_dataset
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
 from maskrcnn_jax.checking.mend import fix_dataset
-from maskrcnn_jax.commands.app import run_app
-
-FLAGS = flags.FLAGS
+from maskrcnn_jax.config import default_config, to_options
 
 
-def define_flags() -> None:
-    """Define the options; only where this is the program, since other tools have options of the same names."""
-    base = Path(__file__).resolve().parent.parent / "configs" / "base.py"
-    config_flags.DEFINE_config_file("config", str(base), "What it is for: anchors, sizes, options of the data.")
-    flags.DEFINE_string("dataset", "", "Folder or annotation file; may be given as the first word.")
-    flags.DEFINE_string("train_split", None, "Instead of config.data.train_split.")
-    flags.DEFINE_string("val_split", None, "Instead of config.data.eval_split.")
-    flags.DEFINE_string("images", None, "Folder of the images, with an annotation file.")
-    flags.DEFINE_bool("open_images", True, "Also open the images; without, their files are only looked for.")
-    flags.DEFINE_string("report", None, "HTML page to write, with pictures of examples.")
-    flags.DEFINE_string("fix", None, "Cleaned copy of the annotations to write.")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument(
+        "dataset", nargs="?", help="folder or annotation file; data.coco_dir of the config if not given"
+    )
+    parser.add_argument(
+        "--config",
+        default=default_config(),
+        help="what the dataset is for, by name or file: sizes of anchors and images, options of the data",
+    )
+    parser.add_argument("--train_split", metavar="SPLIT", help="data.train_split of the config if not given")
+    parser.add_argument("--val_split", metavar="SPLIT", help="data.eval_split of the config if not given")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images of an annotation file")
+    parser.add_argument(
+        "--noopen_images", dest="open_images", action="store_false", help="only look whether the image files exist"
+    )
+    parser.add_argument("--report", metavar="FILE", help="HTML page to write, with pictures of examples")
+    parser.add_argument("--fix", metavar="FILE", help="cleaned copy of the annotations to write")
 
 
 def _progress(items: Iterable, total: int, description: str) -> Iterable:
@@ -55,28 +57,21 @@ def _print_findings(splits: list[Split]) -> None:
     print(summary(splits))
 
 
-def main() -> None:
-    config = FLAGS.config.unlock()
-    data = config.data
-    data.train_split = FLAGS.train_split or data.train_split
-    data.eval_split = FLAGS.val_split or data.eval_split
-    options = Options.from_config(config, images=FLAGS.open_images)
-    splits = check_dataset(FLAGS.dataset or data.coco_dir, options, image_dir=FLAGS.images, progress=_progress)
+def main(options: argparse.Namespace) -> None:
+    """Check the dataset."""
+    data = options.config.unlock().data
+    data.train_split = options.train_split or data.train_split
+    data.eval_split = options.val_split or data.eval_split
+    config, how = to_options(options.config), {"open_images": options.open_images, "progress": _progress}
+    splits = check_dataset(options.dataset or data.coco_dir, config, image_dir=options.images, **how)
     _print_findings(splits)
-    if FLAGS.report:
-        write_report(Path(FLAGS.report), splits)
-    if FLAGS.fix:
-        cleaned, changes = fix_dataset(splits, FLAGS.fix, options, progress=_progress)
+    if options.report:
+        write_report(Path(options.report), splits)
+    if options.fix:
+        cleaned, changes = fix_dataset(splits, options.fix, config, **how)
+        print(plain(f"The cleaned copy {options.fix}:"))
         for change, names in changes.items():
             print(plain(f"  {len(names)} {change}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
-        print(plain(f"The cleaned copy is {FLAGS.fix}:"))
         _print_findings([cleaned])
     if any(split.num_errors for split in splits):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    define_flags()
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv[1] = f"--dataset={sys.argv[1]}"
-    run_app(main)

@@ -1,27 +1,24 @@
 """The checker on damaged datasets: what it finds, what training does with them, and what the mended file is worth."""
 
+import argparse
 import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs import shapes
 from maskrcnn_jax.checking.anchors import Anchors
 from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
-from maskrcnn_jax.checking.dataset import Options, check_dataset, check_split
+from maskrcnn_jax.checking.dataset import check_dataset, check_split
 from maskrcnn_jax.checking.dataset_page import write_report
 from maskrcnn_jax.checking.mend import fix_dataset, mend
+from maskrcnn_jax.commands import check as command
+from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.data.coco import load_index, locate
 from maskrcnn_jax.data.findings import Kind, Mend
-from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
 from tests.checking.dataset_faults import (
@@ -34,10 +31,9 @@ from tests.checking.dataset_faults import (
     file_missing,
     image_cut_short,
 )
+from tests.data.loading import load
 
-ROOT = Path(__file__).parents[2]
-ANCHORS = Anchors.from_config(shapes.get_config())
-OPTIONS = Options(anchors=ANCHORS, threads=1)
+OPTIONS = to_options(load_config("shapes"))
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +55,10 @@ def check(root):
 def train_on_data(root):
     """Does with the data what a training of an epoch does with it."""
     index = load_index(root, "train2017")
-    stop_or_warn(check_index(index, ANCHORS), "train2017")
+    stop_or_warn(check_index(index, Anchors.from_options(OPTIONS)), "train2017")
     load_index(root, "val2017").categories.check_known(index.categories, "val2017")
-    loader = make_loader(
-        index, batch_size=4, short_side=96, long_side=96, mask_side=96, shuffle=True, annotations=True, threads=1
+    loader = load(
+        index, batch_size=4, short_side=96, long_side=96, mask_side=96, train=True, annotations=True, threads=1
     )
     for batch in loader:
         assert batch.valid.all()
@@ -133,7 +129,6 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
     path = root / "annotations" / "instances_train2017.json"
     clean = json.loads(path.read_text())
     rng = np.random.default_rng(0)
-    options = Options(anchors=ANCHORS, threads=1, images=False)
     num_refused = 0
     for _ in range(250):
         content = copy.deepcopy(clean)
@@ -152,7 +147,7 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
             else:
                 entry[key] = value
         path.write_text(json.dumps(content))
-        split = check_split("train2017", path, root / "train2017", options)
+        split = check_split("train2017", path, root / "train2017", OPTIONS, open_images=False)
         try:
             index = load_index(root, "train2017")
             assert all(np.isfinite(index.boxes[row]).all() for row in range(len(index.boxes)))
@@ -162,7 +157,7 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
         write_report(tmp_path / "report.html", [split])
         mended = tmp_path / "mended.json"
         try:
-            split, _ = fix_dataset([split], mended, options)
+            split, _ = fix_dataset([split], mended, OPTIONS, open_images=False)
         except UserError as e:
             assert "cannot be mended" in str(e) or "would be left" in str(e)
             continue
@@ -232,7 +227,7 @@ def test_a_cleaned_copy_is_checked_and_never_overwrites_annotations(root, tmp_pa
 
 def test_missing_files_are_no_error_where_they_are_skipped(root):
     name = damage(root, file_missing)
-    options = dataclasses.replace(OPTIONS, skip_broken=True)
+    options = dataclasses.replace(OPTIONS, data=dataclasses.replace(OPTIONS.data, skip_broken=True))
     (found,) = check_split("train2017", *locate(root, "train2017"), options).findings
     assert not found.is_error
     assert name in found.examples
@@ -276,30 +271,33 @@ def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
     assert list(mended) == list(content)
 
 
-@pytest.mark.slow
-def test_the_command_tells_writes_a_page_and_a_cleaned_copy(root, tmp_path):
+def run_command(*arguments):
+    """Run the check command for the options of the shapes config, and return its exit status."""
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    options = parser.parse_args(list(map(str, arguments)))
+    options.config = load_config("shapes")
+    try:
+        command.main(options)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def test_the_command_lists_findings_and_writes_a_page_and_a_cleaned_copy(root, tmp_path, capsys):
     names = [
         damage(root, fault, seed) for seed, fault in enumerate((box_without_width, category_zero, image_cut_short))
     ]
     report, cleaned = tmp_path / "check.html", tmp_path / "cleaned.json"
-    command = [sys.executable, "-m", "maskrcnn_jax.commands.check", root, f"--config={ROOT}/configs/shapes.py"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, f"--report={report}", f"--fix={cleaned}"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    assert "2 errors and 1 warning in 2 splits." in done.stdout
-    assert str(cleaned) in done.stdout
-    what_is_left = Kind.NOT_LISTED.tell(1, folder=root / "train2017")
-    assert done.stdout.count(what_is_left) == 1
-    assert done.stdout.rstrip().endswith("0 errors and 1 warning in 1 split.")
-    page = report.read_text()
+    assert run_command(root, f"--report={report}", f"--fix={cleaned}") == 1
+    printed, page = capsys.readouterr().out, report.read_text()
+    assert "2 errors and 1 warning in 2 splits." in printed
+    assert printed.count(Kind.NOT_LISTED.tell(1, folder=root / "train2017")) == 1, "of the cleaned copy"
+    assert printed.rstrip().endswith("0 errors and 1 warning in 1 split.")
     assert page.count("<img ") == 2, "the third cannot be read"
     for name in names:
-        assert name in done.stdout
+        assert name in printed
         assert name in page
     (root / "annotations" / "instances_train2017.json").write_bytes(cleaned.read_bytes())
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert again.returncode == 0, again.stdout
-    assert "0 errors and 0 warnings" not in again.stdout, "the image that was dropped is not listed"
+    assert run_command(root) == 0
+    assert "0 errors and 1 warning in 2 splits." in capsys.readouterr().out, "the image that was dropped is not listed"
