@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.formats import overlaps, polygon_bounds
 from maskrcnn_jax.data.transforms import resized_sizes
 from maskrcnn_jax.errors import UserError
@@ -64,7 +64,7 @@ class Finding:
     examples: Sequence[str] = ()  # images and annotations, a few
 
 
-def check_index(index: CocoIndex, anchors: Anchors | None = None, *, evaluated: bool = False) -> list[Finding]:
+def check_index(index: CocoDataset, anchors: Anchors | None = None, *, evaluated: bool = False) -> list[Finding]:
     """Looks for what is wrong or odd in a split.
 
     Args:
@@ -101,13 +101,13 @@ def stop_or_warn(findings: Sequence[Finding], split: str) -> None:
         _log.warning("%s: %s%s", split, finding.sentence, such)
 
 
-def images_of(index: CocoIndex) -> np.ndarray:
+def images_of(index: CocoDataset) -> np.ndarray:
     """Returns the row of the image of every annotation, [K]."""
     return np.repeat(np.arange(len(index)), np.diff(index.offsets))
 
 
 def annotations_finding(
-    index: CocoIndex,
+    index: CocoDataset,
     kind: str,
     rows: np.ndarray,
     sentence: str,
@@ -126,7 +126,7 @@ def annotations_finding(
 
 
 def images_finding(
-    index: CocoIndex, kind: str, rows: np.ndarray, sentence: str, is_error: bool = False
+    index: CocoDataset, kind: str, rows: np.ndarray, sentence: str, is_error: bool = False
 ) -> Finding | None:
     """Makes a finding about rows of images, or none of none."""
     if not len(rows):
@@ -135,7 +135,7 @@ def images_finding(
     return Finding(kind, is_error, sentence, "images", np.asarray(rows), examples)
 
 
-def _same_files(index: CocoIndex) -> Finding | None:
+def _same_files(index: CocoDataset) -> Finding | None:
     rows = range(len(index))
     first = dict(zip(reversed(index.file_names.tolist()), reversed(rows), strict=True))  # by name, the earliest stays
     later = np.setdiff1d(rows, list(first.values()))
@@ -149,7 +149,7 @@ def _same_files(index: CocoIndex) -> Finding | None:
     )
 
 
-def _annotation_ids(index: CocoIndex, evaluated: bool) -> list[Finding | None]:
+def _annotation_ids(index: CocoDataset, evaluated: bool) -> list[Finding | None]:
     first = np.unique(index.annotation_ids, return_index=True)[1]
     later = np.setdiff1d(np.arange(len(index.annotation_ids)), first)
     zero = np.flatnonzero(index.annotation_ids == 0)
@@ -172,7 +172,7 @@ def _annotation_ids(index: CocoIndex, evaluated: bool) -> list[Finding | None]:
     ]
 
 
-def _same_annotations(index: CocoIndex) -> Finding | None:
+def _same_annotations(index: CocoDataset) -> Finding | None:
     numbers = np.column_stack([images_of(index), index.labels, index.boxes.view(np.int32)]).astype(np.uint64)
     hashes = np.zeros(len(numbers), np.uint64)
     for column in numbers.T:
@@ -194,7 +194,7 @@ def _same_annotations(index: CocoIndex) -> Finding | None:
     )
 
 
-def _polygons(index: CocoIndex) -> list[Finding | None]:
+def _polygons(index: CocoDataset) -> list[Finding | None]:
     bounds = polygon_bounds(index.coordinates, index.part_offsets, index.first_part, index.num_parts)
     limits = index.sizes[images_of(index)][:, [1, 0, 1, 0]]
     inside = np.clip(bounds, 0, limits)
@@ -206,13 +206,13 @@ def _polygons(index: CocoIndex) -> list[Finding | None]:
     ]
 
 
-def empty_mask_finding(index: CocoIndex, rows: np.ndarray) -> Finding | None:
+def empty_mask_finding(index: CocoDataset, rows: np.ndarray) -> Finding | None:
     """Makes the finding of masks without a pixel."""
     sentence = f"{len(rows)} masks have no pixel in their image, and are learnt as empty; correct or remove them"
     return annotations_finding(index, EMPTY_MASK, rows, sentence)
 
 
-def misfit_finding(index: CocoIndex, rows: np.ndarray, bounds: np.ndarray) -> Finding | None:
+def misfit_finding(index: CocoDataset, rows: np.ndarray, bounds: np.ndarray) -> Finding | None:
     """Makes the finding of boxes that are not around their masks, whose boxes are ``bounds`` [K, 4]."""
 
     def detail(row: int) -> str:
@@ -226,7 +226,7 @@ def misfit_finding(index: CocoIndex, rows: np.ndarray, bounds: np.ndarray) -> Fi
     return annotations_finding(index, MISFIT, rows, sentence, detail)
 
 
-def best_overlaps(index: CocoIndex, anchors: Anchors) -> np.ndarray:
+def best_overlaps(index: CocoDataset, anchors: Anchors) -> np.ndarray:
     """Computes how well the best anchor can overlap each object, placed as well as possible; [K] float.
 
     An anchor of sides a, b overlaps a box of sides w, h by at most o / (w h + a b - o), o = min(w, a) min(h, b).
@@ -241,7 +241,7 @@ def best_overlaps(index: CocoIndex, anchors: Anchors) -> np.ndarray:
     return best
 
 
-def _unmatched(index: CocoIndex, anchors: Anchors) -> list[Finding | None]:
+def _unmatched(index: CocoDataset, anchors: Anchors) -> list[Finding | None]:
     unmatched = (best_overlaps(index, anchors) < anchors.background_iou) & ~index.crowd
     sizes = resized_sizes(index.sizes, anchors.short_side, anchors.long_side, anchors.resize)
     scale = (sizes / index.sizes)[images_of(index), ::-1]
@@ -277,7 +277,7 @@ def _unmatched(index: CocoIndex, anchors: Anchors) -> list[Finding | None]:
     return found
 
 
-def _shares(index: CocoIndex) -> list[Finding | None]:
+def _shares(index: CocoDataset) -> list[Finding | None]:
     crowds, empty = np.flatnonzero(index.crowd), np.flatnonzero(index.num_objects == 0)
     return [
         annotations_finding(
@@ -297,7 +297,7 @@ def _shares(index: CocoIndex) -> list[Finding | None]:
     ]
 
 
-def objects_per_category(index: CocoIndex) -> dict[str, int]:
+def objects_per_category(index: CocoDataset) -> dict[str, int]:
     """Counts the objects of each category, crowds not counted; by name, in order of category id."""
     counts = np.bincount(index.labels[~index.crowd], minlength=index.categories.num_classes)
     return {
@@ -305,7 +305,7 @@ def objects_per_category(index: CocoIndex) -> dict[str, int]:
     }
 
 
-def _categories(index: CocoIndex, evaluated: bool) -> list[Finding | None]:
+def _categories(index: CocoDataset, evaluated: bool) -> list[Finding | None]:
     found = []
     twice = [name for name, count in Counter(index.categories.names).items() if count > 1]
     if twice:

@@ -12,8 +12,9 @@ from maskrcnn_jax.checking import images as check_images
 from maskrcnn_jax.checking.annotations import Anchors, Finding
 from maskrcnn_jax.checking.images import ImageFacts
 from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import short
-from maskrcnn_jax.data.coco import ReadDataset, read_dataset
+from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data.dataset import read_dataset
+from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.faults import Faults
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
@@ -60,7 +61,7 @@ class Split:
     name: str
     json_path: Path
     image_dir: Path
-    data: ReadDataset | None  # None where the annotations cannot be read at all
+    data: CocoDataset | None  # None where the annotations cannot be read at all
     findings: list[Finding]
     pixels: dict[bytes, int] = field(default_factory=dict)  # hash of the pixels -> place of the image
 
@@ -96,24 +97,20 @@ def check_split(
             contiguous_labels=options.contiguous_labels,
             keep_unlisted=options.keep_unlisted,
             report=collected,
-        )
+        ).without_flat()
     except UserError as e:
         last = Finding(UNREADABLE, True, str(e))
         findings = [*_from_faults(collected, options), last]
         return Split(name, json_path, image_dir, None, _with_examples(json_path, findings))
     found = _from_faults(collected, options) + _from_problems(data)
-    found += [
-        _placed(f, data) for f in check_annotations.check_index(data.index, options.anchors, evaluated=evaluated)
-    ]
+    found += [_placed(f, data) for f in check_annotations.check_index(data, options.anchors, evaluated=evaluated)]
     found += _unlisted_files(data, image_dir)
     pixels: dict[bytes, int] = {}
     if options.images:
-        images = np.setdiff1d(np.arange(len(data.index)), data.missing)
-        looked = check_images.look_at_images(
-            data.index, images.tolist(), channels=options.channels, threads=options.threads
-        )
+        images = np.setdiff1d(np.arange(len(data)), data.missing)
+        looked = check_images.look_at_images(data, images.tolist(), channels=options.channels, threads=options.threads)
         facts = list(progress(looked, len(images), f"images of {name}"))
-        by_image = check_images.image_findings(data.index, images, facts, skip_broken=options.skip_broken)
+        by_image = check_images.image_findings(data, images, facts, skip_broken=options.skip_broken)
         found += [_placed(f, data) for f in by_image]
         pixels = _places_by_pixels(data, images, facts)
     findings = _with_examples(json_path, _errors_first(_merged(found)))
@@ -126,11 +123,11 @@ def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
         return training, evaluated
     ours, theirs = [], []
     try:
-        evaluated.data.index.categories.check_known(training.data.index.categories, evaluated.name)
+        evaluated.data.categories.check_known(training.data.categories, evaluated.name)
     except UserError as e:
         theirs.append(Finding(UNKNOWN_CATEGORY, True, str(e)))
-    learnt = check_annotations.objects_per_category(training.data.index)
-    there = check_annotations.objects_per_category(evaluated.data.index)
+    learnt = check_annotations.objects_per_category(training.data)
+    there = check_annotations.objects_per_category(evaluated.data)
     unlearnt = [name for name, count in there.items() if count and learnt.get(name) == 0]
     if unlearnt:
         sentence = f"{len(unlearnt)} categories have objects here but none to learn from: {', '.join(unlearnt[:10])}"
@@ -190,19 +187,19 @@ def _from_faults(collected: Faults, options: Options) -> list[Finding]:
     ]
 
 
-def _from_problems(data: ReadDataset) -> list[Finding]:
+def _from_problems(data: CocoDataset) -> list[Finding]:
     return [
         Finding(kind, False, f"{len(places)} {kind}; {_PROBLEMS[kind]}", "annotations", places)
-        for kind, places in data.problems.items()
+        for kind, places in data.problem_places.items()
     ]
 
 
-def _placed(finding: Finding, data: ReadDataset) -> Finding:
+def _placed(finding: Finding, data: CocoDataset) -> Finding:
     """Turns rows of the index into places in the lists of the file."""
     if finding.section == "images":
-        return replace(finding, rows=data.file.image_places[finding.rows])
+        return replace(finding, rows=data.image_places[finding.rows])
     if finding.section == "annotations":
-        return replace(finding, rows=data.file.places[data.rows[finding.rows]])
+        return replace(finding, rows=data.places[finding.rows])
     return finding
 
 
@@ -227,8 +224,8 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
-def _unlisted_files(data: ReadDataset, image_dir: Path) -> list[Finding]:
-    listed = set(data.file.file_names)
+def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
+    listed = set(data.file_names.tolist())
     with os.scandir(image_dir) as entries:
         names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in _IMAGE_SUFFIXES)
     names = [name for name in names if name not in listed]
@@ -238,13 +235,13 @@ def _unlisted_files(data: ReadDataset, image_dir: Path) -> list[Finding]:
     return [Finding(NOT_LISTED, False, sentence, examples=names[: check_annotations.NUM_EXAMPLES])]
 
 
-def _places_by_pixels(data: ReadDataset, images: np.ndarray, facts: list[ImageFacts]) -> dict[bytes, int]:
-    places = data.file.image_places[images].tolist()
+def _places_by_pixels(data: CocoDataset, images: np.ndarray, facts: list[ImageFacts]) -> dict[bytes, int]:
+    places = data.image_places[images].tolist()
     return {fact.pixels: place for place, fact in zip(places, facts, strict=True) if fact.pixels}
 
 
-def _names_by_place(data: ReadDataset) -> dict[int, str]:
-    return dict(zip(data.file.image_places.tolist(), data.file.file_names, strict=True))
+def _names_by_place(data: CocoDataset) -> dict[int, str]:
+    return dict(zip(data.image_places.tolist(), data.file_names.tolist(), strict=True))
 
 
 def _with_examples(json_path: Path, findings: list[Finding]) -> list[Finding]:

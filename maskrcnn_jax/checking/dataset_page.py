@@ -12,7 +12,7 @@ from maskrcnn_jax import page
 from maskrcnn_jax.checking import annotations as check_annotations
 from maskrcnn_jax.checking.annotations import Finding
 from maskrcnn_jax.checking.dataset import Split, read_entries
-from maskrcnn_jax.data.annotation_file import short
+from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import draw_instances
@@ -67,7 +67,7 @@ def _counts(splits: Sequence[Split]) -> tuple[list[str], list[list]]:
     for split in splits:
         numbers = [0] * 6
         if split.data:
-            index = split.data.index
+            index = split.data
             objects = ~index.crowd
             numbers = [
                 len(index),
@@ -94,7 +94,7 @@ def _split(split: Split) -> Iterator[str]:
     for finding in split.findings:
         yield from _finding(split, finding)
     if split.data:
-        counts = check_annotations.objects_per_category(split.data.index)
+        counts = check_annotations.objects_per_category(split.data)
         yield page.heading(f"{split.name}: objects of each category")
         yield page.table(["category", "objects"], [[plain(name), count] for name, count in counts.items()])
 
@@ -120,7 +120,7 @@ def _pictures(split: Split, finding: Finding) -> Iterator[str]:
         if not isinstance(entry, dict):
             continue
         image_id = entry.get("id" if finding.section == "images" else "image_id")
-        rows = np.flatnonzero(split.data.file.image_ids == image_id) if isinstance(image_id, int) else ()
+        rows = np.flatnonzero(split.data.image_ids == image_id) if isinstance(image_id, int) else ()
         if len(rows):
             picture = _draw(split, int(rows[0]), place if finding.section == "annotations" else None, entry)
             if picture is not None:
@@ -129,13 +129,13 @@ def _pictures(split: Split, finding: Finding) -> Iterator[str]:
 
 def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarray | None:
     """Draws the annotation at a place of the file, or all of an image; None where the image cannot be shown."""
-    index = split.data.index
+    index = split.data
     pixels = _read(index.image_path(image))
     if pixels is None:
         return None
     rows = np.arange(index.offsets[image], index.offsets[image + 1])
     if place is not None:
-        rows = rows[split.data.file.places[split.data.rows[rows]] == place]
+        rows = rows[split.data.places[rows] == place]
     scale = min(1, _SIDE / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
@@ -151,13 +151,13 @@ def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarra
 
 
 def _category(split: Split, row: int) -> str:
-    index = split.data.index
+    index = split.data
     return index.categories.name(index.labels[row]) if index.labels[row] else "not listed"
 
 
 def _mask(split: Split, row: int, size: tuple[int, int], drawn: tuple[int, int]) -> np.ndarray:
     mask = np.zeros(size, np.uint8)
-    part = coco_mask.decode(split.data.index.rle(row, *size))  # of the image's upper left corner
+    part = coco_mask.decode(split.data.rle(row, *size))  # of the image's upper left corner
     mask[: part.shape[0], : part.shape[1]] = part
     return cv2.resize(mask, drawn[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 

@@ -17,7 +17,7 @@ from maskrcnn_jax.checking.annotations import (
     images_finding,
     misfit_finding,
 )
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.formats import overlaps
 from maskrcnn_jax.data.images import BrokenImageError
 
@@ -51,7 +51,7 @@ class ImageFacts:
     misfits: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [4] the box around its run-length mask
 
 
-def look_at_images(index: CocoIndex, images: Iterable[int], *, channels: int, threads: int) -> Iterator[ImageFacts]:
+def look_at_images(index: CocoDataset, images: Iterable[int], *, channels: int, threads: int) -> Iterator[ImageFacts]:
     """Reads images and rasterises their masks, in order.
 
     Args:
@@ -65,7 +65,7 @@ def look_at_images(index: CocoIndex, images: Iterable[int], *, channels: int, th
 
 
 def image_findings(
-    index: CocoIndex, images: np.ndarray, facts: list[ImageFacts], *, skip_broken: bool = False
+    index: CocoDataset, images: np.ndarray, facts: list[ImageFacts], *, skip_broken: bool = False
 ) -> list[Finding]:
     """Sums up what was found out about images.
 
@@ -107,7 +107,7 @@ def image_findings(
     return [finding for finding in (*found, *_mask_findings(index, facts)) if finding]
 
 
-def _mask_findings(index: CocoIndex, facts: list[ImageFacts]) -> Iterator[Finding | None]:
+def _mask_findings(index: CocoDataset, facts: list[ImageFacts]) -> Iterator[Finding | None]:
     empty = np.array([row for fact in facts for row in fact.empty_masks], np.int64)
     yield empty_mask_finding(index, empty)
     misfits = {row: box for fact in facts for row, box in fact.misfits.items()}
@@ -117,7 +117,7 @@ def _mask_findings(index: CocoIndex, facts: list[ImageFacts]) -> Iterator[Findin
     yield misfit_finding(index, np.array(list(misfits), np.int64), bounds)
 
 
-def _look_at(index: CocoIndex, i: int, channels: int) -> ImageFacts:
+def _look_at(index: CocoDataset, i: int, channels: int) -> ImageFacts:
     facts = ImageFacts()
     try:
         image = index.read_image(i, channels)
@@ -152,7 +152,7 @@ def _forms(opened: Image.Image, channels: int) -> set[str]:
     return forms
 
 
-def _look_at_mask(index: CocoIndex, i: int, row: int, facts: ImageFacts) -> None:
+def _look_at_mask(index: CocoDataset, i: int, row: int, facts: ImageFacts) -> None:
     height, width = map(int, index.sizes[i])
     rle = index.rle(row, height, width)
     if not coco_mask.area(rle):

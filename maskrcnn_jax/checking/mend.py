@@ -13,8 +13,8 @@ from maskrcnn_jax.checking import dataset as check_dataset
 from maskrcnn_jax.checking import images as check_images
 from maskrcnn_jax.checking.dataset import Split
 from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import polygon_problem, short
-from maskrcnn_jax.data.coco import find_alike
+from maskrcnn_jax.data.dataset import find_alike
+from maskrcnn_jax.data.entries import polygon_problem, short
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
 
@@ -89,20 +89,21 @@ class _Mender:
     """Changes entries one by one, in the order of the file."""
 
     def __init__(self, split: Split):
-        file = split.data.file
+        data = split.data
+        names = data.file_names.tolist()
         self.done: dict[str, list[str]] = {}
         self._rows = {finding.kind: set(finding.rows.tolist()) for finding in split.findings}
-        self._sizes = dict(zip(file.image_ids.tolist(), file.sizes.tolist(), strict=True))
-        self._names = dict(zip(file.image_ids.tolist(), file.file_names, strict=True))
-        places = dict(zip(file.image_places.tolist(), range(len(file.image_ids)), strict=True))
+        self._sizes = dict(zip(data.image_ids.tolist(), data.sizes.tolist(), strict=True))
+        self._names = dict(zip(data.image_ids.tolist(), names, strict=True))
+        places = dict(zip(data.image_places.tolist(), range(len(data.image_ids)), strict=True))
         missing = [places[i] for i in self._rows.get(faults.MISSING_FILE, ()) if i in places]
         present = {entry.name for entry in os.scandir(split.image_dir) if entry.is_file()}
-        self._found = find_alike(present, [file.file_names[i] for i in missing])
+        self._found = find_alike(present, [names[i] for i in missing])
         gone = {places[i] for kind in _DROPPED_IMAGES for i in self._rows.get(kind, ()) if i in places}
-        self._gone = {int(file.image_ids[i]) for i in gone if not self._found.get(file.file_names[i])}
+        self._gone = {int(data.image_ids[i]) for i in gone if not self._found.get(names[i])}
         first = {name: image_id for image_id, name in reversed(self._names.items())}
         self._merged = {image_id: first[name] for image_id, name in self._names.items() if first[name] != image_id}
-        self._shift = file.category_shift
+        self._shift = data.category_shift
         new_ids = self._rows.keys() & {check_annotations.SAME_ID, check_annotations.ZERO_ID}
         self._next_id = _largest_id(split.json_path) + 1 if new_ids else 0
 

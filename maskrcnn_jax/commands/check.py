@@ -22,7 +22,8 @@ from maskrcnn_jax.checking.dataset import Options, Split, check_split, compare_s
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
 from maskrcnn_jax.checking.mend import mend
 from maskrcnn_jax.commands.app import run_app
-from maskrcnn_jax.data.coco import annotations_name, locate
+from maskrcnn_jax.data.coco import annotations_name
+from maskrcnn_jax.data.dataset import locate
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.check_data import anchors_of
 

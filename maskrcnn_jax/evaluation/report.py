@@ -39,7 +39,7 @@ def write_report(
 
     Args:
       path: the file; its folder is made.
-      truth: annotations of the images that were evaluated, as ``load_annotations`` returns them.
+      truth: annotations of the images that were evaluated, as ``ground_truth`` returns them.
       results: COCO results.
       metrics: as ``coco_eval.evaluate`` returns them.
       title: of the page.

@@ -4,7 +4,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.checking.annotations import Anchors, check_index, stop_or_warn
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.ops.anchors import cell_anchors
 
 
@@ -22,7 +22,7 @@ def anchors_of(config: ConfigDict) -> Anchors:
     )
 
 
-def check_before_training(config: ConfigDict, index: CocoIndex) -> None:
+def check_before_training(config: ConfigDict, index: CocoDataset) -> None:
     """Log what is odd in the training annotations, a line each.
 
     Raises:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoIndex, drop_labels
+from maskrcnn_jax.data.coco import CocoDataset, drop_labels
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.distributed import is_first, make_mesh, replicated, shard_batch
@@ -239,7 +239,7 @@ def _check_batch_size(batch_size: int, parts: int) -> None:
         raise UserError(f"batch_size {batch_size} is not divisible by {among}; use {choices}")
 
 
-def _make_loader(config: ConfigDict, index: CocoIndex, start_step: int, num_steps: int | None) -> Loader:
+def _make_loader(config: ConfigDict, index: CocoDataset, start_step: int, num_steps: int | None) -> Loader:
     data = config.data
     return make_loader(
         index,
@@ -274,7 +274,7 @@ class _Log:
     def __init__(
         self,
         writer: MetricWriter,
-        index: CocoIndex,
+        index: CocoDataset,
         schedule,
         updates: int,
         batch_size: int,

@@ -52,11 +52,11 @@ def measure(root: Path) -> None:
     """Prints the seconds of processor time, the peak memory of the process, the sizes of the index and what is odd."""
     from configs import base
     from maskrcnn_jax.checking.annotations import check_index
-    from maskrcnn_jax.data.coco import load_index
+    from maskrcnn_jax.data.coco import load_coco
     from maskrcnn_jax.training.check_data import anchors_of
 
     start = time.process_time()
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     seconds = time.process_time() - start
     start = time.process_time()
     found = check_index(index, anchors_of(base.get_config()))
