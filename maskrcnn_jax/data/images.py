@@ -95,7 +95,7 @@ def too_few_channels(image: np.ndarray, channels: int) -> str:
 
 
 def _broken(path: Path, what: str) -> BrokenImageError:
-    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
+    return BrokenImageError(f"image {path} {what}; replace it, or set data.skip_broken=true to go on without it")
 
 
 def _is_truncated(data: bytes) -> bool:

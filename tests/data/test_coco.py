@@ -436,7 +436,7 @@ def test_a_broken_image_is_named_with_the_way_out(dataset, how, told):
     with pytest.raises(BrokenImageError, match=told) as error:
         index.read_image(0)
     assert "1.jpg" in str(error.value)
-    assert "--config.data.skip_broken=true" in str(error.value)
+    assert "set data.skip_broken=true" in str(error.value)
 
 
 def test_an_image_of_many_times_the_pixels_is_refused_before_it_is_decoded(dataset, monkeypatch):
