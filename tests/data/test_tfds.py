@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -257,6 +258,7 @@ def test_broken_images_stop_the_build_or_are_kept_as_they_are(odd, tmp_path, cap
     for i, told in enumerate(["is not an image", "is truncated", "is empty"]):
         with pytest.raises(BrokenImageError, match=f"{i + 1}.jpg {told}"):
             found.read_image(i)
+    expected = dataclasses.replace(expected, missing=expected.missing[:0])  # the build has logged them
     assert_same_samples(expected, found, num_steps=4, skip_broken=True)
 
 
