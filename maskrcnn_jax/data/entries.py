@@ -126,10 +126,12 @@ class _Section:
         self.places, self.ids = array("q"), array("q")
 
     def extend(self, entries: list[msgspec.Raw]) -> None:
-        """Collect the texts of entries."""
+        """Collect entries that are not decoded yet, and empty the list."""
         decode = msgspec.json.Decoder(self.type).decode
-        for start in range(0, len(entries), _BATCH):
-            batch = entries[start : start + _BATCH]
+        entries.reverse()  # so that they can be freed from the end of the list
+        while entries:
+            batch = entries[: -_BATCH - 1 : -1]
+            del entries[-_BATCH:]
             try:
                 decoded = [decode(entry) for entry in batch]
                 self.check(decoded)

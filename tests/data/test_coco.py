@@ -482,7 +482,7 @@ def test_on_coco_the_masks_and_boxes_are_those_of_pycocotools(coco_dir):
 
 
 @pytest.mark.slow
-def test_an_index_as_large_as_cocos_opens_within_a_minute_and_one_and_a_half_gigabytes(tmp_path):
+def test_annotations_of_cocos_size_open_within_seconds_and_a_gigabyte(tmp_path):
     script = Path(__file__).with_name("large_index.py")
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -493,10 +493,10 @@ def test_an_index_as_large_as_cocos_opens_within_a_minute_and_one_and_a_half_gig
     measured = json.loads(done.stdout)
     assert measured["images"] == 118_287
     assert measured["objects"] == 860_001
-    assert measured["seconds"] < 60, measured
+    assert measured["seconds"] < 12, measured  # 3 on an idle machine
     assert measured["check_seconds"] < 10, measured
     assert measured["findings"] == ["boxes that do not fit their masks"], "their polygons are random"
-    assert measured["peak_bytes"] < 1.5e9, measured
+    assert measured["peak_bytes"] < 1e9, measured
 
 
 @pytest.mark.parametrize("size", [[0, 24], [20, 0], [10**9, 10**9], [-20, -24]])
