@@ -8,10 +8,10 @@ Published on val2017: box AP 42.9, mask AP 38.6 (3x schedule). Here on val2017: 
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import detectron2_r50_fpn
+from maskrcnn_jax.config import load_config
 
 
 def get_config() -> ConfigDict:
-    config = detectron2_r50_fpn.get_config()
+    config = load_config("detectron2_r50_fpn")
     config.model.backbone = "resnet101"
     return config

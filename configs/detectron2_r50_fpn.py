@@ -9,11 +9,11 @@ Its training differs in the losses, see docs/numerics.md.
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = default_config()
     model = config.model
     model.norm = "frozen"
     model.stride_in_1x1 = True

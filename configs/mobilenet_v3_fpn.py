@@ -8,11 +8,11 @@ Cost and result: not run. Sizes and proposals are those of torchvision's fasterr
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = default_config()
     config.data.short_side = 320
     config.data.long_side = 640
     config.model.backbone = "mobilenet_v3_large"

@@ -16,10 +16,10 @@ With published weights: not run. The small one: docs/own_dataset.md.
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import shapes, torchvision_r50_fpn, torchvision_r50_fpn_v2
+from maskrcnn_jax.config import load_config
 from maskrcnn_jax.errors import UserError
 
-_STARTS = {"full": torchvision_r50_fpn_v2, "laptop": torchvision_r50_fpn, "small": shapes}
+_STARTS = {"full": "torchvision_r50_fpn_v2", "laptop": "torchvision_r50_fpn", "small": "shapes"}
 
 
 def get_config(which: str = "full") -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config(which: str = "full") -> ConfigDict:
         raise UserError(
             f"own_dataset has no {which!r}; give --config=configs/own_dataset.py: and one of {', '.join(_STARTS)}"
         )
-    config = _STARTS[which].get_config()
+    config = load_config(_STARTS[which])
     config.epochs = 0  # as many as the number of images suggests
     config.eval_every = 10
     config.checkpoint_every = 200

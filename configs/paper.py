@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import default_config
 from maskrcnn_jax.errors import UserError
 
 
@@ -52,7 +52,7 @@ def get_config(which: str = "table=1,row=1") -> ConfigDict:
     if which not in rows:
         raise UserError(f"the paper has no {which!r}; give --config=configs/paper.py: and one of {'; '.join(rows)}")
     row = rows[which]
-    config = base.get_config()
+    config = default_config()
     config.epochs = row.epochs
     config.eval_losses = True
     config.eval_train_limit = 5000

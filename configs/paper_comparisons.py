@@ -8,11 +8,11 @@ other shapes, as the paper's comes from ImageNet. Results: docs/results.md.
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import shapes
+from maskrcnn_jax.config import load_config
 
 
 def get_config() -> ConfigDict:
-    config = shapes.get_config()
+    config = load_config("shapes")
     config.data.coco_dir = "data/paper_shapes"
     config.epochs = 2
     config.eval_every = 1000  # after the last step only

@@ -7,11 +7,11 @@ Cost and result at full length: not run.
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import r50_fpn
+from maskrcnn_jax.config import load_config
 
 
 def get_config() -> ConfigDict:
-    config = r50_fpn.get_config()
+    config = load_config("r50_fpn")
     config.epochs = 100
     config.model.backbone = "resnet101"
     config.optim.lr = 1e-4

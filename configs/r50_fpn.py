@@ -8,11 +8,11 @@ starts from an ImageNet backbone, which this file does not.
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = default_config()
     config.epochs = 50
     config.model.dtype = "bfloat16"
     config.data.color_jitter = 0.2

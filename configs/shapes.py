@@ -7,11 +7,11 @@ writes the dataset (python -m maskrcnn_jax.data.shapes data/shapes), trains on i
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = default_config()
     config.epochs = 6
     config.batch_size = 8  # from scratch, many small steps learn more than few large ones
     config.eval_every = 3

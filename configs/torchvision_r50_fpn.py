@@ -8,11 +8,11 @@ Published for these weights on val2017: box AP 37.9, mask AP 34.6. Here on val20
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
+    config = default_config()
     config.model.norm = "frozen"
     config.model.norm_eps = 0.0  # of the published weights; 1e-5 with those of an ImageNet backbone
     config.data.resize = "float32"

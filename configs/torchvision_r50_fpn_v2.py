@@ -8,11 +8,11 @@ Published for these weights on val2017: box AP 47.4, mask AP 41.8. Here on val20
 
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.configs import torchvision_r50_fpn
+from maskrcnn_jax.config import load_config
 
 
 def get_config() -> ConfigDict:
-    config = torchvision_r50_fpn.get_config()
+    config = load_config("torchvision_r50_fpn")
     model = config.model
     model.norm = model.head_norm = "batch"
     model.norm_eps = 1e-5

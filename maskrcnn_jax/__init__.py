@@ -1,31 +1,41 @@
-"""Mask R-CNN in JAX and Flax: models in a few lines of Python, and their operations by themselves.
+"""Mask R-CNN in JAX and Flax NNX: train, evaluate and predict in a few lines of Python.
 
     import maskrcnn_jax as mr
 
-    model = mr.load("runs/mine")
+    mr.train("r50_fpn", "runs/r50")
+    model = mr.load("runs/r50")
     detections = model.predict("photo.jpg")
+    print(mr.evaluate(model).metrics["segm_AP"])
 
-``mr.ops`` has boxes, anchors, non-maximum suppression, RoIAlign and so on as functions of arrays.
+``mr.ops`` has boxes, anchors, non-maximum suppression, RoIAlign and others as functions of arrays.
 
 Every name is imported when it is first used, so that settings of JAX can still be made after this import.
 """
 
 import importlib
 
+__version__ = "0.2.0"
+
 _MODULES = {
     "load": "api",
-    "Predictor": "evaluation.predictor",
-    "ImageDetections": "evaluation.predictor",
-    "export_model": "export",
+    "train": "api",
+    "evaluate": "api",
+    "default_config": "config",
+    "load_config": "config",
+    "Options": "options",
     "MaskRCNN": "models.mask_rcnn",
+    "ModelOptions": "options",
+    "Predictor": "inference.predictor",
+    "ImageDetections": "inference.predictor",
+    "export_model": "inference.export",
     "UserError": "errors",
 }
-__all__ = [*_MODULES, "ops"]
+__all__ = ["__version__", *_MODULES, "ops", "options"]
 
 
 def __getattr__(name: str):
-    if name == "ops":
-        return importlib.import_module("maskrcnn_jax.ops")
+    if name in ("ops", "options"):
+        return importlib.import_module(f"maskrcnn_jax.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"maskrcnn_jax.{_MODULES[name]}"), name)

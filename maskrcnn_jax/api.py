@@ -1,22 +1,31 @@
-"""Loading a model by the folder of its run, the file of its weights or their name, ready to predict."""
+"""Train, evaluate and load models from Python; the commands call the same functions."""
 
-import importlib
+import dataclasses
+import logging
 import os
-import pkgutil
 from pathlib import Path
 
+from flax import nnx
 from ml_collections import ConfigDict
 
-from maskrcnn_jax import configs
-from maskrcnn_jax.configs import base
+from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation.coco_metrics import format_table
+from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
-from maskrcnn_jax.training.checkpoint import load_config, restore_model
+from maskrcnn_jax.options import Options
+from maskrcnn_jax.run_folder import load_model, load_options
+from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.files import read_arrays
 from maskrcnn_jax.weights.published import BASE_URLS, resolve
+
+_log = logging.getLogger(__name__)
+
+# A config, its options, the name or path of a configuration file, or the folder of a run.
+Config = ConfigDict | Options | str | os.PathLike
 
 PUBLISHED = {  # named weights -> the config that they belong to
     "torchvision:maskrcnn_resnet50_fpn": "torchvision_r50_fpn",
@@ -30,108 +39,155 @@ PUBLISHED = {  # named weights -> the config that they belong to
 def load(
     source: str | os.PathLike,
     *,
-    config: ConfigDict | str | os.PathLike | None = None,
+    config: Config | None = None,
     checkpoint: str | int = "latest",
     categories: Categories | str | os.PathLike | None = None,
 ) -> Predictor:
     """Load a model for prediction.
 
     Args:
-      source: the folder of a run (train.py's --workdir); or the name of published weights, such as
-        "torchvision:maskrcnn_resnet50_fpn_v2" (weights/download.py lists them), which are downloaded once; or a file
-        of weights, .pth, .safetensors or .pkl.
-      config: what the weights of a file belong to: the folder of a run, the name of a file in configs/, such as
-        "torchvision_r50_fpn_v2", or a config. Runs and published weights have their own.
-      checkpoint: of a run: "latest", "best" (by mask AP) or a step.
-      categories: what the labels of the weights mean, or a categories.json; by default those of ``config`` where it
-        is the folder of a run, else COCO's.
+        source: The folder of a run; the name of published weights, such as "torchvision:maskrcnn_resnet50_fpn_v2",
+            which are downloaded once; or a file of weights, .pth, .safetensors or .pkl.
+        config: What the weights of a file belong to: the folder of a run, the name or path of a configuration file,
+            such as "torchvision_r50_fpn_v2", or a config. Runs and published weights have their own.
+        checkpoint: Of a run: "latest", "best" (by mask AP) or a step.
+        categories: What the labels of the weights mean, or a categories.json. Defaults to those of ``config`` if it is
+            the folder of a run, else to COCO's.
 
     Raises:
-      UserError: when one of these does not exist or they do not fit each other.
+        UserError: if one of these does not exist or they do not fit each other.
     """
     source = os.fspath(source)
     if Path(source).is_dir():
         if categories is not None:
-            raise UserError(f"categories are of weights; the run in {source} has its own")
-        named = {"workdir": source}
-    elif Path(source).suffix or source.partition(":")[0] in BASE_URLS:
-        named = {"weights": source}
-        if categories is None and isinstance(config, str | os.PathLike) and Path(config).is_dir():
-            categories = Path(config) / "categories.json"
-    else:
-        raise UserError(f"{source} is no folder of a run, no file of weights and no name of published ones")
-    config = find_config(**named, config=config)
-    network, categories = load_network(config, **named, checkpoint=str(checkpoint), categories=categories)
-    return Predictor(network, categories, config)
+            raise UserError(f"categories are for weights; the run in {source} has its own")
+        options = load_options(source) if config is None else find_options(config)
+        network, categories = load_model(source, options, checkpoint=str(checkpoint))
+        return Predictor(network, categories, options)
+    if not Path(source).suffix and source.partition(":")[0] not in BASE_URLS:
+        raise UserError(
+            f"{source} is neither the folder of a run, a file of weights nor the name of published weights"
+        )
+    if config is None and source not in PUBLISHED:
+        raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")
+    if categories is None and isinstance(config, str | os.PathLike) and Path(config).is_dir():
+        categories = Path(config) / "categories.json"
+    options = find_options(PUBLISHED[source] if config is None else config)
+    return Predictor(*_load_weights(source, options, categories), options)
 
 
-def find_config(
-    *,
-    workdir: str | None = None,
-    weights: str | None = None,
-    config: ConfigDict | str | os.PathLike | None = None,
-) -> ConfigDict:
-    """Return the config of a model: the given one, that of the run, or that of published weights.
+def train(config: Config, workdir: str | os.PathLike, *, weights: str | os.PathLike | None = None) -> None:
+    """Train a model, resuming from the newest checkpoint in ``workdir`` if there is one.
+
+    Afterwards ``load(workdir)`` returns the trained model. Progress is logged under the name "maskrcnn_jax".
 
     Args:
-      workdir: folder of a run.
-      weights: a file or name, where there is no run.
-      config: as :func:`load` takes it.
+        config: A config, or the name or path of a configuration file.
+        workdir: Folder for checkpoints, metrics and pictures; created if it does not exist.
+        weights: What a new run starts from: a file of weights, of a whole model or of a backbone, or the name of
+            published weights.
 
     Raises:
-      UserError: when there is none.
+        UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
     """
-    if isinstance(config, ConfigDict):
-        return config
-    if config is not None:
-        return load_config(config, base.get_config()) if Path(config).is_dir() else _config_by_name(os.fspath(config))
-    if workdir is not None:
-        return load_config(workdir, base.get_config())
-    if weights in PUBLISHED:
-        return _config_by_name(PUBLISHED[weights])
-    raise UserError(f"the weights {weights} need the config that they belong to, such as torchvision_r50_fpn")
+    options = find_options(config)
+
+    def make_evaluate(categories):
+        evaluator = Evaluator(options, categories)
+
+        def evaluate(model):
+            evaluation = evaluator(model)
+            evaluator.write(workdir, evaluation)
+            _log.info("\n%s", format_table(evaluation.metrics))
+            return evaluation
+
+        return evaluate
+
+    def initialize(model):
+        report = load_weights(model, read_arrays(resolve(os.fspath(weights))), source=os.fspath(weights), partial=True)
+        _log.info("%s", report)
+
+    loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize if weights else None)
 
 
-def load_network(
-    config: ConfigDict,
+def evaluate(
+    model: Predictor,
+    dataset: str | os.PathLike | None = None,
     *,
-    workdir: str | None = None,
-    weights: str | None = None,
-    checkpoint: str = "latest",
-    categories: Categories | str | os.PathLike | None = None,
-) -> tuple[MaskRCNN, Categories]:
-    """Load a network: of a run of train.py, or with weights from elsewhere.
+    split: str | None = None,
+    limit: int | None = None,
+    output: str | os.PathLike | None = None,
+) -> Evaluation:
+    """Compute COCO's box and mask AP of a model.
 
     Args:
-      config: as :func:`find_config` returns it.
-      workdir: folder of a run.
-      weights: a file or name, where there is no run.
-      checkpoint: as :func:`load` takes it.
-      categories: as :func:`load` takes them, for weights.
+        model: As ``load`` returns it.
+        dataset: Folder of a dataset in COCO's layout. Defaults to the dataset that the model was trained on.
+        split: Of the dataset. Defaults to the split that the options of the model name.
+        limit: Evaluate only the first so many images; 0 means all.
+        output: Folder for ``metrics.json``, ``detections.json`` and ``predictions.jpg``, if wanted.
 
     Returns:
-      The network in evaluation mode, and what its labels mean.
+        ``metrics``, a dict such as ``{"bbox_AP": 0.38, ...}``; ``results``, COCO results; ``picture``, ground truth
+        beside predictions.
 
     Raises:
-      UserError: when the config, the weights and the categories do not fit each other.
+        UserError: if the dataset cannot be read or has categories that the model does not know.
     """
-    if workdir is not None:
-        return restore_model(workdir, config.model, which=checkpoint)
+    options = evaluation_options(model.options, coco_dir=dataset, split=split, limit=limit)
+    evaluator = Evaluator(options, model.categories)
+    evaluation = evaluator(model.network)
+    if output is not None:
+        evaluator.write(output, evaluation)
+    return evaluation
+
+
+def evaluation_options(
+    options: Options,
+    *,
+    coco_dir: str | os.PathLike | None = None,
+    tfds_dir: str | os.PathLike | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> Options:
+    """Return options for evaluating on another dataset or split than those of the training."""
+    changes: dict = {}
+    if coco_dir is not None:
+        changes |= {"source": "coco", "coco_dir": os.fspath(coco_dir)}
+    if tfds_dir is not None:
+        changes |= {"source": "tfds", "tfds_dir": os.fspath(tfds_dir)}
+    if split is not None:
+        changes["eval_split"] = split
+    if limit is not None:
+        changes["eval_limit"] = limit
+    data = dataclasses.replace(options.data, **changes)
+    return dataclasses.replace(
+        options, data=data, eval_train_limit=0
+    )  # training images are for evaluations in training
+
+
+def find_options(config: Config) -> Options:
+    """Return the options of a config, a configuration file or a run.
+
+    Raises:
+        UserError: if there is no such file, or an option has a value that is not allowed.
+    """
+    if isinstance(config, Options):
+        return config
+    if isinstance(config, ConfigDict):
+        return to_options(config)
+    return load_options(config) if Path(config).is_dir() else to_options(load_config(config))
+
+
+def _load_weights(
+    source: str, options: Options, categories: Categories | str | os.PathLike | None
+) -> tuple[MaskRCNN, Categories]:
+    """Return a network in evaluation mode with weights from elsewhere, and what its labels mean."""
     if categories is None:
-        categories = Categories.coco(config.data.contiguous_labels)
+        categories = Categories.coco(options.data.contiguous_labels)
     elif not isinstance(categories, Categories):
         categories = Categories.load(categories)
-    network = make_unfilled(categories.num_classes, **config.model)
-    load_weights(network, read_arrays(resolve(weights)), source=weights)
+    network: nnx.Module = make_unfilled(categories.num_classes, options.model)
+    load_weights(network, read_arrays(resolve(source)), source=source)
     network.eval()
     return network, categories
-
-
-def _config_by_name(name: str) -> ConfigDict:
-    """Return the config of a file in configs/, such as "shapes" or "paper:table=1,row=3"."""
-    module, _, argument = name.partition(":")
-    known = sorted(info.name for info in pkgutil.iter_modules(configs.__path__))
-    if module not in known:
-        raise UserError(f"there is no config {module!r}; give the folder of a run or one of {', '.join(known)}")
-    get_config = importlib.import_module(f"maskrcnn_jax.configs.{module}").get_config
-    return get_config(argument) if argument else get_config()

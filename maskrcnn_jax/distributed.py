@@ -109,18 +109,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_state(state, mesh: Mesh, *, divide: bool):
+def place_state(state, mesh: Mesh, *, shard: bool):
     """Put the arrays of a training state, which all processes have alike, on all devices.
 
     Args:
       state: tree of arrays.
       mesh: of all devices.
-      divide: split each array along the longest of its axes that the devices can share, where there is one, instead of
+      shard: split each array along the longest of its axes that the devices can share, where there is one, instead of
         keeping a copy on every device.
     """
 
     def place(array):
-        axes = [axis for axis, size in enumerate(array.shape) if divide and size and size % mesh.size == 0]
+        axes = [axis for axis, size in enumerate(array.shape) if shard and size and size % mesh.size == 0]
         spec = [None] * array.ndim
         if axes:
             spec[max(axes, key=lambda axis: array.shape[axis])] = "data"

@@ -1,4 +1,4 @@
-"""Opens a dataset: from a folder in COCO's layout, or from where the config says that it is."""
+"""Opens a dataset: from a folder in COCO's layout, or from the source that the options name."""
 
 import os
 from collections import Counter
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from maskrcnn_jax.data import faults
 from maskrcnn_jax.data.annotations import read_annotations
@@ -15,13 +14,14 @@ from maskrcnn_jax.data.faults import Fault, Report
 from maskrcnn_jax.data.formats import correct_formats
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
 
 
-def load_dataset(data: ConfigDict, split: str, *, keep_flat: bool = False) -> CocoDataset:
+def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
     """Open one split of a dataset.
 
     Args:
-        data: the part of the config, as configs/base.py describes it.
+        data: options of the data.
         split: for example "train2017".
         keep_flat: as in ``load_coco``.
 
@@ -29,7 +29,7 @@ def load_dataset(data: ConfigDict, split: str, *, keep_flat: bool = False) -> Co
         The dataset; the same from every source.
 
     Raises:
-        UserError: the source is unknown or the dataset cannot be used.
+        UserError: the dataset cannot be used.
     """
     options = {
         "contiguous_labels": data.contiguous_labels,
@@ -38,9 +38,7 @@ def load_dataset(data: ConfigDict, split: str, *, keep_flat: bool = False) -> Co
     }
     if data.source == "coco":
         return load_coco(data.coco_dir, split, skip_broken=data.skip_broken, **options)
-    if data.source == "tfds":
-        return load_tfds(data.tfds_dir, split, **options)
-    raise UserError(f"data.source {data.source!r} is unknown; use coco with data.coco_dir, or tfds with data.tfds_dir")
+    return load_tfds(data.tfds_dir, split, **options)
 
 
 def load_coco(

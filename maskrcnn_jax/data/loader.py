@@ -19,6 +19,7 @@ from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
 
 _log = logging.getLogger(__name__)
@@ -26,27 +27,20 @@ _log = logging.getLogger(__name__)
 _STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
 
 
-def buckets_for(short_side: int, long_side: int, mode: str) -> list[tuple[int, int]]:
-    """Lists the padded sizes that batches may have, smallest area first.
+def buckets_for(options: DataOptions) -> list[tuple[int, int]]:
+    """Return the padded sizes that batches may have, smallest area first.
 
-    "auto" has sides for images up to 4:3 and for the longest ones, in both orientations: 800/1333 gives 800x1088,
-    800x1344 and their transposes, which leave 7 % of COCO's pixels to padding. "exact" has none in advance: each image
-    is padded to its own multiple of 32.
+    With ``buckets="auto"`` there are sizes for images up to 4:3 and for the longest ones, in both orientations:
+    800/1333 gives 800x1088, 800x1344 and their transposes, which leave 7 % of COCO's pixels to padding. With "exact"
+    there are none in advance: each image is padded to its own multiple of 32.
 
     Returns:
         (height, width) pairs in pixels; empty for "exact".
-
-    Raises:
-        UserError: an unknown mode, or sides that contradict each other.
     """
-    if not 1 <= short_side <= long_side:
-        raise UserError(f"data.short_side {short_side} must lie between 1 and data.long_side {long_side}")
-    if mode == "exact":
+    if options.buckets == "exact":
         return []
-    if mode != "auto":
-        raise UserError(f"data.buckets {mode!r} is unknown; use auto or exact")
-    short = _round_up(short_side)
-    longer = {_round_up(min(short_side * 4 / 3, long_side)), _round_up(long_side)}
+    short = _round_up(options.short_side)
+    longer = {_round_up(min(options.short_side * 4 / 3, options.long_side)), _round_up(options.long_side)}
     sizes = {size for side in longer for size in ((short, side), (side, short))}
     return sorted(sizes, key=lambda size: (size[0] * size[1], size))
 
@@ -152,17 +146,11 @@ class _BatchReader:
 
     index: CocoDataset
     plan: Plan
+    options: DataOptions
     channels: int
-    short_side: int
-    long_side: int
-    resize: str
+    augment: bool
     annotations: bool
     max_objects: int
-    hflip: float
-    color_jitter: float
-    ignore_regions: bool
-    mask_side: int
-    skip_broken: bool
     process_rows: slice  # of every batch, those of this process
 
     def __call__(self, step: int) -> Batch | Exception:
@@ -176,7 +164,7 @@ class _BatchReader:
                 try:
                     self._fill(batch, row, int(images[position]), sample)
                 except BrokenImageError as e:
-                    if not self.skip_broken:
+                    if not self.options.skip_broken:
                         return e
                     _warn_once(str(e))
                 except UserError as e:
@@ -184,7 +172,7 @@ class _BatchReader:
         return batch
 
     def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
-        objects, side = self.max_objects, self.mask_side
+        objects, side = self.max_objects, self.options.mask_side
         gt = GroundTruth(
             boxes=np.zeros((rows, objects, 4), np.float32),
             labels=np.zeros((rows, objects), np.int32),
@@ -192,10 +180,10 @@ class _BatchReader:
             mask_sizes=np.ones((rows, 2), np.int32),
             valid=np.zeros((rows, objects), bool),
             has_mask=None if self.index.has_mask.all() else np.zeros((rows, objects), bool),
-            ignored=np.zeros((rows, objects), bool) if self.ignore_regions else None,
+            ignored=np.zeros((rows, objects), bool) if self.options.ignore_regions else None,
         )
         return Batch(
-            images=np.zeros((rows, *padded_size, self.channels), transforms.RESIZE[self.resize]),
+            images=np.zeros((rows, *padded_size, self.channels), transforms.RESIZE[self.options.resize]),
             sizes=np.ones((rows, 2), np.int32),  # 1, so that a division by the size of an invalid row stays finite
             original_sizes=np.ones((rows, 2), np.int32),
             image_index=np.full(rows, -1, np.int32),
@@ -204,25 +192,26 @@ class _BatchReader:
         )
 
     def _fill(self, batch: Batch, row: int, i: int, sample: tuple[int, int, int]) -> None:
-        rng = np.random.default_rng(sample)
-        flip = rng.random() < self.hflip
+        options, rng = self.options, np.random.default_rng(sample)
+        flip = self.augment and rng.random() < options.hflip
         image = self.index.read_image(i, self.channels)
         original_size = image.shape[:2]
-        size = transforms.resized_size(*original_size, self.short_side, self.long_side, self.resize)
-        if self.color_jitter:
-            image = transforms.color_jitter(image, self.color_jitter, rng)
+        size = transforms.resized_size(*original_size, options.short_side, options.long_side, options.resize)
+        if self.augment and options.color_jitter:
+            image = transforms.color_jitter(image, options.color_jitter, rng)
         if flip:
             image = transforms.hflip_image(image)
         if batch.gt is not None:
             self._fill_objects(batch.gt, row, i, size, flip)
-        batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, self.resize)
+        batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, options.resize)
         batch.sizes[row] = size
         batch.original_sizes[row] = original_size
         batch.image_index[row] = i
         batch.valid[row] = True
 
     def _fill_objects(self, gt: GroundTruth, row: int, i: int, size: tuple[int, int], flip: bool) -> None:
-        objects, masks = self.index.annotations(i, self.ignore_regions), self.index.masks(i, self.ignore_regions)
+        with_crowd = self.options.ignore_regions
+        objects, masks = self.index.annotations(i, with_crowd), self.index.masks(i, with_crowd)
         height, width = map(int, self.index.sizes[i])
         boxes = objects.boxes
         if flip:
@@ -230,7 +219,7 @@ class _BatchReader:
         num = len(boxes)
         gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
         gt.labels[row, :num] = objects.labels
-        gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.mask_side)
+        gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.options.mask_side)
         gt.valid[row, :num] = ~objects.crowd
         if gt.has_mask is not None:
             gt.has_mask[row, :num] = objects.has_mask
@@ -246,11 +235,10 @@ def _warn_once(message: str) -> None:
 class Loader:
     """Iterates over the batches of a run from one step on; each ``iter()`` starts there again."""
 
-    def __init__(self, read: _BatchReader, *, steps: range, threads: int, workers: int, prefetch: int):
+    def __init__(self, read: _BatchReader, *, steps: range):
         self.steps_per_epoch = read.plan.steps_per_epoch
         self.steps = steps
         self._read = read
-        self._threads, self._workers, self._prefetch = threads, workers, prefetch
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -264,29 +252,30 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if not len(self):
             return
+        options = self._read.options
         steps = grain.MapDataset.range(self.steps.start, self.steps.stop, self.steps.step)
         batches = steps.map(self._read).to_iter_dataset(
-            grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._prefetch, self._threads))
+            grain.ReadOptions(num_threads=options.threads, prefetch_buffer_size=max(options.prefetch, options.threads))
         )
-        if self._workers:
+        if options.workers:
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=1)
+                grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=1)
             )
         iterator = iter(batches)
         try:
             for batch in iterator:
                 if isinstance(batch, Exception):
                     raise batch
-                yield _copy(batch) if self._workers else batch
+                yield _copy(batch) if options.workers else batch
         except RuntimeError as e:
             if "terminated unexpectedly" not in str(e):
                 raise
             raise UserError(
-                "a process that loads images died, perhaps for want of memory; take fewer with --config.data.workers"
+                "a process that loads images died, perhaps for want of memory; set data.workers to fewer"
             ) from None
         finally:
             iterator.close()
-            if self._workers:
+            if options.workers:
                 # The last batches hang in a reference cycle of grain's; uncollected, their shared memory would stay
                 # until the process ends, and Python would complain of a leak then.
                 del iterator, batches
@@ -302,113 +291,69 @@ def _copy(batch: Batch) -> Batch:
 
 def make_loader(
     index: CocoDataset,
+    options: DataOptions,
     *,
     batch_size: int,
-    short_side: int,
-    long_side: int,
-    shuffle: bool,
+    train: bool,
     annotations: bool,
     channels: int = 3,
-    buckets: str = "auto",
-    resize: str = "uint8",
-    hflip: float = 0.0,
-    color_jitter: float = 0.0,
-    ignore_regions: bool = False,
-    mask_side: int = 640,
     seed: int = 0,
     start_step: int = 0,
     num_steps: int | None = None,
     image_indices: np.ndarray | None = None,
-    threads: int = 4,
-    workers: int = 0,
-    prefetch: int = 4,
-    skip_broken: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Loader:
-    """Builds an iterable of ``Batch`` of numpy arrays.
+    """Build an iterable of ``Batch`` of numpy arrays.
 
     Args:
-        index: the dataset.
-        batch_size: images a step, over all processes.
-        short_side: pixels, after resizing.
-        long_side: pixels, at most.
-        shuffle: True for training: a new order every epoch, partial batches filled by other images of their bucket.
-            False for evaluation: every image exactly once, partial batches filled by rows with valid False.
-        annotations: whether batches carry ``gt``.
-        channels: of the images, RGB first.
-        buckets: "auto" or "exact", see ``buckets_for``.
-        resize: how images are resized, one of ``transforms.RESIZE``.
-        hflip: probability of mirroring an image.
-        color_jitter: strength of brightness, contrast and saturation changes, 0..1.
-        ignore_regions: batches say where crowds and objects of unlisted categories are.
-        mask_side: canvas of the masks in pixels, a multiple of 8.
-        seed: of the order and the augmentation.
-        start_step: the first step to load, counted from the start of the run.
-        num_steps: steps of the whole run, counted from its start; None means one epoch.
-        image_indices: rows of the index that take part, None for all.
-        threads: threads that load, in this process or in each worker.
-        workers: extra processes that load; 0 loads in this one. Grain wants absl flags parsed for them (``app.run``).
-        prefetch: batches loaded ahead.
-        skip_broken: a broken image becomes a row with valid False and is logged once, instead of an error.
-        process_index: of this process among those that work together.
-        process_count: in training, each process loads an equal share of the rows of every batch, all at the same
-            bucket; in evaluation, where ``shuffle`` is False, every batch goes to one process.
+        index: The dataset.
+        options: How images are resized, augmented and loaded.
+        batch_size: Images a step, over all processes.
+        train: True for training: augmentation, a new order every epoch, partial batches filled with other images of
+            their bucket. False for evaluation: every image exactly once, partial batches filled with rows whose
+            ``valid`` is False.
+        annotations: Whether batches have ``gt``.
+        channels: Of the images, RGB first.
+        seed: Of the order and the augmentation.
+        start_step: First step to load, counted from the start of the run.
+        num_steps: Steps of the whole run, counted from its start; None means one epoch.
+        image_indices: Rows of the index that take part, None for all.
+        process_index: Of this process among those that work together.
+        process_count: In training each process loads an equal share of the rows of every batch, all at the same
+            bucket; in evaluation every batch goes to one process.
 
     Returns:
         A ``Loader`` with ``steps_per_epoch``. Iterating raises BrokenImageError at the batch with a broken image.
 
     Raises:
-        UserError: a value that does not fit the others; the message says which.
+        UserError: if there are no images, or the processes cannot share a batch.
     """
     image_indices = np.arange(len(index)) if image_indices is None else np.asarray(image_indices)
-    _check(
-        (len(image_indices) > 0, "no images to load; the dataset or the chosen part of it is empty"),
-        (batch_size >= 1, f"batch_size {batch_size} must be at least 1"),
-        (
-            not (shuffle and batch_size % process_count),
-            f"batch_size {batch_size} must be a multiple of {process_count} processes",
-        ),
-        (mask_side >= 8 and mask_side % 8 == 0, f"data.mask_side {mask_side} must be a multiple of 8"),
-        (resize in transforms.RESIZE, f"data.resize {resize!r} is unknown; use one of {', '.join(transforms.RESIZE)}"),
-        (0 <= hflip <= 1, f"data.hflip {hflip} must be a probability, 0..1"),
-        (0 <= color_jitter <= 1, f"data.color_jitter {color_jitter} must lie in 0..1"),
-        (threads >= 1 and workers >= 0 and prefetch >= 1, "data.threads and data.prefetch must be at least 1"),
-        (seed >= 0, f"seed {seed} must not be negative"),
-    )
+    if not len(image_indices):
+        raise UserError("no images to load; the dataset or the chosen part of it is empty")
+    if train and batch_size % process_count:
+        raise UserError(f"batch_size {batch_size} must be a multiple of {process_count} processes")
     plan = Plan(
-        transforms.resized_sizes(index.sizes, short_side, long_side, resize),
+        transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize),
         image_indices,
         batch_size=batch_size,
-        buckets=buckets_for(short_side, long_side, buckets),
-        shuffle=shuffle,
+        buckets=buckets_for(options),
+        shuffle=train,
         seed=seed,
     )
     share = batch_size // process_count
-    rows = slice(process_index * share, (process_index + 1) * share) if shuffle else slice(None)
-    num_objects = np.diff(index.offsets) if ignore_regions else index.num_objects
+    num_objects = np.diff(index.offsets) if options.ignore_regions else index.num_objects
     read = _BatchReader(
         index=index,
         plan=plan,
+        options=options,
         channels=channels,
-        short_side=short_side,
-        long_side=long_side,
-        resize=resize,
+        augment=train,
         annotations=annotations,
         max_objects=max(8, -(-int(num_objects.max()) // 8) * 8),
-        hflip=hflip,
-        color_jitter=color_jitter,
-        ignore_regions=ignore_regions,
-        mask_side=mask_side,
-        skip_broken=skip_broken,
-        process_rows=rows,
+        process_rows=slice(process_index * share, (process_index + 1) * share) if train else slice(None),
     )
     num_steps = plan.steps_per_epoch if num_steps is None else num_steps
-    steps = range(start_step, num_steps) if shuffle else range(start_step + process_index, num_steps, process_count)
-    return Loader(read, steps=steps, threads=threads, workers=workers, prefetch=prefetch)
-
-
-def _check(*checks: tuple[bool, str]) -> None:
-    failed = [message for passed, message in checks if not passed]
-    if failed:
-        raise UserError("; ".join(failed))
+    steps = range(start_step, num_steps) if train else range(start_step + process_index, num_steps, process_count)
+    return Loader(read, steps=steps)

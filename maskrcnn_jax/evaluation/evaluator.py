@@ -8,7 +8,6 @@ import cv2
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from pycocotools.coco import COCO
 
 from maskrcnn_jax.data.categories import Categories
@@ -21,6 +20,7 @@ from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
 from maskrcnn_jax.inference.detect import make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, side_by_side
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file
 
 NUM_PICTURES = 12  # images drawn after an evaluation
@@ -47,34 +47,35 @@ class _Split(NamedTuple):
 class Evaluator:
     """A split of a dataset, and some of the training images if wanted, ready to evaluate any number of models on."""
 
-    def __init__(self, config: ConfigDict, categories: Categories):
+    def __init__(self, options: Options, categories: Categories):
         """Read the annotations.
 
         Args:
-          config: as configs/base.py describes it; ``data.eval_split`` is evaluated, its first ``data.eval_limit``
+          options: Of the run; ``data.eval_split`` is evaluated, its first ``data.eval_limit``
             images, and ``eval_train_limit`` images of the training subset.
           categories: what the model's labels mean.
 
         Raises:
           UserError: when the split cannot be read or has categories that the model does not know.
         """
-        self._config, self._categories = config, categories
-        data = config.data
+        self._options, self._categories = options, categories
+        data = options.data
         self._split = self._load(
             "", data.eval_split, lambda dataset: np.arange(len(dataset))[: data.eval_limit or None]
         )
         self._train_split = None
-        if config.eval_train_limit:
-            limit = min(config.eval_train_limit, data.train_limit or np.inf)
+        if options.eval_train_limit:
+            limit = min(options.eval_train_limit, data.train_limit or np.inf)
             self._train_split = self._load(
-                "train_", data.train_split, lambda dataset: training_subset(dataset, limit, config.seed)
+                "train_", data.train_split, lambda dataset: training_subset(dataset, limit, options.seed)
             )
 
     def _load(self, prefix: str, split: str, choose: Callable[[CocoDataset], np.ndarray]) -> _Split:
-        dataset = load_dataset(self._config.data, split, keep_flat=True)
-        dataset.categories.check_known(self._categories, split)
+        with_flat = load_dataset(self._options.data, split, keep_flat=True)
+        with_flat.categories.check_known(self._categories, split)
+        dataset = with_flat.without_flat()
         rows = choose(dataset)
-        return _Split(prefix, dataset.without_flat(), ground_truth(dataset, rows), rows)
+        return _Split(prefix, dataset, ground_truth(with_flat, rows), rows)
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
@@ -94,37 +95,27 @@ class Evaluator:
             image_ids=split.dataset.image_ids,
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
             num_images=batches.num_images,
-            aligned_masks=self._config.model.roi_aligned,
-            workers=self._config.eval_workers,
+            aligned_masks=self._options.model.roi_aligned,
+            workers=self._options.eval_workers,
         )
         results = [result for of_process in gather(results) for result in of_process]
         metrics = evaluate(split.truth, results, image_ids=split.dataset.image_ids[split.rows].tolist())
         metrics = {split.prefix + name: value for name, value in metrics.items()}
-        if self._config.eval_losses:
+        if self._options.eval_losses:
             measured = measure_losses(model, self._make_loader(split, annotations=True))
             # Those of training steps have the same names, without a prefix.
             metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
         return results, metrics
 
     def _make_loader(self, split: _Split, annotations: bool) -> Loader:
-        data = self._config.data
         return make_loader(
             split.dataset,
-            batch_size=self._config.eval_batch_size,
-            channels=self._config.model.in_channels,
-            short_side=data.short_side,
-            long_side=data.long_side,
-            buckets=data.buckets,
-            resize=data.resize,
-            shuffle=False,
+            self._options.data,
+            batch_size=self._options.eval_batch_size,
+            channels=self._options.model.in_channels,
+            train=False,
             annotations=annotations,
-            ignore_regions=data.ignore_regions,
-            mask_side=data.mask_side,
             image_indices=split.rows,
-            threads=data.threads,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            skip_broken=data.skip_broken,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

@@ -89,10 +89,10 @@ def export_model(
     Raises:
       UserError: when there are no sizes, or one that the model cannot have, or the file cannot be written.
     """
-    data = predictor.config.data
-    sizes = [tuple(size) for size in sizes] or buckets_for(data.short_side, data.long_side, data.buckets)
+    data = predictor.options.data
+    sizes = [tuple(size) for size in sizes] or buckets_for(data)
     if not sizes:
-        raise UserError("with data.buckets=exact every image has a size of its own; give those to export by --sizes")
+        raise UserError("with data.buckets=exact every image has a size of its own; give the sizes to export")
     wrong = [size for size in sizes if len(size) != 2 or min(size) < 32 or any(side % 32 for side in size)]
     if wrong:
         raise UserError(f"images padded to {'x'.join(map(str, wrong[0]))} do not fit the model; use multiples of 32")
@@ -124,7 +124,7 @@ def export_model(
 
 def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:
     """Return what ``model.json`` says: all that a program that runs the export has to know."""
-    data, model, categories = predictor.config.data, predictor.config.model, predictor.categories
+    data, model, categories = predictor.options.data, predictor.options.model, predictor.categories
     rows = zip(categories.labels, categories.ids, categories.names, strict=True)
     return {
         "format": FORMAT,
@@ -138,7 +138,7 @@ def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights
         "resize": data.resize,  # uint8 and float32: OpenCV's bilinear resizing in this dtype; pillow: Pillow's
         "short_side": data.short_side,  # what the shorter side is resized to,
         "long_side": data.long_side,  # unless the longer one would be more than this
-        "aligned_masks": bool(model.roi_aligned),  # whether masks are pasted as in detectron2, not as in torchvision
+        "aligned_masks": model.roi_aligned,  # whether masks are pasted as in detectron2, not as in torchvision
         "categories": [{"label": int(label), "id": int(i), "name": name} for label, i, name in rows],
     }
 
@@ -158,7 +158,7 @@ def _program(detect, weights: list[np.ndarray], size: tuple[int, int], predictor
     shape = jax.ShapeDtypeStruct
     exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(
         [shape(array.shape, array.dtype) for array in weights],
-        shape((batch, *size, predictor.config.model.in_channels), RESIZE[predictor.config.data.resize]),
+        shape((batch, *size, predictor.options.model.in_channels), RESIZE[predictor.options.data.resize]),
         shape((batch, 2), jnp.int32),
         shape((batch, 2), jnp.int32),
     )

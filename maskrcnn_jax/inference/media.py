@@ -70,7 +70,7 @@ def predict_images(
 
     def read() -> Iterator[np.ndarray]:
         for image_id, path in enumerate(tqdm(paths, unit="image", desc="predict"), start=1):
-            image = read_image(path, predictor.config.model.in_channels)
+            image = read_image(path, predictor.options.model.in_channels)
             if image is None:
                 unreadable.append(path)
                 tqdm.write(f"skipped {path}: it cannot be read as an image")

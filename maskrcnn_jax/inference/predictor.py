@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
@@ -18,6 +17,7 @@ from maskrcnn_jax.inference.detect import detect_ahead, make_detect
 from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances
 from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.structures import Batch
 
 MIN_SCORE = 0.5  # detections below are left out unless others are asked for
@@ -119,21 +119,20 @@ class Predictor:
     Attributes:
         network: the ``MaskRCNN``, in evaluation mode.
         categories: the classes that it knows.
-        config: that it was built with, see configs/base.py.
+        options: that it was built with.
     """
 
-    def __init__(self, network: MaskRCNN, categories: Categories, config: ConfigDict):
+    def __init__(self, network: MaskRCNN, categories: Categories, options: Options):
         """Take a network over; its parameters are read now, later training does not change what is predicted.
 
         Args:
             network: with as many classes as ``categories``.
             categories: what its labels mean.
-            config: of its training; images are resized and masks pasted as this says.
+            options: of its training; images are resized and masks pasted as they say.
         """
-        self.network, self.categories, self.config = network, categories, config
+        self.network, self.categories, self.options = network, categories, options
         self._detect = make_detect(network)
-        data = config.data
-        self._buckets = buckets_for(data.short_side, data.long_side, data.buckets)
+        self._buckets = buckets_for(options.data)
 
     def predict(
         self, images: Image | Iterable[Image], *, min_score: float = MIN_SCORE
@@ -171,10 +170,10 @@ class Predictor:
             # torchvision's 91 classes contain labels that stand for no category.
             keep = (found.scores >= min_score) & np.isin(found.labels, self.categories.labels)
             found = Instances(*(values[keep] for values in found))
-            yield ImageDetections(image, found, self.categories, aligned_masks=bool(self.config.model.roi_aligned))
+            yield ImageDetections(image, found, self.categories, aligned_masks=self.options.model.roi_aligned)
 
     def _read(self, image: Image) -> np.ndarray:
-        channels = self.config.model.in_channels
+        channels = self.options.model.in_channels
         if not isinstance(image, np.ndarray):
             read = read_image(Path(image), channels)
             if read is None:
@@ -189,7 +188,7 @@ class Predictor:
 
     def _prepare(self, image: np.ndarray) -> Batch:
         """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
-        data = self.config.data
+        data = self.options.data
         height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
         padded = padded_size(height, width, self._buckets)
         images = np.zeros((1, *padded, image.shape[2]), RESIZE[data.resize])

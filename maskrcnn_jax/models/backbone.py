@@ -3,45 +3,67 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mobilenet import MobileNetV3
 from maskrcnn_jax.models.resnet import ARCHITECTURES, ResNet
+from maskrcnn_jax.options import ModelOptions
 
 MOBILENET = "mobilenet_v3_large"
 MAX_MAPS = 4
 
 
-def make_backbone(backbone: str | nnx.Module, *, resnet_options: dict, **options) -> nnx.Module:
-    """Build a backbone by its name, or check one that is built already.
+def make_backbone(options: ModelOptions, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    """Build the backbone that the options name.
 
     Args:
-      backbone: one of ResNet's ARCHITECTURES, MOBILENET, or a module that :func:`feature_list` understands and whose
-        ``out_channels`` are a tuple of 1 to 4 numbers, the channels of its maps, finest first.
-      resnet_options: of ResNet alone.
-      options: of all that have a name.
+        options: Of the network.
+        dtype: Compute dtype.
+        rngs: For the initial values.
 
     Raises:
-      UserError: for an unknown name, or a module without such ``out_channels``.
+        UserError: if there is no backbone of this name.
     """
-    names = ", ".join((*ARCHITECTURES, MOBILENET))
-    if isinstance(backbone, nnx.Module):
-        channels = getattr(backbone, "out_channels", None)
-        whole = isinstance(channels, tuple) and all(isinstance(k, int) and k > 0 for k in channels)
-        if not (whole and 1 <= len(channels) <= MAX_MAPS):
-            raise UserError(
-                f"out_channels of the backbone {type(backbone).__name__} is {channels!r}; make it a tuple with the "
-                f"channels of its 1 to {MAX_MAPS} maps, finest first"
-            )
-        return backbone
-    if not isinstance(backbone, str):
-        raise UserError(f"backbone is of type {type(backbone).__name__}; give an nnx.Module or one of {names}")
-    if backbone == MOBILENET:
-        return MobileNetV3(**options)
-    if backbone in ARCHITECTURES:
-        return ResNet(backbone, **resnet_options, **options)
-    raise UserError(f"backbone is {backbone!r}; use one of {names}")
+    name = options.backbone
+    common = {"in_channels": options.in_channels, "norm": options.norm, "remat": options.remat}
+    common |= {"dtype": dtype, "rngs": rngs}
+    if name == MOBILENET:
+        return MobileNetV3(**common)
+    if name in ARCHITECTURES:
+        return ResNet(
+            name,
+            stem_channels=options.stem_channels,
+            stage_channels=options.stage_channels,
+            bottleneck_channels=options.bottleneck_channels,
+            norm_eps=options.norm_eps,
+            stride_in_1x1=options.stride_in_1x1,
+            **common,
+        )
+    raise UserError(f"model.backbone is {name!r}; use one of {', '.join((*ARCHITECTURES, MOBILENET))}")
+
+
+def check_backbone(backbone: nnx.Module) -> nnx.Module:
+    """Return a backbone of the user's own if a feature pyramid can be built on it.
+
+    Args:
+        backbone: A module that returns what :func:`feature_list` understands. Its ``out_channels`` are a tuple of 1 to
+            4 numbers, the channels of its maps, finest first.
+
+    Raises:
+        UserError: if it is no module or has no such ``out_channels``.
+    """
+    if not isinstance(backbone, nnx.Module):
+        raise UserError(f"the backbone is of type {type(backbone).__name__}; give an nnx.Module")
+    channels = getattr(backbone, "out_channels", None)
+    whole = isinstance(channels, tuple) and all(isinstance(k, int) and k > 0 for k in channels)
+    if not (whole and 1 <= len(channels) <= MAX_MAPS):
+        raise UserError(
+            f"out_channels of the backbone {type(backbone).__name__} is {channels!r}; make it a tuple with the "
+            f"channels of its 1 to {MAX_MAPS} maps, finest first"
+        )
+    return backbone
 
 
 def feature_list(

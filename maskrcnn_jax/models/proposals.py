@@ -9,9 +9,6 @@ from maskrcnn_jax.ops.nms import nms
 from maskrcnn_jax.structures import GroundTruth, Proposals, RoISamples
 
 RPN_BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-# What the heads are trained on beside the annotated boxes (paper, Sec. 2.2): all that the RPN proposes; nothing; or as
-# much as is missing to a minimum.
-TRAIN_PROPOSALS = ("rpn", "gt", "gt_then_rpn")
 
 
 def select_proposals(
@@ -67,7 +64,7 @@ def limit_proposals(proposals: Proposals, gt: GroundTruth, *, source: str, min_p
     Args:
       proposals: of one image, without batch axis, best first.
       gt: of one image, without batch axis.
-      source: one of TRAIN_PROPOSALS.
+      source: "rpn", all proposals; "gt", none; "gt_then_rpn", the best up to ``min_proposals`` boxes.
       min_proposals: with "gt_then_rpn", how many annotated boxes and proposals there are together at least; without
         annotated boxes all of them are proposals.
 

@@ -1,16 +1,16 @@
 """The part of tools/check_dataset.py that needs no images, before a training starts."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from maskrcnn_jax.checking.annotations import Anchors, check_index, stop_or_warn
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.ops.anchors import cell_anchors
+from maskrcnn_jax.options import Options
 
 
-def anchors_of(config: ConfigDict) -> Anchors:
-    """Return what a config says about sizes of anchors and images."""
-    model, data = config.model, config.data
+def anchors_of(options: Options) -> Anchors:
+    """Return what the options say about sizes of anchors and images."""
+    model, data = options.model, options.data
     sizes = np.outer(model.anchor_sizes, model.anchor_scales).ravel()
     corners = cell_anchors(tuple(sizes.tolist()), model.aspect_ratios, model.exact_anchors)
     return Anchors(
@@ -22,10 +22,10 @@ def anchors_of(config: ConfigDict) -> Anchors:
     )
 
 
-def check_before_training(config: ConfigDict, index: CocoDataset) -> None:
+def check_before_training(options: Options, index: CocoDataset) -> None:
     """Log what is odd in the training annotations, a line each.
 
     Raises:
       UserError: they are wrong in a way that the reader does not mind.
     """
-    stop_or_warn(check_index(index, anchors_of(config)), config.data.train_split)
+    stop_or_warn(check_index(index, anchors_of(options)), options.data.train_split)

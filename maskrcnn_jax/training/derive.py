@@ -1,40 +1,44 @@
-"""What follows from the size of the dataset and of the batch: the number of epochs, and the learning rate."""
+"""Options that follow from the size of the dataset and of the batch: the number of epochs and the learning rate."""
 
-from ml_collections import ConfigDict
+import dataclasses
+import logging
 
-from maskrcnn_jax.distributed import is_first
+from maskrcnn_jax.options import Options
+
+_log = logging.getLogger(__name__)
 
 MIN_EPOCHS, MAX_EPOCHS = 12, 100  # 12: detectron2's 1x schedule, enough for a large dataset
 
 
-def fill_in(config: ConfigDict, num_images: int) -> ConfigDict:
-    """Replace what the config leaves to the data by numbers, and print them.
+def derive_options(options: Options, num_images: int) -> Options:
+    """Return options whose ``epochs`` and ``optim.lr`` are those of the training, and log how they came about.
 
     Args:
-      config: as configs/base.py describes it; left as it is.
-      num_images: training images.
-
-    Returns:
-      A config whose ``epochs`` and ``optim.lr`` are those of the training.
+        options: Of the run.
+        num_images: Training images.
     """
-    config = config.copy_and_resolve_references()
-    said = []
-    if config.epochs == 0:
-        wanted = -(-config.images_to_see // num_images)
-        config.epochs = min(max(wanted, MIN_EPOCHS), MAX_EPOCHS)
-        said.append(
-            f"{config.epochs} epochs: {num_images} images are seen {config.epochs * num_images} times in all, where "
-            f"images_to_see is {config.images_to_see}, in {MIN_EPOCHS} to {MAX_EPOCHS} epochs"
+    if options.epochs == 0:
+        wanted = -(-options.images_to_see // num_images)
+        epochs = min(max(wanted, MIN_EPOCHS), MAX_EPOCHS)
+        options = dataclasses.replace(options, epochs=epochs)
+        _log.info(
+            "epochs 0: %d epochs of %d images, %d in all (images_to_see is %d; %d to %d epochs)",
+            epochs,
+            num_images,
+            epochs * num_images,
+            options.images_to_see,
+            MIN_EPOCHS,
+            MAX_EPOCHS,
         )
-    optim = config.optim
+    optim = options.optim
     if optim.lr_batch_size:
-        lr = optim.lr * config.batch_size / optim.lr_batch_size
-        said.append(
-            f"learning rate {lr:g} for {config.batch_size} images a step, "
-            f"as optim.lr {optim.lr:g} is for {optim.lr_batch_size}"
+        lr = optim.lr * options.batch_size / optim.lr_batch_size
+        _log.info(
+            "learning rate %g for a batch of %d (optim.lr is %g for %d)",
+            lr,
+            options.batch_size,
+            optim.lr,
+            optim.lr_batch_size,
         )
-        optim.lr, optim.lr_batch_size = lr, 0
-    if is_first():
-        for line in said:
-            print(line)
-    return config
+        options = dataclasses.replace(options, optim=dataclasses.replace(optim, lr=lr, lr_batch_size=0))
+    return options

@@ -6,6 +6,7 @@ sums across devices, so losses and batch statistics are those of the whole batch
 divided among them between the steps.
 """
 
+import ctypes
 import functools
 from typing import NamedTuple
 
@@ -16,15 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskrcnn_jax.distributed import cut_batch, place_state, replicated
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimOptions
 from maskrcnn_jax.structures import Batch
-from maskrcnn_jax.training.memory import give_back_memory
 from maskrcnn_jax.training.optimizer import is_frozen
-
-# Below, a scale would only guard against gradients that are larger than float16 itself.
-MIN_LOSS_SCALE = 1.0
-# The largest power of two in float32.
-_MAX_LOSS_SCALE = 2.0**127
 
 
 class LossScale(NamedTuple):
@@ -40,7 +35,7 @@ class LossScale(NamedTuple):
     def after(self, finite: jax.Array, interval: int) -> "LossScale":
         """Return what the next step uses: half after a gradient that was not finite, twice after so many that were."""
         good_steps = jnp.where(finite, self.good_steps + 1, 0)
-        grown = jnp.where(good_steps >= interval, jnp.minimum(self.scale * 2, _MAX_LOSS_SCALE), self.scale)
+        grown = jnp.where(good_steps >= interval, jnp.minimum(self.scale * 2, MAX_LOSS_SCALE), self.scale)
         scale = jnp.where(finite, grown, jnp.maximum(self.scale / 2, MIN_LOSS_SCALE))
         return LossScale(scale, jnp.where(good_steps >= interval, 0, good_steps))
 
@@ -65,40 +60,32 @@ def create_train_state(
     model: nnx.Module,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    optim: OptimOptions,
     *,
-    loss_scale: float = 2.0**15,
-    average: bool = False,
-    divide: bool = False,
-    frozen_stages: int = 0,
+    shard: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Split a model into its structure, in training mode, and the state that steps change, on every device.
 
     Args:
-      model: whose attribute ``dtype`` tells whether it computes in float16.
-      optimizer: of its parameters.
-      mesh: of the devices.
-      loss_scale: to begin with, in float16.
-      average: also keep an average of the parameters.
-      divide: the state among the devices, instead of keeping a copy on each.
-      frozen_stages: of the backbone, the optimizer's; their batch normalisation keeps its statistics and goes by them.
-
-    Raises:
-      UserError: for a loss scale that cannot be.
+        model: Its attribute ``dtype`` tells whether it computes in float16.
+        optimizer: Of its parameters.
+        mesh: Of the devices.
+        optim: The batch norms of frozen stages keep their statistics and use them; with ``ema_decay`` the state holds
+            an average of the parameters.
+        shard: Shard the state over the devices instead of replicating it.
     """
-    if not MIN_LOSS_SCALE <= loss_scale <= _MAX_LOSS_SCALE:
-        raise UserError(f"optim.loss_scale {loss_scale} is not between 1 and 2**127; use a power of two such as 32768")
     model.train()
     for path, module in nnx.iter_modules(model):
-        if is_frozen(path, frozen_stages):
+        if is_frozen(path, optim.frozen_stages):
             module.eval()
     graphdef, params, variables = nnx.split(model, nnx.Param, ...)
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
     if model.dtype == jnp.float16:
-        state = state._replace(loss_scale=LossScale(jnp.float32(loss_scale), jnp.zeros((), jnp.int32)))
-    if average:
-        # Copied, because the memory of each array is given up to the step, once.
+        state = state._replace(loss_scale=LossScale(jnp.float32(optim.loss_scale), jnp.zeros((), jnp.int32)))
+    if optim.ema_decay:
+        # Copied, because the step is given the memory of each array, once.
         state = state._replace(averaged=jax.tree.map(jnp.copy, params))
-    return graphdef, place_state(state, mesh, divide=divide)
+    return graphdef, place_state(state, mesh, shard=shard)
 
 
 def updates_done(state: TrainState) -> int:
@@ -106,50 +93,23 @@ def updates_done(state: TrainState) -> int:
     return max(int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.opt_state, "count"))
 
 
-class Settings(NamedTuple):
-    """What a step does beside following the gradient; as TrainStep describes it."""
-
-    mesh: Mesh
-    loss_scale_interval: int
-    ema_decay: float
-    accumulate: int
-
-
 class TrainStep:
-    """The compiled training step: a program for each size of the images, made when the first of this size comes."""
+    """The compiled training step: one program for each size of the images, compiled when the first batch comes."""
 
     def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        optimizer: optax.GradientTransformation,
-        mesh: Mesh,
-        *,
-        loss_scale_interval: int = 2000,
-        ema_decay: float = 0.0,
-        accumulate: int = 1,
+        self, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, optim: OptimOptions
     ):
         """Prepare.
 
         Args:
-          graphdef: structure of the model, as create_train_state returns it.
-          optimizer: the same as there.
-          mesh: over which the batch is sharded.
-          loss_scale_interval: good steps in a row after which the loss scale doubles.
-          ema_decay: what the average of the parameters, where there is one, keeps of itself in a step; less in the
-            first steps.
-          accumulate: equal parts of the batch that are worked on one after the other, which takes the memory of one.
-            The gradient is the mean of theirs: every part divides its losses by its own numbers of samples.
-
-        Raises:
-          UserError: for an option that cannot be.
+            graphdef: Structure of the model, from ``create_train_state``.
+            optimizer: The same as there.
+            mesh: The batch is sharded over it.
+            optim: The same as there. With ``accumulate`` the gradient is the mean of those of the parts of a batch,
+                each of which divides its losses by its own numbers of samples.
         """
-        if loss_scale_interval < 1:
-            raise UserError(f"optim.loss_scale_interval {loss_scale_interval} must be a number of steps, such as 2000")
-        if not 0 <= ema_decay < 1:
-            raise UserError(f"optim.ema_decay {ema_decay} is not in 0..1, 1 excluded; use 0 for none, or 0.9998")
-        settings = Settings(mesh, loss_scale_interval, ema_decay, accumulate)
-        self._step = functools.partial(_step, graphdef, optimizer, settings)
-        self._options = compiler_options(mesh)
+        self._step = functools.partial(_step, graphdef, optimizer, mesh, optim)
+        self._compiler_options = compiler_options(mesh)
         self._mesh = mesh
         self.programs: dict[tuple, jax.stages.Compiled] = {}
 
@@ -173,7 +133,7 @@ class TrainStep:
         """Make the program for such a batch and return it; nothing if there is one already."""
         if _kind(batch) in self.programs:
             return None
-        program = self.lower(state, batch, key).compile(self._options)
+        program = self.lower(state, batch, key).compile(self._compiler_options)
         self.programs[_kind(batch)] = program
         give_back_memory()
         return program
@@ -210,14 +170,14 @@ def _kind(batch):
     return tuple((array.shape, array.dtype) for array in jax.tree.leaves(batch))
 
 
-def _step(graphdef, optimizer, settings, state, batch, key):
+def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     key = jax.random.fold_in(key, state.step)
     # Where they are divided, parameters are put together once; devices would else meet wherever they are used.
-    whole = state._replace(params=jax.lax.with_sharding_constraint(state.params, replicated(settings.mesh)))
-    if settings.accumulate == 1:
+    whole = state._replace(params=jax.lax.with_sharding_constraint(state.params, replicated(mesh)))
+    if optim.accumulate == 1:
         gradients, variables, metrics = _gradient(graphdef, whole, state.variables, batch, key)
     else:
-        gradients, variables, metrics = _mean_gradient(graphdef, settings, whole, batch, key)
+        gradients, variables, metrics = _mean_gradient(graphdef, mesh, optim.accumulate, whole, batch, key)
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -225,12 +185,12 @@ def _step(graphdef, optimizer, settings, state, batch, key):
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     changed = state._replace(params=params, variables=variables, opt_state=opt_state)
     if state.averaged is not None:
-        changed = changed._replace(averaged=_average(state.averaged, params, state.step, settings.ema_decay))
+        changed = changed._replace(averaged=_average(state.averaged, params, state.step, optim.ema_decay))
     if state.loss_scale is not None:
         finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"])
         metrics |= {"loss_scale": state.loss_scale.scale, "skipped": 1 - finite.astype(jnp.float32)}
         changed = jax.tree.map(functools.partial(jnp.where, finite), changed, state)
-        changed = changed._replace(loss_scale=state.loss_scale.after(finite, settings.loss_scale_interval))
+        changed = changed._replace(loss_scale=state.loss_scale.after(finite, optim.loss_scale_interval))
     return changed._replace(step=state.step + 1), metrics
 
 
@@ -249,9 +209,8 @@ def _gradient(graphdef, state, variables, batch, key):
     return gradients, variables, metrics
 
 
-def _mean_gradient(graphdef, settings, state, batch, key):
+def _mean_gradient(graphdef, mesh, parts, state, batch, key):
     """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other."""
-    parts, mesh = settings.accumulate, settings.mesh
 
     def visit(carry, part):
         total, variables = carry
@@ -272,3 +231,13 @@ def _average(averaged, params, step, decay):
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     # In this form, unlike optax.incremental_update's, parameters that never change are their own average to the bit.
     return jax.tree.map(lambda old, new: old + (1 - decay).astype(old.dtype) * (new - old), averaged, params)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, which glibc would keep: half a gigabyte of the compiler's at full width.
+
+    The fragments that evaluations leave would otherwise add up to 12 MB each.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

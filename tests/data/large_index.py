@@ -1,4 +1,4 @@
-"""Writes an annotation file of COCO's size, and measures what opening it takes; test_coco.py runs it in a process of its own.
+"""Writes an annotation file of COCO's size and measures how long opening it takes; test_coco.py runs it.
 
 python tests/data/large_index.py write DIR
 python tests/data/large_index.py measure DIR      # prints one JSON object
@@ -59,12 +59,12 @@ def measure(root: Path) -> None:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     peak = int(line.split()[1]) * 1024
     # Imported late, since JAX takes memory of its own.
-    from configs import base
     from maskrcnn_jax.checking.annotations import check_index
+    from maskrcnn_jax.options import Options
     from maskrcnn_jax.training.check_data import anchors_of
 
     start = time.process_time()
-    found = check_index(dataset, anchors_of(base.get_config()))
+    found = check_index(dataset, anchors_of(Options()))
     check_seconds = time.process_time() - start
     measured = {"seconds": seconds, "check_seconds": check_seconds, "peak_bytes": peak}
     measured |= {"images": len(dataset), "objects": len(dataset.labels)}

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -12,6 +11,7 @@ from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import Options
 from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import to_torch
 
@@ -19,11 +19,11 @@ AP_LIMIT = 1e-3
 
 
 def compare_ap(
-    result: Comparison, reference: torch.nn.Module, model: MaskRCNN, config: ConfigDict, categories: Categories
+    result: Comparison, reference: torch.nn.Module, model: MaskRCNN, options: Options, categories: Categories
 ) -> None:
-    """Compare box and mask AP on ``config.data.eval_split``; without any AP on either side this fails."""
-    data = config.data
-    ours = Evaluator(config, categories)(model).metrics
+    """Compare box and mask AP on ``options.data.eval_split``; without any AP on either side this fails."""
+    data = options.data
+    ours = Evaluator(options, categories)(model).metrics
     dataset = load_coco(data.coco_dir, data.eval_split)
     count = data.eval_limit or len(dataset)
     path = dataset.image_dir.parent / "annotations" / f"instances_{data.eval_split}.json"

@@ -1,0 +1,376 @@
+"""Every option once: its default, meaning, unit, choices, range and source.
+
+The model, the loader, the optimizer and the training loop take these dataclasses. ``maskrcnn_jax.config`` turns them
+into the ``ConfigDict`` that configuration files change and the command line overrides, and back. The names of
+``ModelOptions`` are those of torchvision's ``MaskRCNN`` wherever torchvision has the same option.
+
+To add an option, add one field here and use it where it acts.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from maskrcnn_jax.errors import UserError
+
+# Smallest dynamic loss scale, and the largest power of two in float32.
+MIN_LOSS_SCALE, MAX_LOSS_SCALE = 1.0, 2.0**127
+
+
+def _option(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    source: str = "",
+) -> Any:
+    """Declare an option.
+
+    Args:
+        default: Its value unless set. A tuple of numbers may have any length.
+        meaning: What it does, as a phrase for the documentation.
+        unit: Of the value.
+        choices: The values that are allowed, if it is one of a few.
+        low: Smallest value allowed, for numbers.
+        high: Largest value allowed, for numbers.
+        source: Where the default comes from.
+    """
+    metadata = {"meaning": meaning, "unit": unit, "choices": choices, "low": low, "high": high, "source": source}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Checked:
+    """Checks choices and ranges when the options are made, and makes lists tuples so that the options are hashable."""
+
+    prefix: ClassVar[str] = ""  # of the names of these options in a config
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, value := tuple(value))
+            if field.metadata and (problem := _problem(value, field.default, field.metadata)):
+                problems.append(f"{self.prefix}{field.name} is {value!r}; use {problem}")
+        problems += self._contradictions() if not problems else []
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _contradictions(self) -> list[str]:
+        """Return what is wrong between options that are valid by themselves."""
+        return []
+
+
+def _problem(value: Any, default: Any, allowed: Any) -> str:
+    """Return what an option should be instead, or an empty string if the value is allowed."""
+    if not _is_like(value, default):
+        return {tuple: "a tuple of numbers", bool: "True or False", str: "a string"}.get(type(default), "a number")
+    choices, low, high = allowed["choices"], allowed["low"], allowed["high"]
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if (low is None or value >= low) and (high is None or value <= high):
+        return ""
+    if low is None or high is None:
+        return f"at least {low}" if high is None else f"at most {high}"
+    return f"a value from {low} to {high}"
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(item) in (int, float) for item in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)
+
+
+_TORCHVISION = "torchvision"
+_DETECTRON2 = "detectron2"
+_PAPER = "the paper, Sec. "
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(_Checked):
+    """The network and what happens between its stages."""
+
+    prefix: ClassVar[str] = "model."
+
+    backbone: str = _option(
+        "resnet50", "backbone: resnet18, resnet34, resnet50, resnet101 or mobilenet_v3_large", source=_PAPER + "3.2"
+    )
+    in_channels: int = _option(
+        3, "channels of the images: RGB, then others such as depth, which enter as (x / 255 - 0.5) / 0.25", low=3
+    )
+    stem_channels: int = _option(64, "output channels of a ResNet's 7x7 convolution", low=1)
+    stage_channels: int = _option(
+        0,
+        "output channels of a ResNet's first stage, doubled from stage to stage; 0 means 256, or 64 in resnet18 and "
+        "resnet34",
+        low=0,
+    )
+    bottleneck_channels: int = _option(
+        64, "channels inside the bottlenecks of a ResNet's first stage, doubled from stage to stage", low=1
+    )
+    norm: str = _option(
+        "batch",
+        "normalisation of the backbone: batch is trained, with statistics of the whole batch; frozen keeps the "
+        "statistics of pretrained weights",
+        choices=("batch", "frozen"),
+    )
+    norm_eps: float = _option(
+        1e-5, "added to the variance by a ResNet's norms; 0 with torchvision's COCO_V1 weights", low=0
+    )
+    stride_in_1x1: bool = _option(
+        False, "put the stride of a bottleneck into its 1x1 convolution, as detectron2's MSRA weights need"
+    )
+    head_norm: str = _option(
+        "none",
+        "normalisation of the FPN, the box head's convolutions and the mask head; torchvision's v2 has batch",
+        choices=("none", "batch", "frozen"),
+    )
+    fpn_channels: int = _option(256, "channels of every pyramid level", low=1, source="FPN, Sec. 3")
+    anchor_sizes: tuple[float, ...] = _option(
+        (32, 64, 128, 256, 512), "anchor size of each pyramid level, P2 to P6", unit="pixels", source=_TORCHVISION
+    )
+    aspect_ratios: tuple[float, ...] = _option((0.5, 1.0, 2.0), "height / width of the anchors", source=_TORCHVISION)
+    anchor_scales: tuple[float, ...] = _option((1.0,), "each level has anchors of its size times each of these")
+    exact_anchors: bool = _option(
+        False, "anchors unrounded and at strides of powers of two, as detectron2 has them, instead of torchvision's"
+    )
+    rpn_channels: int = _option(0, "channels of the RPN head's convolutions; 0 means fpn_channels", low=0)
+    rpn_conv_depth: int = _option(1, "3x3 convolutions of the RPN head; torchvision's v2 has 2", low=1)
+    rpn_fg_iou_thresh: float = _option(0.7, "IoU from which an anchor is foreground", low=0, high=1)
+    rpn_bg_iou_thresh: float = _option(0.3, "IoU below which an anchor is background", low=0, high=1)
+    rpn_batch_size_per_image: int = _option(256, "anchors sampled for the RPN losses", low=1, source=_TORCHVISION)
+    rpn_positive_fraction: float = _option(0.5, "largest share of foreground among them", low=0, high=1)
+    rpn_pre_nms_top_n_train: int = _option(2000, "proposals a level before NMS, in training", low=1)
+    rpn_pre_nms_top_n_test: int = _option(1000, "proposals a level before NMS, in evaluation", low=1)
+    rpn_post_nms_top_n_train: int = _option(2000, "proposals an image after NMS, in training", low=1)
+    rpn_post_nms_top_n_test: int = _option(1000, "proposals an image after NMS, in evaluation", low=1)
+    rpn_nms_thresh: float = _option(0.7, "IoU above which NMS drops the worse proposal", low=0, high=1)
+    rpn_min_size: float = _option(1e-3, "proposals with a smaller side are dropped", unit="pixels", low=0)
+    train_proposals: str = _option(
+        "rpn",
+        "what the heads are trained on besides the ground-truth boxes: rpn, all proposals; gt, nothing; gt_then_rpn, "
+        "the best proposals up to min_proposals boxes",
+        choices=("rpn", "gt", "gt_then_rpn"),
+        source=_PAPER + "2.2 describes gt_then_rpn",
+    )
+    min_proposals: int = _option(
+        15, "ground-truth boxes and proposals together, with gt_then_rpn", low=0, source=_PAPER + "3.2"
+    )
+    roi_operator: str = _option(
+        "align", "align: RoIAlign; pool: RoIPool, which rounds to whole cells", choices=("align", "pool")
+    )
+    roi_sampling_ratio: int = _option(
+        2, "RoIAlign samples a bin and axis; 0 is adaptive, one a feature cell, as in detectron2", low=0
+    )
+    roi_aligned: bool = _option(
+        False, "half-pixel exact RoIAlign, mask targets and mask pasting, as in detectron2; torchvision's are not"
+    )
+    box_conv_channels: tuple[int, ...] = _option((), "output channels of each 3x3 convolution of the box head")
+    box_fc_channels: tuple[int, ...] = _option(
+        (1024, 1024), "output features of each fully connected layer of the box head", source=_TORCHVISION
+    )
+    box_fg_iou_thresh: float = _option(
+        0.5, "IoU from which a RoI is foreground; below, it is background", low=0, high=1, source=_TORCHVISION
+    )
+    box_batch_size_per_image: int = _option(512, "RoIs sampled for the head losses", low=1, source=_TORCHVISION)
+    box_positive_fraction: float = _option(0.25, "largest share of foreground among them", low=0, high=1)
+    box_score_thresh: float = _option(0.05, "score above which a detection is kept", low=0, high=1)
+    box_nms_thresh: float = _option(0.5, "IoU above which NMS drops the worse detection of a class", low=0, high=1)
+    box_min_size: float = _option(1e-2, "detections with a smaller side are dropped", unit="pixels", low=0)
+    box_detections_per_img: int = _option(100, "detections an image", low=1, source=_TORCHVISION)
+    mask_channels: int = _option(256, "channels of the mask head", low=1)
+    mask_deconv: bool = _option(
+        True, "masks of 28x28 through a deconvolution; without it the paper's 14x14", source=_PAPER + "2.5"
+    )
+    mask_targets_binary: bool = _option(
+        False, "mask targets are 0 or 1, as in detectron2, or the covered share of each cell, as in torchvision"
+    )
+    classification_loss: str = _option(
+        "cross_entropy",
+        "class loss of the box head: cross entropy or sigmoid focal loss",
+        choices=("cross_entropy", "focal"),
+        source=_PAPER + "3.2",
+    )
+    box_loss: str = _option(
+        "smooth_l1", "box loss of the box head", choices=("smooth_l1", "iou", "giou"), source=_PAPER + "3.2"
+    )
+    mask_loss: str = _option("bce", "loss of the mask head", choices=("bce", "dice"), source=_PAPER + "3.2")
+    remat: bool = _option(False, "recompute the backbone in the backward pass: less memory, more time")
+    dtype: str = _option(
+        "float32",
+        "dtype of convolutions and matrix products; parameters stay float32. float16 (V100, T4) scales the loss",
+        choices=("float32", "bfloat16", "float16", "float64"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimOptions(_Checked):
+    """The optimizer and its schedule."""
+
+    prefix: ClassVar[str] = "optim."
+
+    kind: str = _option(
+        "adamw",
+        "optimizer: adamw, or sgd as in torchvision's and detectron2's recipes",
+        choices=("adamw", "sgd"),
+        source=_PAPER + "3.2",
+    )
+    lr: float = _option(5e-4, "peak learning rate", source=_PAPER + "3.2")
+    lr_batch_size: int = _option(
+        0, "batch size that lr is meant for; lr is scaled in proportion to batch_size. 0 does not scale", low=0
+    )
+    warmup_steps: int = _option(
+        500, "linear warm-up from lr / 1000, at most a tenth of the run", unit="steps", low=0, source=_TORCHVISION
+    )
+    final_lr_fraction: float = _option(0.0, "learning rate at the end of the cosine, as a share of lr", low=0, high=1)
+    weight_decay: float = _option(1e-4, "decoupled in AdamW, added to the gradient in SGD", low=0)
+    decay_norm_and_bias: bool = _option(False, "also decay biases and the parameters of norms")
+    b1: float = _option(0.9, "AdamW's decay of the first moment", low=0, high=1)
+    b2: float = _option(0.999, "AdamW's decay of the second moment", low=0, high=1)
+    momentum: float = _option(0.9, "momentum of SGD", low=0, high=1)
+    clip_norm: float = _option(1.0, "largest global norm of the gradient; 0 does not clip", low=0)
+    loss_scale: float = _option(
+        2.0**15,
+        "initial loss scale in float16; overflowing gradients halve it",
+        low=MIN_LOSS_SCALE,
+        high=MAX_LOSS_SCALE,
+    )
+    loss_scale_interval: int = _option(
+        2000,
+        "steps without overflow after which the loss scale doubles",
+        unit="steps",
+        low=1,
+        source="torch's GradScaler",
+    )
+    ema_decay: float = _option(
+        0.0,
+        "decay of the exponential moving average of the parameters that evaluation and prediction use; at step t at "
+        "most (1 + t) / (10 + t). 0 keeps no average",
+        low=0,
+    )
+    accumulate: int = _option(
+        1,
+        "gradient-accumulation steps: the batch is split into so many parts, in the memory of one. Losses and batch "
+        "statistics are those of each part",
+        low=1,
+    )
+    frozen_stages: int = _option(
+        0, "stages of the backbone that keep their initial values: 1 the stem, 2 the first stage too, ...", low=0
+    )
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if not 0 < self.lr < float("inf"):
+            problems.append(f"optim.lr is {self.lr}; use a positive number such as 5e-4")
+        if self.ema_decay >= 1:
+            problems.append(f"optim.ema_decay is {self.ema_decay}; use a value below 1 such as 0.9998, or 0 for none")
+        return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(_Checked):
+    """The dataset, how images are resized and augmented, and how they are loaded."""
+
+    prefix: ClassVar[str] = "data."
+
+    source: str = _option(
+        "coco", "coco: image files in coco_dir; tfds: TFDS shards in tfds_dir", choices=("coco", "tfds")
+    )
+    coco_dir: str = _option("", "folder with <split>/ and annotations/instances_<split>.json")
+    tfds_dir: str = _option("", "folder that `maskrcnn-jax build-tfds` wrote")
+    train_split: str = _option("train2017", "split to train on")
+    eval_split: str = _option("val2017", "split to evaluate on")
+    train_limit: int = _option(0, "train on so many images, the first of a seeded shuffle; 0 means all", low=0)
+    drop_labels: float = _option(
+        0.0, "share of the training annotations to drop, to measure what missing labels cost", low=0, high=1
+    )
+    eval_limit: int = _option(0, "evaluate the first so many images; 0 means all", low=0)
+    short_side: int = _option(
+        800, "shorter side of an image after resizing (torchvision's min_size)", unit="pixels", low=1
+    )
+    long_side: int = _option(
+        1333, "longest side of an image after resizing (torchvision's max_size)", unit="pixels", low=1
+    )
+    buckets: str = _option(
+        "auto",
+        "padded sizes: auto has up to four, so that few programs are compiled; exact pads each image to its own "
+        "multiple of 32 and compiles for each",
+        choices=("auto", "exact"),
+    )
+    resize: str = _option(
+        "uint8",
+        "uint8: fast; float32: exactly as torchvision; pillow: exactly as detectron2",
+        choices=("uint8", "float32", "pillow"),
+    )
+    contiguous_labels: bool = _option(
+        False, "number COCO's categories 1..80, as detectron2, instead of by their ids, as torchvision"
+    )
+    hflip: float = _option(0.5, "probability of a horizontal flip", low=0, high=1, source=_TORCHVISION)
+    color_jitter: float = _option(0.0, "strength of brightness, contrast and saturation changes", low=0, high=1)
+    ignore_regions: bool = _option(
+        False,
+        "crowds, and objects of categories that the file does not list, are neither object nor background where they "
+        "cover half of an anchor or proposal; otherwise they are background, as in torchvision",
+    )
+    mask_side: int = _option(
+        640, "side of the canvas that holds a ground-truth mask, a multiple of 8", unit="pixels", low=8
+    )
+    threads: int = _option(4, "threads that read and decode images, in each process", low=1)
+    workers: int = _option(0, "additional processes that read and decode images", low=0)
+    prefetch: int = _option(4, "batches loaded ahead of the training step", low=1)
+    skip_broken: bool = _option(False, "skip images that cannot be read instead of stopping")
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if self.short_side > self.long_side:
+            problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
+        if self.mask_side % 8:
+            problems.append(f"data.mask_side is {self.mask_side}; use a multiple of 8")
+        return problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(_Checked):
+    """A whole run."""
+
+    seed: int = _option(0, "seed of initialisation, sampling, shuffling and augmentation", low=0)
+    batch_size: int = _option(
+        16, "images a step, over all devices and accumulation steps", low=1, source=_PAPER + "3.2"
+    )
+    epochs: int = _option(12, "epochs; 0 chooses 12 to 100 so that about images_to_see images are seen", low=0)
+    images_to_see: int = _option(
+        5000,
+        "images seen in a run with epochs 0: small datasets get more epochs within a fixed budget",
+        low=1,
+        source="steps instead of epochs, as in BiT-HyperRule (Kolesnikov et al., 2020)",
+    )
+    max_steps: int = _option(0, "stop after so many steps; 0 means after all epochs", unit="steps", low=0)
+    log_every: int = _option(20, "interval of metrics.jsonl; 0 logs only with checkpoints", unit="steps", low=0)
+    eval_every: int = _option(
+        1, "interval of evaluations; the last step is evaluated as well. 0 means never", unit="epochs", low=0
+    )
+    eval_batch_size: int = _option(8, "images a step of evaluation", low=1)
+    eval_losses: bool = _option(False, "evaluations also compute the losses and the accuracy of the RoI classifier")
+    eval_train_limit: int = _option(0, "training images that evaluations measure as well", low=0)
+    eval_workers: int = _option(0, "processes that encode masks, where one core is slower than the device", low=0)
+    checkpoint_every: int = _option(
+        1000,
+        "interval of checkpoints, besides those of evaluations and the last step; 0 means none",
+        unit="steps",
+        low=0,
+    )
+    keep_checkpoints: int = _option(
+        2, "newest checkpoints kept, besides the best by mask AP (box AP without masks)", low=1
+    )
+    shard_params: bool = _option(
+        False,
+        "shard parameters, averages and optimizer state over the devices instead of replicating them: less memory, "
+        "more communication, the same results",
+    )
+    model: ModelOptions = ModelOptions()
+    optim: OptimOptions = OptimOptions()
+    data: DataOptions = DataOptions()

@@ -1,0 +1,308 @@
+"""The folder of a run (its workdir): options, categories, lock, and the model in its checkpoints.
+
+A run leaves ``config.json``, ``categories.json``, ``metrics.jsonl``, ``metrics.json``, ``detections.json``, pictures,
+TensorBoard files and ``checkpoints/<step>/``. Training writes the checkpoints through ``training.checkpoint``; what
+loads a model needs no more than this module.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from maskrcnn_jax.config import to_options
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
+from maskrcnn_jax.options import Options
+from maskrcnn_jax.writing import replace_file, writing
+
+BEST_METRIC = "segm_AP"
+# Options that had another name in an earlier version.
+_RENAMED = {"box_iou_thresh": "box_fg_iou_thresh"}
+# By default every device that holds a copy writes a slice of it, and a program is compiled for every slice.
+_ONE_WRITER = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
+)
+
+
+class UnreadableCheckpoint(UserError):
+    """Files of a checkpoint are missing or truncated."""
+
+
+def save_options(options: Options, workdir: str | Path) -> None:
+    """Write the options of a run into ``config.json``."""
+    replace_file(Path(workdir) / "config.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+
+
+def load_options(workdir: str | Path) -> Options:
+    """Read the options of a run; options that did not exist when it was trained have their defaults.
+
+    Raises:
+        UserError: if the folder has no ``config.json`` that training wrote.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no trained model ({path} is missing); give the workdir of a training")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        model = {_RENAMED.get(name, name): value for name, value in found["model"].items()}
+        return to_options(ConfigDict(found | {"model": model}))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a config that training wrote ({reason})") from None
+
+
+def changed_options(options: Options, workdir: str | Path) -> list[str]:
+    """Return how options differ from those of a run's folder, such as ["batch_size 16 (8 before)"]."""
+    try:
+        before = _flatten(dataclasses.asdict(load_options(workdir)))
+    except UserError:
+        return []
+    now = _flatten(dataclasses.asdict(options))
+    return [f"{name} {now[name]} ({before[name]} before)" for name in now if before[name] != now[name]]
+
+
+def _flatten(options: dict, prefix: str = "") -> dict:
+    """Return nested options by names such as "optim.lr"."""
+    flat = {}
+    for name, value in options.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def lock(workdir: Path) -> None:
+    """Keep other trainings out of a folder until this process ends.
+
+    Raises:
+        UserError: if another training has it, or it cannot be made.
+    """
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = os.open(workdir / ".lock", os.O_CREAT | os.O_WRONLY)
+    try:
+        # Not flock, whose locks outlive a killed process in the data workers that it has forked.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(file)
+        raise UserError(
+            f"another training is writing into {workdir}; wait for it to end, or use another workdir"
+        ) from None
+    except OSError:
+        os.close(file)  # not every file system has locks
+
+
+def has_checkpoint(workdir: str | Path) -> bool:
+    """Return whether a run has left a checkpoint."""
+    folder = Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def load_run(workdir: str | Path, *, checkpoint: str = "latest") -> tuple[MaskRCNN, Categories, Options]:
+    """Load the model of a run.
+
+    Args:
+        workdir: Folder of the run.
+        checkpoint: "latest", "best" (by mask AP, or box AP without masks) or a step.
+
+    Returns:
+        The model in evaluation mode, the categories that it was trained on, and the options of the run.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is of another architecture.
+    """
+    options = load_options(workdir)
+    model, categories = load_model(workdir, options, checkpoint=checkpoint)
+    return model, categories, options
+
+
+def load_model(workdir: str | Path, options: Options, *, checkpoint: str = "latest") -> tuple[MaskRCNN, Categories]:
+    """Load the model of a run with other options than those that it was trained with; otherwise as ``load_run``."""
+    categories = Categories.load(Path(workdir) / "categories.json")
+    reader = CheckpointReader(workdir)
+    try:
+        model = make_unfilled(categories.num_classes, options.model)
+        reader.restore_model(reader.find(checkpoint), model)
+    finally:
+        reader.close()
+    model.eval()
+    return model, categories
+
+
+class CheckpointReader:
+    """Reads the checkpoints in ``<workdir>/checkpoints``, named by step, and changes nothing."""
+
+    def __init__(self, workdir: str | Path, *, keep: int = 2, writes: bool = False):
+        """Open the folder.
+
+        Args:
+            workdir: Folder of the run.
+            keep: How many of the newest a writer keeps, besides the best.
+            writes: Create the folder if it does not exist, and delete what an interrupted training left unfinished.
+
+        Raises:
+            UserError: if the folder cannot be created, or the metrics of an evaluation in it cannot be read.
+        """
+        folder = Path(workdir).absolute() / "checkpoints"
+        _check_metrics(folder)
+        policy = AnyPreservationPolicy(
+            [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
+        )
+        with writing(folder):
+            self._manager = ocp.CheckpointManager(
+                epath.Path(folder),
+                # Named here, because a manager that has not saved yet cannot tell how its items were written.
+                item_handlers={
+                    name: ocp.PyTreeCheckpointHandler(type_handler_registry=_ONE_WRITER)
+                    for name in ("model", "training")
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    best_fn=_metric,
+                    # Not Orbax's own read_only, which warns of each option that it sets.
+                    cleanup_tmp_directories=writes,
+                    create=writes,
+                    # Threads that wait for folders would keep a process for twenty minutes whose disk refuses them.
+                    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+                ),
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the checkpoints."""
+        return Path(self._manager.directory)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint by mask AP, the newest if none was evaluated."""
+        return self._manager.best_step() or self.latest_step
+
+    def find(self, which: str) -> int:
+        """Return the step of a checkpoint.
+
+        Args:
+            which: "latest", "best" or a step.
+
+        Raises:
+            UserError: if there is no such checkpoint.
+        """
+        if which in ("latest", "best"):
+            step = self.latest_step if which == "latest" else self.best_step
+        else:
+            step = int(which) if which.isdigit() and int(which) in self.steps else None
+        if step is None:
+            raise UserError(
+                f"{self.folder.parent} has no checkpoint {which!r}; there are: {self.steps or 'none'}. Choose one of "
+                "these, or train longer"
+            )
+        return step
+
+    def restore_model(self, step: int, model: nnx.Module) -> None:
+        """Read the arrays of a model, without the optimizer's, into it; errors as in :meth:`restore_items`."""
+        _, params, variables = nnx.split(model, nnx.Param, ...)
+        arrays = self.restore_items(step, {"model": {"params": params, "variables": variables}})["model"]
+        nnx.update(model, arrays["params"], arrays["variables"])
+
+    def restore_items(self, step: int, like: dict) -> dict:
+        """Read items of a checkpoint.
+
+        Args:
+            step: Of the checkpoint.
+            like: Trees of arrays by item, whose structure, shapes and placement on devices the result has.
+
+        Raises:
+            UserError: if the checkpoint is of another architecture or optimizer; names what differs.
+            UnreadableCheckpoint: if files of it are missing or truncated.
+        """
+        folder = self.folder / str(step)
+        abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in like.items()}
+        try:
+            metadata = self._manager.item_metadata(step)
+            for name, tree in like.items():
+                if not metadata[name]:
+                    raise FileNotFoundError(f"{name} is missing")
+                _check_same_arrays(metadata[name], tree, folder)
+            return self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+                        for name, tree in abstract.items()
+                    }
+                ),
+            )
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds: whatever the files lack, they are not a checkpoint
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+            raise UnreadableCheckpoint(f"checkpoint {folder} cannot be read ({reason}...)") from None
+
+    def close(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            UserError: if the disk refused it.
+        """
+        with writing(self.folder):
+            self._manager.close()
+
+
+def _metric(metrics: dict) -> float:
+    return metrics[BEST_METRIC]
+
+
+def _check_metrics(folder: Path) -> None:
+    """Raise a UserError for truncated metrics, without which no best checkpoint can be chosen."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            raise UserError(
+                f"{path} does not hold the metrics of an evaluation; delete the folder {path.parent}, and this "
+                "checkpoint counts as not evaluated"
+            ) from None
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array by its path."""
+
+    def name(path):
+        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_same_arrays(metadata, like, path) -> None:
+    """Raise a UserError unless both trees hold the same names and shapes."""
+    saved, wanted = _shapes(metadata), _shapes(like)
+    differences = [f"{name} is missing" for name in wanted if name not in saved]
+    differences += [f"{name} is not in this model" for name in saved if name not in wanted]
+    differences += [
+        f"{name} has shape {saved[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in saved and saved[name] != shape
+    ]
+    if differences:
+        shown = "; ".join(differences[:3])
+        raise UserError(
+            f"checkpoint {path} is of another architecture or optimizer ({len(differences)} arrays differ: {shown}); "
+            "use the options that it was trained with, or another workdir"
+        )
