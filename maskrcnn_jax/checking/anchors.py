@@ -6,7 +6,7 @@ import numpy as np
 
 from maskrcnn_jax.anchor_shapes import cell_anchors
 from maskrcnn_jax.checking.examples import annotations_finding
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.transforms import resized_sizes
 from maskrcnn_jax.options import Options
@@ -39,7 +39,7 @@ class Anchors:
         )
 
 
-def best_overlaps(index: CocoIndex, anchors: Anchors) -> np.ndarray:
+def best_overlaps(index: CocoDataset, anchors: Anchors) -> np.ndarray:
     """Return the largest IoU of each object with an anchor that is placed as well as possible; [K] float.
 
     An anchor of sides a, b overlaps a box of sides w, h by at most o / (w h + a b - o), o = min(w, a) min(h, b).
@@ -52,7 +52,7 @@ def best_overlaps(index: CocoIndex, anchors: Anchors) -> np.ndarray:
     return best
 
 
-def check_anchors(index: CocoIndex, anchors: Anchors) -> list[Finding]:
+def check_anchors(index: CocoDataset, anchors: Anchors) -> list[Finding]:
     """Return findings of objects that are too small, too large or too thin, if they are many."""
     unmatched = (best_overlaps(index, anchors) < anchors.background_iou) & ~index.crowd
     areas = anchors.sides.prod(axis=1)
@@ -79,8 +79,8 @@ def check_anchors(index: CocoIndex, anchors: Anchors) -> list[Finding]:
     return found
 
 
-def _resized_sides(index: CocoIndex, anchors: Anchors) -> np.ndarray:
+def _resized_sides(index: CocoDataset, anchors: Anchors) -> np.ndarray:
     """Return the [K, 2] (width, height) of the boxes in the resized images."""
     sizes = resized_sizes(index.sizes, anchors.short_side, anchors.long_side, anchors.resize)
-    scale = np.repeat((sizes / index.sizes)[:, ::-1], np.diff(index.offsets), axis=0)
+    scale = (sizes / index.sizes)[index.image_rows, ::-1]
     return (index.boxes[:, 2:] - index.boxes[:, :2]) * scale

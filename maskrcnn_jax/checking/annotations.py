@@ -12,7 +12,7 @@ import numpy as np
 
 from maskrcnn_jax.checking.anchors import Anchors, check_anchors
 from maskrcnn_jax.checking.examples import annotations_finding, images_finding, listed
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.formats import overlaps, polygon_bounds
 from maskrcnn_jax.errors import UserError
@@ -27,7 +27,7 @@ _FEW_OBJECTS = 10  # of a category
 _RARE = 1e-3  # objects of a category, as a share of those of the most common one
 
 
-def check_before_training(options: Options, index: CocoIndex) -> None:
+def check_before_training(options: Options, index: CocoDataset) -> None:
     """Check the training annotations and log a line for every warning.
 
     Raises:
@@ -50,7 +50,7 @@ def stop_or_warn(findings: Sequence[Finding], split: str) -> None:
         _log.warning("%s: %s%s", split, finding.sentence, such)
 
 
-def check_index(index: CocoIndex, anchors: Anchors | None = None, *, evaluated: bool = False) -> list[Finding]:
+def check_index(index: CocoDataset, anchors: Anchors | None = None, *, evaluated: bool = False) -> list[Finding]:
     """Check the annotations of a split.
 
     Args:
@@ -72,12 +72,7 @@ def check_index(index: CocoIndex, anchors: Anchors | None = None, *, evaluated: 
     ]
 
 
-def images_of(index: CocoIndex) -> np.ndarray:
-    """Return the row of the image of every annotation, [K]."""
-    return np.repeat(np.arange(len(index)), np.diff(index.offsets))
-
-
-def objects_per_category(index: CocoIndex) -> dict[str, int]:
+def objects_per_category(index: CocoDataset) -> dict[str, int]:
     """Return the number of objects of each category without crowds; by name, in order of category id."""
     counts = np.bincount(index.labels[~index.crowd], minlength=index.categories.num_classes)
     return {
@@ -85,7 +80,7 @@ def objects_per_category(index: CocoIndex) -> dict[str, int]:
     }
 
 
-def misfits(index: CocoIndex, rows: np.ndarray, bounds: np.ndarray | dict[int, np.ndarray]) -> list[Finding]:
+def misfits(index: CocoDataset, rows: np.ndarray, bounds: np.ndarray | dict[int, np.ndarray]) -> list[Finding]:
     """Return the finding of boxes that do not fit their masks.
 
     Args:
@@ -101,13 +96,13 @@ def misfits(index: CocoIndex, rows: np.ndarray, bounds: np.ndarray | dict[int, n
     return annotations_finding(index, Kind.MISFIT, rows, describe)
 
 
-def _same_files(index: CocoIndex) -> list[Finding]:
+def _same_files(index: CocoDataset) -> list[Finding]:
     rows = range(len(index))
     first = dict(zip(reversed(index.file_names.tolist()), reversed(rows), strict=True))  # by name, the earliest stays
     return images_finding(index, Kind.SAME_FILE, np.setdiff1d(rows, list(first.values())))
 
 
-def _annotation_ids(index: CocoIndex, evaluated: bool) -> list[Finding]:
+def _annotation_ids(index: CocoDataset, evaluated: bool) -> list[Finding]:
     first = np.unique(index.annotation_ids, return_index=True)[1]
     later = np.setdiff1d(np.arange(len(index.annotation_ids)), first)
     repeated = annotations_finding(index, Kind.SAME_ID, later)
@@ -117,8 +112,8 @@ def _annotation_ids(index: CocoIndex, evaluated: bool) -> list[Finding]:
     return [replace(f, is_error=f.kind.severity.is_error(evaluated=True)) for f in repeated + zero]
 
 
-def _same_annotations(index: CocoIndex) -> list[Finding]:
-    numbers = np.column_stack([images_of(index), index.labels, index.boxes.view(np.int32)]).astype(np.uint64)
+def _same_annotations(index: CocoDataset) -> list[Finding]:
+    numbers = np.column_stack([index.image_rows, index.labels, index.boxes.view(np.int32)]).astype(np.uint64)
     hashes = np.zeros(len(numbers), np.uint64)
     for column in numbers.T:
         hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)
@@ -134,9 +129,9 @@ def _same_annotations(index: CocoIndex) -> list[Finding]:
     return annotations_finding(index, Kind.SAME_ANNOTATION, np.sort(np.array(twice, np.int64)))
 
 
-def _polygons(index: CocoIndex) -> list[Finding]:
+def _polygons(index: CocoDataset) -> list[Finding]:
     bounds = polygon_bounds(index.coordinates, index.part_offsets, index.first_part, index.num_parts)
-    limits = index.sizes[images_of(index)][:, [1, 0, 1, 0]]
+    limits = index.sizes[index.image_rows][:, [1, 0, 1, 0]]
     inside = np.clip(bounds, 0, limits)
     outside = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
     wrong = (overlaps(index.boxes, inside) < MISMATCH) & ~outside
@@ -146,7 +141,7 @@ def _polygons(index: CocoIndex) -> list[Finding]:
     ]
 
 
-def _shares(index: CocoIndex) -> list[Finding]:
+def _shares(index: CocoDataset) -> list[Finding]:
     crowds, empty = np.flatnonzero(index.crowd), np.flatnonzero(index.num_objects == 0)
     found = []
     if len(crowds) > _MANY_CROWDS * len(index.crowd):
@@ -156,7 +151,7 @@ def _shares(index: CocoIndex) -> list[Finding]:
     return found
 
 
-def _categories(index: CocoIndex, evaluated: bool) -> list[Finding]:
+def _categories(index: CocoDataset, evaluated: bool) -> list[Finding]:
     found = []
     twice = [name for name, count in Counter(index.categories.names).items() if count > 1]
     if twice:

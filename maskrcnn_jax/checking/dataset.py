@@ -11,7 +11,8 @@ from maskrcnn_jax.checking.anchors import Anchors
 from maskrcnn_jax.checking.annotations import check_index, objects_per_category
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, listed, name_examples
 from maskrcnn_jax.checking.images import ImageFacts, check_images, read_images
-from maskrcnn_jax.data.coco import ReadDataset, annotations_name, locate, read_dataset
+from maskrcnn_jax.data.coco import CocoDataset, annotations_name
+from maskrcnn_jax.data.dataset import locate, read_dataset
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
@@ -33,7 +34,7 @@ class Split:
     name: str
     json_path: Path
     image_dir: Path
-    data: ReadDataset | None  # None if the annotations cannot be read at all
+    data: CocoDataset | None  # None if the annotations cannot be read at all
     findings: list[Finding]  # errors first
     pixels: dict[bytes, int] = field(default_factory=dict)  # hash of an image's pixels -> place of the image
 
@@ -111,21 +112,21 @@ def check_split(
             contiguous_labels=options.data.contiguous_labels,
             keep_unlisted=options.data.ignore_regions,
             report=collector,
-        )
+        ).without_flat()
     except UserError as error:
         findings = [*_judge(collector.findings(), options), Kind.UNREADABLE.finding(error=error)]
         return Split(name, json_path, image_dir, None, name_examples(json_path, findings))
     found = _judge(collector.findings(), options)
-    found += [Kind(kind).finding(places) for kind, places in data.problems.items()]
+    found += [Kind(kind).finding(places) for kind, places in data.problem_places.items()]
     found += _unlisted_files(data, image_dir)
-    by_row = check_index(data.index, Anchors.from_options(options), evaluated=evaluated)
+    by_row = check_index(data, Anchors.from_options(options), evaluated=evaluated)
     pixels: dict[bytes, int] = {}
     if open_images:
-        images = np.setdiff1d(np.arange(len(data.index)), data.missing)
+        images = np.setdiff1d(np.arange(len(data)), data.missing)
         sizes = {"channels": options.model.in_channels, "threads": options.data.threads}
-        facts = read_images(data.index, images.tolist(), **sizes)
+        facts = read_images(data, images.tolist(), **sizes)
         facts = list(progress(facts, len(images), f"images of {name}"))
-        by_row += check_images(data.index, images, facts, skip_broken=options.data.skip_broken)
+        by_row += check_images(data, images, facts, skip_broken=options.data.skip_broken)
         pixels = _places_by_pixels(data, images, facts)
     found += [_with_places(finding, data) for finding in by_row]
     return Split(name, json_path, image_dir, data, name_examples(json_path, _errors_first(_merge(found))), pixels)
@@ -137,10 +138,10 @@ def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
         return training, evaluated
     names = {"training": training.name, "evaluated": evaluated.name}
     collector = Collector()
-    known = training.data.index.categories
-    evaluated.data.index.categories.check_known(known, evaluated.name, report=collector)
+    known = training.data.categories
+    evaluated.data.categories.check_known(known, evaluated.name, report=collector)
     theirs = collector.findings()
-    learned, wanted = (objects_per_category(split.data.index) for split in (training, evaluated))
+    learned, wanted = (objects_per_category(split.data) for split in (training, evaluated))
     unlearned = [name for name, count in wanted.items() if count and learned.get(name) == 0]
     if unlearned:
         details = {"count": len(unlearned), "names": listed(unlearned)}
@@ -163,12 +164,12 @@ def _judge(findings: list[Finding], options: Options) -> list[Finding]:
     return [replace(f, is_error=f.kind.severity.is_error(skip_broken=options.data.skip_broken)) for f in findings]
 
 
-def _with_places(finding: Finding, data: ReadDataset) -> Finding:
+def _with_places(finding: Finding, data: CocoDataset) -> Finding:
     """Turn rows of the index into places in the lists of the file."""
     if finding.section == IMAGES:
-        return replace(finding, rows=data.file.image_places[finding.rows])
+        return replace(finding, rows=data.image_places[finding.rows])
     if finding.section == ANNOTATIONS:
-        return replace(finding, rows=data.file.places[data.rows[finding.rows]])
+        return replace(finding, rows=data.places[finding.rows])
     return finding
 
 
@@ -188,8 +189,8 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
-def _unlisted_files(data: ReadDataset, image_dir: Path) -> list[Finding]:
-    known = set(data.file.file_names)
+def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
+    known = set(data.file_names.tolist())
     with os.scandir(image_dir) as entries:
         names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in _IMAGE_SUFFIXES)
     names = [name for name in names if name not in known]
@@ -198,10 +199,10 @@ def _unlisted_files(data: ReadDataset, image_dir: Path) -> list[Finding]:
     return [Kind.NOT_LISTED.finding(count=len(names), examples=names[:NUM_EXAMPLES], folder=image_dir)]
 
 
-def _places_by_pixels(data: ReadDataset, images: np.ndarray, facts: list[ImageFacts]) -> dict[bytes, int]:
-    places = data.file.image_places[images].tolist()
+def _places_by_pixels(data: CocoDataset, images: np.ndarray, facts: list[ImageFacts]) -> dict[bytes, int]:
+    places = data.image_places[images].tolist()
     return {fact.pixels: place for place, fact in zip(places, facts, strict=True) if fact.pixels}
 
 
-def _names_by_place(data: ReadDataset) -> dict[int, str]:
-    return dict(zip(data.file.image_places.tolist(), data.file.file_names, strict=True))
+def _names_by_place(data: CocoDataset) -> dict[int, str]:
+    return dict(zip(data.image_places.tolist(), data.file_names.tolist(), strict=True))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from maskrcnn_jax.data.annotation_file import short
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Finding, Kind
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
@@ -15,7 +15,7 @@ from maskrcnn_jax.errors import UserError
 NUM_EXAMPLES = 3  # of each finding
 
 
-def images_finding(index: CocoIndex, kind: Kind, rows: np.ndarray, **details: object) -> list[Finding]:
+def images_finding(index: CocoDataset, kind: Kind, rows: np.ndarray, **details: object) -> list[Finding]:
     """Return a finding about images, or none if there are no rows.
 
     Args:
@@ -29,7 +29,7 @@ def images_finding(index: CocoIndex, kind: Kind, rows: np.ndarray, **details: ob
 
 
 def annotations_finding(
-    index: CocoIndex,
+    index: CocoDataset,
     kind: Kind,
     rows: np.ndarray,
     describe: Callable[[int], str] = lambda row: "",

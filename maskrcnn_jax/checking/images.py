@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.checking.annotations import MISMATCH, misfits
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, annotations_finding, images_finding
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.formats import overlaps
 from maskrcnn_jax.data.images import BrokenImageError
@@ -31,7 +31,7 @@ class ImageFacts:
     misfits: dict[int, np.ndarray] = field(default_factory=dict)  # row -> [4] the box around its run-length mask
 
 
-def read_images(index: CocoIndex, images: Iterable[int], *, channels: int, threads: int) -> Iterator[ImageFacts]:
+def read_images(index: CocoDataset, images: Iterable[int], *, channels: int, threads: int) -> Iterator[ImageFacts]:
     """Read images and rasterise their masks, in order.
 
     Args:
@@ -45,7 +45,7 @@ def read_images(index: CocoIndex, images: Iterable[int], *, channels: int, threa
 
 
 def check_images(
-    index: CocoIndex, images: np.ndarray, facts: list[ImageFacts], *, skip_broken: bool = False
+    index: CocoDataset, images: np.ndarray, facts: list[ImageFacts], *, skip_broken: bool = False
 ) -> list[Finding]:
     """Return the findings about images that were read.
 
@@ -68,7 +68,7 @@ def check_images(
     return found + misfits(index, np.array(list(around), np.int64), around)
 
 
-def _broken(index: CocoIndex, images: np.ndarray, facts: list[ImageFacts], skip_broken: bool) -> list[Finding]:
+def _broken(index: CocoDataset, images: np.ndarray, facts: list[ImageFacts], skip_broken: bool) -> list[Finding]:
     errors = [fact.broken for fact in facts if fact.broken]
     if not errors:
         return []
@@ -77,7 +77,7 @@ def _broken(index: CocoIndex, images: np.ndarray, facts: list[ImageFacts], skip_
     return [Finding(Kind.BROKEN, Kind.BROKEN.severity.is_error(skip_broken=skip_broken), errors[0], rows, examples)]
 
 
-def _copies(index: CocoIndex, images: np.ndarray, facts: list[ImageFacts]) -> list[Finding]:
+def _copies(index: CocoDataset, images: np.ndarray, facts: list[ImageFacts]) -> list[Finding]:
     first: dict[bytes, int] = {}  # by hash, the earliest image
     original = {}
     for image, fact in zip(images.tolist(), facts, strict=True):
@@ -90,7 +90,7 @@ def _copies(index: CocoIndex, images: np.ndarray, facts: list[ImageFacts]) -> li
     return [Kind.SAME_PIXELS.finding(copies, examples=examples)] if len(copies) else []
 
 
-def _read_facts(index: CocoIndex, i: int, channels: int) -> ImageFacts:
+def _read_facts(index: CocoDataset, i: int, channels: int) -> ImageFacts:
     facts = ImageFacts()
     try:
         image = index.read_image(i, channels)
@@ -125,7 +125,7 @@ def _forms(opened: Image.Image, channels: int) -> set[Kind]:
     return forms
 
 
-def _check_mask(index: CocoIndex, i: int, row: int, facts: ImageFacts) -> None:
+def _check_mask(index: CocoDataset, i: int, row: int, facts: ImageFacts) -> None:
     height, width = map(int, index.sizes[i])
     rle = index.rle(row, height, width)
     if not coco_mask.area(rle):

@@ -10,8 +10,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.checking.dataset import Progress, Split, check_split, no_progress
-from maskrcnn_jax.data.annotation_file import polygon_problem, short
-from maskrcnn_jax.data.coco import find_alike
+from maskrcnn_jax.data.dataset import find_alike
+from maskrcnn_jax.data.entries import polygon_problem, short
 from maskrcnn_jax.data.findings import ANNOTATIONS, CATEGORIES, IMAGES, Kind, Mend
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
@@ -107,7 +107,8 @@ class _Mender:
     """Changes entries one by one, in the order of the file."""
 
     def __init__(self, split: Split):
-        file = split.data.file
+        data = split.data
+        names = data.file_names.tolist()
         self.changes: Changes = {}
         # What to change where: by section and mend, the place of each entry and the kind of its finding.
         self._places: dict[tuple[str, Mend], dict[int, Kind]] = defaultdict(dict)
@@ -118,17 +119,17 @@ class _Mender:
                     places.setdefault(place, finding.kind)
         # A few changes concern all boxes or polygons, also those that were not read.
         self._everywhere = {finding.kind.mend for finding in split.findings}
-        self._sizes = dict(zip(file.image_ids.tolist(), file.sizes.tolist(), strict=True))
-        self._names = dict(zip(file.image_ids.tolist(), file.file_names, strict=True))
-        rows = dict(zip(file.image_places.tolist(), range(len(file.image_ids)), strict=True))
+        self._sizes = dict(zip(data.image_ids.tolist(), data.sizes.tolist(), strict=True))
+        self._names = dict(zip(data.image_ids.tolist(), names, strict=True))
+        rows = dict(zip(data.image_places.tolist(), range(len(data.image_ids)), strict=True))
         missing = [rows[place] for place in self._places[IMAGES, Mend.FIND_FILE] if place in rows]
         present = {entry.name for entry in os.scandir(split.image_dir) if entry.is_file()}
-        self._found = find_alike(present, [file.file_names[row] for row in missing])
+        self._found = find_alike(present, [names[row] for row in missing])
         gone = missing + [rows[place] for place in self._places[IMAGES, Mend.DROP_IMAGE] if place in rows]
-        self._gone = {int(file.image_ids[row]) for row in gone if not self._found.get(file.file_names[row])}
+        self._gone = {int(data.image_ids[row]) for row in gone if not self._found.get(names[row])}
         first = {name: image_id for image_id, name in reversed(self._names.items())}
         self._merged = {image_id: first[name] for image_id, name in self._names.items() if first[name] != image_id}
-        self._shift = file.category_shift
+        self._shift = data.category_shift
         self._next_id = _largest_id(split.json_path) + 1 if Mend.NEW_ID in self._everywhere else 0
 
     def image(self, place: int, entry: dict) -> dict | None:

@@ -4,7 +4,7 @@ import pytest
 from maskrcnn_jax.checking.anchors import Anchors, best_overlaps
 from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES
-from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.ops.anchors import cell_anchors, grid_anchors
@@ -22,7 +22,7 @@ def index_of(dataset, boxes, size=(256, 256), **more):
         {"id": i, "image_id": 1, "category_id": 1 + i % 2, "bbox": list(box), "segmentation": [_outline(*box)]} | more
         for i, box in enumerate(boxes, start=1)
     ]
-    return load_index(dataset.write([size], annotations), "train2017")
+    return load_coco(dataset.write([size], annotations), "train2017")
 
 
 def _outline(x, y, width, height):
@@ -82,7 +82,7 @@ def test_objects_that_share_a_box_but_not_a_mask_are_no_copies(dataset):
         {"id": i, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "segmentation": [outline]}
         for i, outline in enumerate(([0, 0, 20, 0, 20, 20], [0, 0, 0, 20, 20, 20]), start=1)
     ]
-    index = load_index(dataset.write([(40, 40)], annotations), "train2017")
+    index = load_coco(dataset.write([(40, 40)], annotations), "train2017")
     assert Kind.SAME_ANNOTATION not in [f.kind for f in check_index(index)]
 
 
@@ -97,7 +97,7 @@ def test_ids_matter_where_a_split_is_evaluated(dataset):
 
 
 def test_names_given_to_several_categories_are_found(dataset):
-    index = load_index(dataset.write([(20, 30)], names=[(1, "cat"), (2, "cat"), (3, "dog")]), "train2017")
+    index = load_coco(dataset.write([(20, 30)], names=[(1, "cat"), (2, "cat"), (3, "dog")]), "train2017")
     (found,) = [f for f in check_index(index) if f.kind == Kind.SAME_NAME]
     assert "cat" in found.sentence
 

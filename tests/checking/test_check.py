@@ -17,7 +17,7 @@ from maskrcnn_jax.checking.dataset_page import write_report
 from maskrcnn_jax.checking.mend import fix_dataset, mend
 from maskrcnn_jax.commands import check as command
 from maskrcnn_jax.config import load_config, to_options
-from maskrcnn_jax.data.coco import load_index, locate
+from maskrcnn_jax.data.dataset import load_coco, locate
 from maskrcnn_jax.data.findings import Kind, Mend
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
@@ -54,9 +54,9 @@ def check(root):
 
 def train_on_data(root):
     """Does with the data what a training of an epoch does with it."""
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     stop_or_warn(check_index(index, Anchors.from_options(OPTIONS)), "train2017")
-    load_index(root, "val2017").categories.check_known(index.categories, "val2017")
+    load_coco(root, "val2017").categories.check_known(index.categories, "val2017")
     loader = load(
         index, batch_size=4, short_side=96, long_side=96, mask_side=96, train=True, annotations=True, threads=1
     )
@@ -104,7 +104,7 @@ def test_of_several_faults_the_reader_stops_at_one_that_the_checker_knows(root, 
         damage(root, fault, seed)
     sentences = {finding.sentence for split in check(root) for finding in split.findings}
     try:
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
     except UserError as e:
         assert str(e) in sentences
 
@@ -149,7 +149,7 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
         path.write_text(json.dumps(content))
         split = check_split("train2017", path, root / "train2017", OPTIONS, open_images=False)
         try:
-            index = load_index(root, "train2017")
+            index = load_coco(root, "train2017")
             assert all(np.isfinite(index.boxes[row]).all() for row in range(len(index.boxes)))
         except UserError as e:
             num_refused += 1

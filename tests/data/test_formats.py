@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maskrcnn_jax.data.coco import load_index, locate, read_dataset
+from maskrcnn_jax.data.dataset import load_coco, locate, read_dataset
 from maskrcnn_jax.data.findings import Collector, Kind
 from maskrcnn_jax.data.formats import overlaps, polygon_bounds
 from maskrcnn_jax.errors import UserError
@@ -24,8 +24,8 @@ def box_annotations(boxes, masks=True):
 def read(dataset, written, real, masks=True):
     root = dataset.write([(100, 100)], box_annotations((written, real), masks))
     collector = Collector()
-    data = read_dataset(*locate(root, "train2017"), report=collector)
-    return [finding.kind for finding in collector.findings()], data.index.boxes
+    boxes = read_dataset(*locate(root, "train2017"), report=collector).boxes
+    return [finding.kind for finding in collector.findings()], boxes
 
 
 REAL = np.array([[40, 50, 30, 20], [10, 20, 60, 70], [60, 60, 39, 39], [5, 70, 20, 30], [30, 30, 40, 40]], float)
@@ -52,7 +52,7 @@ def test_boxes_in_another_form_are_told_and_read_as_what_they_are(dataset, writt
 def test_the_reader_stops_at_boxes_in_another_form(dataset, masks):
     root = dataset.write([(100, 100)], box_annotations((CORNERS.tolist(), REAL.tolist()), masks))
     with pytest.raises(UserError) as raised:
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
     assert str(raised.value) == Kind.CORNERS.tell(path=locate(root, "train2017")[0])
 
 
