@@ -117,7 +117,7 @@ def check_split(
         findings = [*_judge(collector.findings(), options), Kind.UNREADABLE.finding(error=error)]
         return Split(name, json_path, image_dir, None, name_examples(json_path, findings))
     found = _judge(collector.findings(), options)
-    found += [Kind(kind).finding(places) for kind, places in data.problem_places.items()]
+    found += [kind.finding(places) for kind, places in data.problem_places.items()]
     found += _unlisted_files(data, image_dir)
     by_row = check_index(data, Anchors.from_options(options), evaluated=evaluated)
     pixels: dict[bytes, int] = {}

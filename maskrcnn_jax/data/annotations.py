@@ -30,7 +30,7 @@ def read_annotations(
         image_dir: folder that the file names are relative to; nothing in it is read.
         contiguous_labels: number COCO's categories from 1 to 80 instead of by their ids.
         keep_unlisted: accept annotations of categories that the file does not list, as crowds.
-        report: called with every fault: a malformed entry, duplicate ids, annotations that refer to an image or a
+        report: called with every finding: a malformed entry, duplicate ids, annotations that refer to an image or a
             category which the file does not list. If it returns, reading goes on without these entries.
 
     Returns:

@@ -1,7 +1,7 @@
 """A COCO-format dataset as flat NumPy arrays.
 
 pycocotools keeps every annotation as a Python dictionary. For COCO that takes several gigabytes, which every loading
-process copies. Here a dataset is a few flat arrays, and its faults are found when it is opened, not an hour into
+process copies. Here a dataset is a few flat arrays, and its problems are found when it is opened, not an hour into
 the training.
 """
 
@@ -47,7 +47,7 @@ class CocoDataset:
     categories: Categories
     category_shift: int  # added to the category ids of the annotations; 0 unless they were off by one
     num_annotations: int  # in the file, unusable ones included
-    problem_places: dict[str, np.ndarray]  # kind of problem -> places in the file's annotations
+    problem_places: dict[Kind, np.ndarray]  # kind of problem -> places in the file's annotations
     missing: np.ndarray  # rows of the images whose files are missing
     image_places: np.ndarray  # [N] int64, places in the file's images
     image_ids: np.ndarray  # [N] int64
@@ -94,10 +94,10 @@ class CocoDataset:
         return self.num_parts >= 0
 
     @property
-    def problems(self) -> dict[str, int]:
+    def problems(self) -> dict[Kind, int]:
         """What was repaired or dropped -> how often."""
         counts = {kind: len(places) for kind, places in self.problem_places.items()}
-        return counts | ({"image files missing": len(self.missing)} if len(self.missing) else {})
+        return counts | ({Kind.MISSING_FILE: len(self.missing)} if len(self.missing) else {})
 
     def log_problems(self) -> None:
         """Log a warning with everything that was repaired or dropped."""

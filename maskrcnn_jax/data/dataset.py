@@ -96,13 +96,13 @@ def read_dataset(
         skip_broken: as in ``load_coco``.
         contiguous_labels: as in ``load_coco``.
         keep_unlisted: as in ``load_coco``.
-        report: called with every fault; see ``read_annotations``.
+        report: called with every finding; see ``read_annotations``.
     """
     dataset = read_annotations(
         json_path, image_dir, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted, report=report
     )
     dataset = correct_formats(dataset, report)
-    missing = _find_missing(dataset, report if not skip_broken else lambda fault: None)
+    missing = _find_missing(dataset, report if not skip_broken else lambda finding: None)
     return clip_boxes(replace(dataset, missing=missing), report)
 
 

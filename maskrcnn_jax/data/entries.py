@@ -192,7 +192,7 @@ class Annotations(_Section):
 
     def __init__(self, path: Path, report: Report):
         super().__init__(path, report)
-        self.problems: dict[str, array] = defaultdict(lambda: array("q"))
+        self.problems: dict[Kind, array] = defaultdict(lambda: array("q"))
         self.image_ids, self.category_ids = array("q"), array("q")
         self.iscrowd, self.boxes, self.areas = array("b"), array("d"), array("d")
         self.num_parts, self.coordinates, self.part_lengths = array("i"), array("d"), array("q")

@@ -55,7 +55,7 @@ class Mend(StrEnum):
 class Kind(StrEnum):
     """The table. Each row: identifier, section, severity, mend (or None), sentence, remedy.
 
-    Identifiers of problems that the reader counts are logged after a number, and stored in built TFDS datasets.
+    Identifiers of problems that the reader counts are logged after a number.
     Sentences are templates: ``{count:box is|boxes are}`` becomes "1 box is" or "2 boxes are". Templates inside a form,
     as in ``{count:of {total} boxes is|of {total} boxes are}``, must be numbers.
     """

@@ -20,7 +20,7 @@ def correct_formats(dataset: CocoDataset, report: Report) -> CocoDataset:
 
     Args:
         dataset: as it was read, its boxes not clipped.
-        report: called with every fault. If it returns, the numbers are converted.
+        report: called with every finding. If it returns, the numbers are converted.
 
     Returns:
         The dataset in COCO's formats.

@@ -346,7 +346,7 @@ def test_missing_image_files_are_found_when_the_dataset_is_opened(dataset):
         load_coco(root, "train2017")
     index = load_coco(root, "train2017", skip_broken=True)
     assert len(index) == 5
-    assert index.problems == {"image files missing": 2}
+    assert index.problems == {Kind.MISSING_FILE: 2}
 
 
 @pytest.mark.parametrize("name", ["1.jpg", "sub/1.jpg"])
