@@ -53,8 +53,7 @@ def read_annotations(
     if not keep_unlisted:
         _report_unlisted(path, annotations, "category", category_rows, report)
     columns, masks = annotations.columns(), annotations.masks()
-    places, has_mask = columns["places"], columns["num_parts"] >= 0
-    without_box = np.isnan(columns["file_boxes"]).all(axis=1)
+    has_mask, without_box = columns["num_parts"] >= 0, np.isnan(columns["file_boxes"]).all(axis=1)
     boxes, is_finite = _corners(columns, masks, annotations.rle_sizes)
     fits, other_size = _run_lengths_that_fit(path, annotations, columns, masks, file_names, sizes, image_rows, report)
     kinds = {
@@ -64,18 +63,14 @@ def read_annotations(
         Kind.IGNORED: (category_rows < 0) & keep_unlisted,
         Kind.OTHER_SIZE: other_size,
     }
-    problems = {kind: to_numpy(rows, np.int64) for kind, rows in annotations.problems.items()}
-    problems |= {kind: places[rows] for kind, rows in kinds.items() if rows.any()}
+    problems = {kind: columns["places"][rows] for kind, rows in kinds.items() if rows.any()}
+    problems |= {kind: to_numpy(places, np.int64) for kind, places in annotations.problems.items()}
     categories = Categories.create(category_ids, category_names, contiguous_labels)
     # The row -1, of categories that are not listed, finds the last one.
     labels = np.array([*(categories.labels[categories.ids.index(i)] for i in category_ids), 0], np.int32)
     rows = np.flatnonzero(fits & is_finite & ((category_rows >= 0) | keep_unlisted))
     rows = rows[np.argsort(image_rows[rows], kind="stable")]
-    per_annotation = columns | {
-        "category_ids": columns["category_ids"] + shift,
-        "labels": labels[category_rows],
-        "boxes": boxes,
-    }
+    columns |= {"category_ids": columns["category_ids"] + shift, "labels": labels[category_rows], "boxes": boxes}
     return CocoDataset(
         annotation_path=path,
         image_dir=image_dir,
@@ -89,7 +84,7 @@ def read_annotations(
         sizes=sizes,
         file_names=file_names,
         offsets=np.searchsorted(image_rows[rows], np.arange(len(sizes) + 1)),
-        **{name: values[rows] for name, values in per_annotation.items()},
+        **{name: values[rows] for name, values in columns.items()},
         **masks,
     )
 

@@ -205,7 +205,7 @@ class Annotations(_Section):
             return super().convert(entry)
         except ValueError:
             if isinstance(entry, dict) and _is_nested_wrongly(entry.get("segmentation")):
-                super().convert(entry | {"segmentation": None})  # raises where something else is wrong, too
+                self.check([super().convert(entry | {"segmentation": None})])  # raises if more is wrong
                 raise _NestingError from None
             raise
 
