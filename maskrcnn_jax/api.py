@@ -16,15 +16,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
 from maskrcnn_jax.training.checkpoint import load_config, restore_model
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.files import read_arrays
-from maskrcnn_jax.weights.published import BASE_URLS, resolve
-
-PUBLISHED = {  # named weights -> the config that they belong to
-    "torchvision:maskrcnn_resnet50_fpn": "torchvision_r50_fpn",
-    "torchvision:maskrcnn_resnet50_fpn_v2": "torchvision_r50_fpn_v2",
-    "detectron2:mask_rcnn_R_50_FPN_1x": "detectron2_r50_fpn",
-    "detectron2:mask_rcnn_R_50_FPN_3x": "detectron2_r50_fpn",
-    "detectron2:mask_rcnn_R_101_FPN_3x": "detectron2_r101_fpn",
-}
+from maskrcnn_jax.weights.published import closest_names, find_published, is_name, resolve
 
 
 def load(
@@ -38,7 +30,7 @@ def load(
 
     Args:
       source: the folder of a run (train.py's --workdir); or the name of published weights, such as
-        "torchvision:maskrcnn_resnet50_fpn_v2" (weights/download.py lists them), which are downloaded once; or a file
+        "torchvision:maskrcnn_resnet50_fpn_v2" (weights/published.py lists them), which are downloaded once; or a file
         of weights, .pth, .safetensors or .pkl.
       config: what the weights of a file belong to: the folder of a run, the name of a file in configs/, such as
         "torchvision_r50_fpn_v2", or a config. Runs and published weights have their own.
@@ -54,12 +46,15 @@ def load(
         if categories is not None:
             raise UserError(f"categories are of weights; the run in {source} has its own")
         named = {"workdir": source}
-    elif Path(source).suffix or source.partition(":")[0] in BASE_URLS:
+    elif Path(source).suffix or is_name(source):
         named = {"weights": source}
         if categories is None and isinstance(config, str | os.PathLike) and Path(config).is_dir():
             categories = Path(config) / "categories.json"
     else:
-        raise UserError(f"{source} is no folder of a run, no file of weights and no name of published ones")
+        raise UserError(
+            f"{source} is neither the folder of a run nor a file of weights nor the name of published ones; those are "
+            f"{', '.join(closest_names(source))}"
+        )
     config = find_config(**named, config=config)
     network, categories = load_network(config, **named, checkpoint=str(checkpoint), categories=categories)
     return Predictor(network, categories, config)
@@ -87,8 +82,8 @@ def find_config(
         return load_config(config, base.get_config()) if Path(config).is_dir() else _config_by_name(os.fspath(config))
     if workdir is not None:
         return load_config(workdir, base.get_config())
-    if weights in PUBLISHED:
-        return _config_by_name(PUBLISHED[weights])
+    if weights is not None and is_name(weights) and (name := find_published(weights).config):
+        return _config_by_name(name)
     raise UserError(f"the weights {weights} need the config that they belong to, such as torchvision_r50_fpn")
 
 
