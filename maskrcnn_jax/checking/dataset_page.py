@@ -14,8 +14,8 @@ from maskrcnn_jax.checking.annotations import Finding
 from maskrcnn_jax.checking.dataset import Split, read_entries
 from maskrcnn_jax.data.annotation_file import short
 from maskrcnn_jax.data.images import decode_image
-from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import draw_instances
+from maskrcnn_jax.writing import replace_file
 
 _SIDE = 340  # pixels of a picture's longer side: three stand side by side
 _MOST_PIXELS = 1 << 26  # of an image that is opened only to be shown
@@ -34,10 +34,8 @@ def write_report(path: Path, splits: Sequence[Split]) -> None:
     sections = [page.paragraph(summary(splits)), page.table(*_counts(splits))]
     for split in splits:
         sections += _split(split)
-    try:
-        path.write_text(page.page("Check of a dataset", sections), encoding="utf-8", errors="backslashreplace")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from None
+    content = page.page("Check of a dataset", sections)
+    replace_file(path, content.encode(errors="backslashreplace"))  # names from JSON can hold lone surrogates
 
 
 def summary(splits: Sequence[Split]) -> str:

@@ -62,8 +62,6 @@ def write_report(
         *_pictures(images, truth, draw),
         *_training(training),
     ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page.page(title, sections))
 
 

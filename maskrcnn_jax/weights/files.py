@@ -6,7 +6,7 @@ from strangers, prefer ``.safetensors``.
 """
 
 import argparse
-import contextlib
+import io
 import os
 import re
 import types
@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.weights.pickles import Budget, PickledArray, read_pickle
+from maskrcnn_jax.writing import replace_file
 
 _STATE_DICT_KEYS = ("model", "state_dict")
 _PLAIN_KINDS = "biuf"  # of dtypes: bool, int, unsigned, float
@@ -74,19 +75,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
         plain = _collect(arrays, lambda value: _to_plain(np.asarray(value)))
     except ValueError as e:
         raise UserError(f"{path} cannot be written: {e}; give arrays of numbers by name") from None
-    write = _WRITERS[path.suffix.lower()](plain)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()  # an OSError, where the libraries raise their own
-        write(partial)
-        partial.replace(path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # a full disk raises any of them
-        reason = getattr(e, "strerror", None) or _first_line(e)
-        raise UserError(f"cannot write {path}: {reason}; check the folder, its permissions and free space") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    replace_file(path, _WRITERS[path.suffix.lower()](plain))
 
 
 def _collect(tree: Any, convert: Callable[[Any], np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -131,10 +120,6 @@ def _read_safetensors(path: Path, budget: Budget) -> dict[str, np.ndarray]:
     except Exception as e:  # a SafetensorError, but also what NumPy makes of an odd shape or dtype
         raise ValueError(_first_line(e)) from None
     return _collect(arrays, _to_plain)
-
-
-def _write_safetensors(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
-    return lambda path: safetensors.numpy.save_file(arrays, path)
 
 
 def _import_torch() -> types.ModuleType:
@@ -193,11 +178,13 @@ def _check_zip(path: Path) -> None:
         raise ValueError("its parts are said to be larger than the file")
 
 
-def _write_torch(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
+def _to_torch(arrays: dict[str, np.ndarray]) -> bytes:
     torch = _import_torch()
     writable = {name: np.require(array, requirements="W") for name, array in arrays.items()}  # torch warns otherwise
     tensors = OrderedDict((name, torch.from_numpy(array)) for name, array in writable.items())
-    return lambda path: torch.save(tensors, path)
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    return content.getvalue()
 
 
 def _read_pickle(path: Path, budget: Budget) -> dict[str, np.ndarray]:
@@ -206,4 +193,4 @@ def _read_pickle(path: Path, budget: Budget) -> dict[str, np.ndarray]:
 
 
 _READERS = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".pkl": _read_pickle}
-_WRITERS = {".safetensors": _write_safetensors, ".pth": _write_torch}
+_WRITERS = {".safetensors": safetensors.numpy.save, ".pth": _to_torch}

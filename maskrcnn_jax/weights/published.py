@@ -47,9 +47,7 @@ PUBLISHED = {
     "torchvision:resnet50_v2": Published(_TORCHVISION + "resnet50-11ad3fa6.pth", "sha256:11ad3fa6"),
     "torchvision:resnet101": Published(_TORCHVISION + "resnet101-63fe2227.pth", "sha256:63fe2227"),
     "torchvision:resnet101_v2": Published(_TORCHVISION + "resnet101-cd907fc2.pth", "sha256:cd907fc2"),
-    "torchvision:mobilenet_v3_large": Published(
-        _TORCHVISION + "mobilenet_v3_large-8738ca79.pth", "sha256:8738ca79"
-    ),
+    "torchvision:mobilenet_v3_large": Published(_TORCHVISION + "mobilenet_v3_large-8738ca79.pth", "sha256:8738ca79"),
     "torchvision:mobilenet_v3_large_v2": Published(
         _TORCHVISION + "mobilenet_v3_large-5c1a4163.pth", "sha256:5c1a4163"
     ),
