@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_MAX_DIMS = 8
-_MAX_OPCODES = 100_000  # the 650 arrays of R101-FPN need 22,000; each opcode takes about 100 bytes at most
+MAX_DIMS = 8
 _DTYPES = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 # Those that arrays, dicts, lists, tuples, numbers, strings and bytes need. None imports or calls by other means than
 # ``find_class``.
@@ -22,6 +21,7 @@ _OPCODES = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING
     BINBYTES SHORT_BINBYTES BINBYTES8 BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
     EMPTY_LIST APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE
+    BINPERSID
 """
 
 # What the unpickler raises where a pickle is cut short, or an opcode finds an empty stack or the wrong operands.
@@ -29,35 +29,32 @@ _DAMAGES = (EOFError, struct.error, pickle.UnpicklingError)
 _DAMAGES += (IndexError, KeyError, TypeError, AttributeError, OverflowError)
 
 
-def read_pickle(data: bytes, budget: "Budget") -> Any:
-    """Return what a pickle holds: dicts, lists, tuples, numbers, strings, bytes and ``PickledArray``.
-
-    Strings of Python 2 become ``str``, one character per byte. Ordered dicts become dicts without attributes.
-
-    Raises:
-        ValueError: The pickle is damaged, or refers to anything but arrays.
-    """
-    try:
-        return _Unpickler(data, budget).load()
-    except _DAMAGES:
-        raise ValueError("it is no pickle, or a damaged one") from None
-
-
 class Budget:
-    """Bytes that arrays may still take, so that a small file cannot fill the memory."""
+    """What reading a file may cost, so that a small one can neither fill the memory nor take forever."""
 
-    def __init__(self, num_bytes: int):
-        self._left = num_bytes
+    def __init__(self, file_size: int):
+        self._bytes = 4 * file_size  # of arrays: bfloat16 takes twice as many as in the file
+        self._opcodes = 100_000 + file_size // 100  # the 650 arrays of R101-FPN need 22,000; each takes some 100 bytes
 
     def charge(self, num_bytes: int) -> None:
-        """Take bytes from the budget.
+        """Count the bytes of an array.
 
         Raises:
-            ValueError: The budget is exhausted.
+            ValueError: There are too many for the size of the file.
         """
-        self._left -= num_bytes
-        if self._left < 0:
+        self._bytes -= num_bytes
+        if self._bytes < 0:
             raise ValueError("its arrays are far larger than the file")
+
+    def count_opcode(self) -> None:
+        """Count an opcode of a pickle.
+
+        Raises:
+            ValueError: There are too many for the size of the file.
+        """
+        self._opcodes -= 1
+        if self._opcodes < 0:
+            raise ValueError("it holds more than arrays (too many opcodes)")
 
 
 class PickledArray:
@@ -65,6 +62,13 @@ class PickledArray:
 
     def __init__(self):
         self.value: np.ndarray | None = None
+
+
+class Inert:
+    """Stand-in for a function or an object that may be in a file but is not read."""
+
+    def __call__(self, *_args: Any) -> "Inert":
+        return self
 
 
 class _Dtype:
@@ -78,60 +82,80 @@ class _Dtype:
 
 
 class _Dict(dict):
-    """A dict whose keys are distinct strings: hashing anything else could take exponential time."""
+    """A dict whose keys are distinct strings or integers: hashing anything else could take exponential time."""
 
     __slots__ = ()
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if not isinstance(key, str):
+        if not isinstance(key, str | int):
             raise ValueError(f"it has an entry named by {type(key).__name__} where str is needed")
         if key in self:
-            raise ValueError(f"it has two entries named {key[:80]!r}")
+            raise ValueError(f"it has two entries named {str(key)[:80]!r}")
         super().__setitem__(key, value)
 
 
 class _Dispatch(dict):
     """The allowed opcodes and their methods. Each look-up counts as one opcode of the pickle."""
 
-    def __init__(self):
+    def __init__(self, budget: Budget):
         codes = [getattr(pickle, name)[0] for name in _OPCODES.split()]
         super().__init__({code: pickle._Unpickler.dispatch[code] for code in codes})
         self[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # load_bytearray8 allocates before it reads
-        self[pickle.EMPTY_DICT[0]] = _Unpickler.load_empty_dictionary
-        self[pickle.BUILD[0]] = _Unpickler.load_build
-        self._left = _MAX_OPCODES
+        self[pickle.NEWOBJ[0]] = pickle._Unpickler.load_reduce  # stand-ins are called, which calls no __new__
+        self[pickle.EMPTY_DICT[0]] = ArrayUnpickler.load_empty_dictionary
+        self[pickle.BUILD[0]] = ArrayUnpickler.load_build
+        self._budget = budget
 
     def __getitem__(self, code: int) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("it holds more than arrays (too many opcodes)")
+        self._budget.count_opcode()
         if code not in self:
             raise ValueError(f"it holds more than arrays (opcode {bytes([code])!r})")
         return super().__getitem__(code)
 
 
-class _Unpickler(pickle._Unpickler):
-    def __init__(self, data: bytes, budget: Budget):
-        # Unlike a file, a BytesIO does not allocate more than it holds when a pickle asks for more.
-        super().__init__(io.BytesIO(data), encoding="latin1")
-        self.dispatch = _Dispatch()
-        self._budget = budget
-        self._allowed = {
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, tuples, numbers, strings, bytes and ``PickledArray``.
+
+    Strings of Python 2 become ``str``, one character per byte. Ordered dicts become dicts without attributes.
+    """
+
+    def __init__(self, file: io.BytesIO, budget: Budget):
+        """Prepare to read a pickle.
+
+        Args:
+            file: Other files may allocate more than they hold when a pickle asks for more.
+            budget: What reading may cost.
+        """
+        super().__init__(file, encoding="latin1")
+        self.dispatch = _Dispatch(budget)
+        self.allowed = {
             "_codecs.encode": self._encode,  # bytes in protocol 2
             "collections.OrderedDict": self._ordered_dict,
             "numpy.dtype": _Dtype,
             "numpy.ndarray": PickledArray,
         }
         for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-            self._allowed[f"{core}.multiarray._reconstruct"] = self._reconstruct
-            self._allowed[f"{core}.multiarray.scalar"] = self._scalar
-            self._allowed[f"{core}.numeric._frombuffer"] = self._frombuffer  # protocol 5
+            self.allowed[f"{core}.multiarray._reconstruct"] = self._reconstruct
+            self.allowed[f"{core}.multiarray.scalar"] = self._scalar
+            self.allowed[f"{core}.numeric._frombuffer"] = self._frombuffer  # protocol 5
+        self._budget = budget
+
+    def load(self) -> Any:
+        """Return what the pickle holds.
+
+        Raises:
+            ValueError: The pickle is damaged, or refers to anything but arrays.
+        """
+        try:
+            return super().load()
+        except _DAMAGES:
+            raise ValueError("it is no pickle, or a damaged one") from None
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
-        if full_name not in self._allowed:
+        if full_name not in self.allowed:
             raise ValueError(f"it refers to {full_name[:80]!r}, which no array needs")
-        return self._allowed[full_name]
+        return self.allowed[full_name]
 
     def load_empty_dictionary(self) -> None:
         self.append(_Dict())
@@ -140,8 +164,8 @@ class _Unpickler(pickle._Unpickler):
         """Set the state of the object on top of the stack; the inherited method could set any attribute."""
         state = self.stack.pop()
         match self.stack[-1], state:
-            case _Dict(), _:
-                pass  # _metadata of a torch state dict: the version of each module
+            case _Dict() | Inert(), _:
+                pass  # such as _metadata of a torch state dict: the version of each module
             case _Dtype() as dtype, (_, "<" | ">" | "|" | "=" as order, None, None, None, *_):
                 dtype.order = order
             case PickledArray() as array, (_, shape, dtype, fortran, raw):
@@ -177,7 +201,7 @@ class _Unpickler(pickle._Unpickler):
     def _to_array(self, raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         if not isinstance(dtype, _Dtype) or order not in ("C", "F"):
             raise ValueError("it has an array without a dtype or an order")
-        if not isinstance(shape, tuple) or len(shape) > _MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
+        if not isinstance(shape, tuple) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError("it has an array of an impossible shape")
         flat = np.frombuffer(self._to_bytes(raw), np.dtype(dtype.code).newbyteorder(dtype.order))
         self._budget.charge(flat.nbytes)
