@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 define_process_flags()
 config_flags.DEFINE_config_file("config", None, "Config file, such as configs/r50_fpn.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures; resumed if it has some.")
-flags.DEFINE_string("weights", None, "Start from: .pth, .safetensors, .pkl or a name, see weights/download.py.")
+flags.DEFINE_string("weights", None, "Start from: .pth, .safetensors, .pkl or a name, see weights/published.py.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -15,6 +15,7 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.distributed import join, leave
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.weights.published import is_name
 
 
 def run_app(main: Callable[[], None]) -> None:
@@ -68,7 +69,7 @@ def define_model_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
     flags.DEFINE_string(
-        "weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py."
+        "weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/published.py."
     )
     flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, or COCO's.")
 
@@ -82,7 +83,7 @@ def find_config() -> ConfigDict:
     options = flags.FLAGS
     if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, a folder that train.py wrote, or --weights together with --config")
-    if options.config is None and options.workdir is None and options.weights not in api.PUBLISHED:
+    if options.config is None and options.workdir is None and not is_name(options.weights):
         raise UserError("--weights needs the --config that they belong to, such as configs/torchvision_r50_fpn.py")
     return api.find_config(workdir=options.workdir, weights=options.weights, config=options.config)
 
