@@ -194,7 +194,7 @@ class _Terminal(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Print what the library logs, and drop what other libraries log about things that are as they should be."""
+    """Print what the library logs, warnings of other processes too, and drop noise of the libraries below it."""
     import jax
 
     from maskrcnn_jax.distributed import is_first
@@ -202,9 +202,25 @@ def set_up_logging() -> None:
     logger = logging.getLogger("maskrcnn_jax")
     if not logger.handlers:
         logger.addHandler(_Terminal())
+        logger.propagate = False  # absl adds a handler to the root logger
     # Alone, do not ask JAX: it would take a GPU's memory for commands that have no use of it.
     first = not jax.distributed.is_initialized() or is_first()
     logger.setLevel(logging.INFO if first else logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    sys.unraisablehook = _print_unraisable
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax also raises what it logs as an error, and warns of checkpoints without metrics. On a disk that refuses,
+    # asyncio reports each array after the first, whose error is raised.
+    return "orbax" not in Path(record.pathname).parts and "exception was never retrieved" not in record.getMessage()
+
+
+def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # Once the first of many arrays has failed, nobody waits for the others.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _keep_compiled_programs() -> None:
