@@ -1,94 +1,67 @@
-"""Self-contained HTML pages: one file with its tables, plots and pictures, without scripts and without a network."""
+"""Self-contained pages from Jinja2 templates: one HTML file with its tables, plots and pictures.
+
+HTML templates extend ``templates/base.html.j2`` and use the macros of ``templates/parts.html.j2``. Templates hold all
+text and markup; Python only prepares their data.
+"""
 
 import base64
-import html
 import io
-from collections.abc import Iterable, Sequence
+import os
+from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1100px;
-       margin: 0 auto; padding: 1.5em 1em 4em; }
-h2 { margin-top: 2.2em; border-bottom: 1px solid #d8d8d8; }
-p, figcaption { max-width: 75ch; }
-div.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-td.number { text-align: right; }
-img, svg { max-width: 100%; height: auto; }
-figure { margin: 1em 0; }
-figcaption { color: #555; font-size: .9em; }
-"""
+from maskrcnn_jax.writing import replace_file, writing
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """Return a whole page.
+def write_page(path: str | os.PathLike, template: Path, **data) -> None:
+    """Render a template into a file.
 
     Args:
-      title: plain text, of the page and its first heading.
-      sections: HTML, such as the other functions here return it.
+        path: the file; its folder is made if it does not exist.
+        template: may use the templates beside it and those in ``TEMPLATES``. Values are escaped, except in Markdown
+            (``*.md.j2``).
+        data: the variables of the template. A variable that it uses but does not get is an error.
+
+    Raises:
+        UserError: if the file cannot be written.
     """
-    title = html.escape(title)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    body = "\n".join(sections)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>\n{body}</body></html>\n"
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, TEMPLATES]),
+        autoescape=select_autoescape(disabled_extensions=["md.j2"], default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    text = environment.get_template(template.name).render(data)
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode(errors="backslashreplace"))  # file names may hold what UTF-8 cannot encode
 
 
-def heading(text: str) -> str:
-    """Return the heading of a section, from plain text."""
-    return f"<h2>{html.escape(text)}</h2>"
-
-
-def paragraph(text: str) -> str:
-    """Return a paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Return a table; numbers are aligned to the right, floats have three digits after the point.
+def image_source(image: np.ndarray) -> str:
+    """Return an image as the ``src`` of an ``img`` element.
 
     Args:
-      header: plain text, a cell each.
-      rows: of text and numbers, as long as the header.
-    """
-
-    def cell(value) -> str:
-        if isinstance(value, float):
-            value = f"{value:.3f}"
-        elif not isinstance(value, int | np.integer):
-            return f"<td>{html.escape(str(value))}</td>"
-        return f'<td class="number">{value}</td>'
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def picture(image: np.ndarray, caption: str) -> str:
-    """Return a picture with a line of plain text below it.
-
-    Args:
-      image: [h, w, 3] uint8 RGB; embedded as JPEG.
-      caption: also what is read out instead of the picture.
+        image: [h, w, 3] uint8 RGB; embedded as JPEG.
     """
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    source = f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
-    caption = html.escape(caption)
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
 
 
-def plot(figure: Figure, caption: str) -> str:
-    """Return a matplotlib figure as a drawing, with a line of plain text below it."""
+def svg(figure: Figure) -> Markup:
+    """Return a matplotlib figure as an ``svg`` element."""
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, which can be searched, and not their outlines
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text that can be searched, not outlines of letters
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     drawing = text.getvalue()
-    drawing = drawing[drawing.index("<svg") :]  # what precedes it belongs into files of their own
-    return f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return Markup(drawing[drawing.index("<svg") :])  # without the XML declaration, which HTML does not allow

@@ -229,6 +229,8 @@ import maskrcnn_jax as mr
 assert mr.__file__.startswith(sys.argv[1]), mr.__file__
 from maskrcnn_jax.api import find_config
 find_config(config="own_dataset:small")
+from maskrcnn_jax.page import TEMPLATES, write_page
+write_page("page.html", TEMPLATES / "base.html.j2", title="the templates are installed")
 print(mr.load(sys.argv[2]).predict(sys.argv[3], min_score=0).to_coco(1)[0]["bbox"])
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}

@@ -52,7 +52,7 @@ def test_options_that_do_not_fit_are_refused(initialised, given):
 
 def test_a_divided_state_lies_in_parts_and_is_put_together_again():
     state = {"kernel": np.arange(3 * 16.0).reshape(3, 16), "bias": np.arange(3.0), "step": np.array(7)}
-    divided = place_state(state, make_mesh(), divide=True)
+    divided = place_state(state, make_mesh(), shard=True)
     assert [divided[name].addressable_data(0).shape for name in state] == [(3, 2), (3,), ()]
     whole = place_locally(divided, make_local_mesh())
     for name, array in state.items():

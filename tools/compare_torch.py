@@ -8,6 +8,7 @@ AP is compared too. Prints a table, writes it as --json and --html, and exits wi
 away than its tolerance.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from absl import flags
 
-from configs import base, torchvision_r50_fpn, torchvision_r50_fpn_v2
+from maskrcnn_jax.api import find_options
 from maskrcnn_jax.commands.app import run_app
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.training.checkpoint import load_config, restore_model
+from maskrcnn_jax.options import ModelOptions
+from maskrcnn_jax.run_folder import load_model, load_options
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.files import read_arrays
 from maskrcnn_jax.weights.published import resolve
@@ -35,12 +37,12 @@ from tools.comparison.stages import compare_stages
 from tools.comparison.training import compare_losses_and_gradients, compare_steps, make_gradient
 from tools.torchvision_reference import build_reference, load_reference, randomise
 
-CONFIGS = {"maskrcnn_resnet50_fpn": torchvision_r50_fpn, "maskrcnn_resnet50_fpn_v2": torchvision_r50_fpn_v2}
+CONFIGS = {"maskrcnn_resnet50_fpn": "torchvision_r50_fpn", "maskrcnn_resnet50_fpn_v2": "torchvision_r50_fpn_v2"}
 NUM_CLASSES = 91
 
 
 def compare(
-    options: Mapping,
+    options: ModelOptions,
     images: list[np.ndarray],
     *,
     num_classes: int = NUM_CLASSES,
@@ -55,7 +57,7 @@ def compare(
     """Compare a model of ours with torchvision's; JAX must allow float64 if that is the dtype.
 
     Args:
-      options: keyword arguments of MaskRCNN that torchvision has too.
+      options: of our model.
       images: [h, w, 3] uint8 RGB, of any sizes.
       num_classes: background included.
       dtype: "float32" or "float64".
@@ -109,25 +111,26 @@ def main() -> None:
     images = read_images(FLAGS.images, FLAGS.num_images)
     common = {"dtype": FLAGS.dtype, "batch_size": FLAGS.batch_size, "num_steps": FLAGS.steps, "seed": FLAGS.seed}
     if FLAGS.workdir:
-        config = load_config(FLAGS.workdir, base.get_config())
-        others = without_counterpart(config.model)
+        options = load_options(FLAGS.workdir)
+        others = without_counterpart(options.model)
         if others:
             raise UserError(f"{FLAGS.workdir} has {', '.join(others)}, which torchvision lacks; compare another run")
-        config.model.dtype = "float32"
-        model, categories = restore_model(FLAGS.workdir, config.model)
+        options = dataclasses.replace(options, model=dataclasses.replace(options.model, dtype="float32"))
+        model, categories = load_model(FLAGS.workdir, options)
         arrays, count = to_torchvision(model), categories.num_classes
-        sizes = {"min_size": config.data.short_side, "max_size": config.data.long_side}
-        result = compare(config.model.to_dict(), images, num_classes=count, weights=arrays, **sizes, **common)
+        sizes = {"min_size": options.data.short_side, "max_size": options.data.long_side}
+        result = compare(options.model, images, num_classes=count, weights=arrays, **sizes, **common)
         if FLAGS.dtype == "float32":
-            reference = build_reference(config.model, count, **sizes)
+            reference = build_reference(options.model, count, **sizes)
             load_reference(reference, arrays)
-            compare_ap(result, reference, model, config, categories)
+            compare_ap(result, reference, model, options, categories)
     else:
-        options, weights = CONFIGS[FLAGS.model].get_config().model.to_dict(), None
+        options, weights = find_options(CONFIGS[FLAGS.model]).model, None
         if FLAGS.weights:
             weights = modern_names(read_arrays(resolve(FLAGS.weights)))
         else:
-            options["norm_eps"] = 1e-5  # the 0 of the published weights would divide by the variance of a dead channel
+            # The 0 of the published weights would divide by the variance of a dead channel.
+            options = dataclasses.replace(options, norm_eps=1e-5)
         result = compare(options, images, weights=weights, min_size=FLAGS.min_size, max_size=FLAGS.max_size, **common)
     print(result.table())
     if FLAGS.json:

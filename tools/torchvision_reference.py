@@ -17,6 +17,7 @@ from torch.library import Library
 
 from maskrcnn_jax.models.backbone import MOBILENET
 from maskrcnn_jax.models.resnet import ARCHITECTURES
+from maskrcnn_jax.options import ModelOptions
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -155,12 +156,12 @@ _SAME_NAMES = (
 
 
 def build_reference(
-    options: Mapping, num_classes: int, *, min_size: int = 800, max_size: int = 1333, dtype: str = "float32"
+    options: ModelOptions, num_classes: int, *, min_size: int = 800, max_size: int = 1333, dtype: str = "float32"
 ) -> torch.nn.Module:
     """Build torchvision's MaskRCNN with the options of ours.
 
     Args:
-      options: the ``model`` part of a config such as configs/torchvision_r50_fpn.py; widths may be smaller.
+      options: of our model; widths may be smaller than torchvision's.
       num_classes: background included.
       min_size: of the shorter side after resizing, pixels.
       max_size: of the longer one.
@@ -178,9 +179,9 @@ def build_reference(
     from torchvision.ops import MultiScaleRoIAlign
     from torchvision.ops.poolers import _setup_scales
 
-    body, layers, channels = _build_mobilenet(options) if options["backbone"] == MOBILENET else _build_resnet(options)
-    fpn, mask = options["fpn_channels"], options["mask_channels"]
-    norm = torch.nn.BatchNorm2d if options["head_norm"] == "batch" else None
+    body, layers, channels = _build_mobilenet(options) if options.backbone == MOBILENET else _build_resnet(options)
+    fpn, mask = options.fpn_channels, options.mask_channels
+    norm = torch.nn.BatchNorm2d if options.head_norm == "batch" else None
     backbone = BackboneWithFPN(
         body,
         {layer: str(i) for i, layer in enumerate(layers)},
@@ -189,10 +190,10 @@ def build_reference(
         norm_layer=norm,
     )
     anchors = AnchorGenerator(
-        tuple(tuple(size * scale for scale in options["anchor_scales"]) for size in options["anchor_sizes"]),
-        (tuple(options["aspect_ratios"]),) * 5,
+        tuple(tuple(size * scale for scale in options.anchor_scales) for size in options.anchor_sizes),
+        (tuple(options.aspect_ratios),) * 5,
     )
-    convs, fcs = tuple(options["box_conv_channels"]), tuple(options["box_fc_channels"])
+    convs, fcs = tuple(options.box_conv_channels), tuple(options.box_fc_channels)
     box_head = FastRCNNConvFCHead((fpn, 7, 7), convs, fcs, norm) if convs else TwoMLPHead(fpn * 49, fcs[0])
     names = ["0", "1", "2", "3"]
     model = MaskRCNN(
@@ -200,16 +201,16 @@ def build_reference(
         min_size=min_size,
         max_size=max_size,
         rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(fpn, anchors.num_anchors_per_location()[0], options["rpn_conv_depth"]),
-        box_roi_pool=MultiScaleRoIAlign(names, 7, options["roi_sampling_ratio"]),
+        rpn_head=RPNHead(fpn, anchors.num_anchors_per_location()[0], options.rpn_conv_depth),
+        box_roi_pool=MultiScaleRoIAlign(names, 7, options.roi_sampling_ratio),
         box_head=box_head,
         box_predictor=FastRCNNPredictor(fcs[-1], num_classes),
-        box_fg_iou_thresh=options["box_iou_thresh"],
-        box_bg_iou_thresh=options["box_iou_thresh"],
-        mask_roi_pool=MultiScaleRoIAlign(names, 14, options["roi_sampling_ratio"]),
+        box_fg_iou_thresh=options.box_fg_iou_thresh,
+        box_bg_iou_thresh=options.box_fg_iou_thresh,
+        mask_roi_pool=MultiScaleRoIAlign(names, 14, options.roi_sampling_ratio),
         mask_head=MaskRCNNHeads(fpn, [mask] * 4, 1, norm),
         mask_predictor=MaskRCNNPredictor(mask, mask, num_classes),
-        **{name: options[name] for name in _SAME_NAMES},
+        **{name: getattr(options, name) for name in _SAME_NAMES},
     )
     for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
         # torchvision guesses them from the first batch it sees, wrongly where that is but a few cells high.
@@ -223,25 +224,25 @@ def load_reference(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray])
     reference.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()}, strict=True)
 
 
-def _build_mobilenet(options: Mapping) -> tuple[torch.nn.Module, list[str], list[int]]:
+def _build_mobilenet(options: ModelOptions) -> tuple[torch.nn.Module, list[str], list[int]]:
     """Build a MobileNetV3-Large; return it, the layers whose outputs the pyramid takes, and their channels."""
     from torchvision.models import mobilenet_v3_large
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     trained = functools.partial(torch.nn.BatchNorm2d, eps=1e-3, momentum=0.01)
-    norm = trained if options["norm"] == "batch" else functools.partial(FrozenBatchNorm2d, eps=1e-3)
+    norm = trained if options.norm == "batch" else functools.partial(FrozenBatchNorm2d, eps=1e-3)
     return mobilenet_v3_large(norm_layer=norm).features, ["3", "6", "12", "16"], [24, 40, 112, 960]
 
 
-def _build_resnet(options: Mapping) -> tuple[torch.nn.Module, list[str], list[int]]:
+def _build_resnet(options: ModelOptions) -> tuple[torch.nn.Module, list[str], list[int]]:
     """Build a ResNet whose stem, stages and bottlenecks are as wide as the options say; return as for MobileNet."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
     from torchvision.ops.misc import FrozenBatchNorm2d
 
-    layers, bottleneck = ARCHITECTURES[options["backbone"]]
+    layers, bottleneck = ARCHITECTURES[options.backbone]
     block = Bottleneck if bottleneck else BasicBlock
-    first = (options["stage_channels"] or 64 * block.expansion) // block.expansion
-    stem = options["stem_channels"]
+    first = (options.stage_channels or 64 * block.expansion) // block.expansion
+    stem = options.stem_channels
 
     class Narrow(ResNet):
         def _make_layer(self, block, planes, blocks, **stride):
@@ -254,9 +255,9 @@ def _build_resnet(options: Mapping) -> tuple[torch.nn.Module, list[str], list[in
     resnet = Narrow(
         block,
         layers,
-        width_per_group=64 * options["bottleneck_channels"] // first if bottleneck else 64,
+        width_per_group=64 * options.bottleneck_channels // first if bottleneck else 64,
         norm_layer=functools.partial(
-            {"frozen": FrozenBatchNorm2d, "batch": torch.nn.BatchNorm2d}[options["norm"]], eps=options["norm_eps"]
+            {"frozen": FrozenBatchNorm2d, "batch": torch.nn.BatchNorm2d}[options.norm], eps=options.norm_eps
         ),
     )
     outer = first * block.expansion

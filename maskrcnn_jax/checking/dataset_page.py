@@ -1,4 +1,4 @@
-"""The findings of the checker as one HTML page, with pictures of examples."""
+"""The findings of a dataset check as one HTML page, with pictures of examples."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,34 +14,34 @@ from maskrcnn_jax.checking.annotations import Finding
 from maskrcnn_jax.checking.dataset import Split, read_entries
 from maskrcnn_jax.data.annotation_file import short
 from maskrcnn_jax.data.images import decode_image
-from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import draw_instances
 
-_SIDE = 340  # pixels of a picture's longer side: three stand side by side
-_MOST_PIXELS = 1 << 26  # of an image that is opened only to be shown
+_SIDE = 340  # pixels of a picture's longer side; three fit beside each other
+_MAX_PIXELS = 1 << 26  # of an image that is opened only to be shown
 
 
 def write_report(path: Path, splits: Sequence[Split]) -> None:
     """Write the page.
 
     Args:
-      path: the file.
-      splits: as they were checked.
+        path: the file; its folder is made if it does not exist.
+        splits: the checked splits.
 
     Raises:
-      UserError: the file cannot be written.
+        UserError: if the file cannot be written.
     """
-    sections = [page.paragraph(summary(splits)), page.table(*_counts(splits))]
-    for split in splits:
-        sections += _split(split)
-    try:
-        path.write_text(page.page("Check of a dataset", sections), encoding="utf-8", errors="backslashreplace")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from None
+    page.write_page(
+        path,
+        page.TEMPLATES / "dataset.html.j2",
+        title="Dataset check",
+        summary=summary(splits),
+        counts=[_counts(split) for split in splits],
+        splits=[_split(split) for split in splits],
+    )
 
 
 def summary(splits: Sequence[Split]) -> str:
-    """Say in a sentence how many errors and warnings there are."""
+    """Return a sentence with the number of errors and warnings."""
     errors = sum(split.num_errors for split in splits)
     warnings = sum(len(split.findings) for split in splits) - errors
     return f"{_number(errors, 'error')} and {_number(warnings, 'warning')} in {_number(len(splits), 'split')}."
@@ -51,66 +51,46 @@ def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _counts(splits: Sequence[Split]) -> tuple[list[str], list[list]]:
-    header = [
-        "split",
-        "images",
-        "without objects",
-        "objects",
-        "crowds",
-        "with masks",
-        "categories",
-        "errors",
-        "warnings",
-    ]
-    rows = []
-    for split in splits:
-        numbers = [0] * 6
-        if split.data:
-            index = split.data.index
-            objects = ~index.crowd
-            numbers = [
-                len(index),
-                int((index.num_objects == 0).sum()),
-                int(objects.sum()),
-                int(index.crowd.sum()),
-                int((objects & index.has_mask).sum()),
-                len(index.categories.names),
-            ]
-        rows.append([split.name, *numbers, split.num_errors, len(split.findings) - split.num_errors])
-    return header, rows
-
-
-def _split(split: Split) -> Iterator[str]:
-    yield page.heading(f"{split.name}: {split.json_path}")
-    if not split.findings:
-        yield page.paragraph("Nothing was found.")
-    else:
-        rows = [
-            ["error" if f.is_error else "warning", f.kind, plain(f.sentence), len(f.rows) or ""]
-            for f in split.findings
-        ]
-        yield page.table(["", "what", "in words", "entries"], rows)
-    for finding in split.findings:
-        yield from _finding(split, finding)
+def _counts(split: Split) -> list:
+    """Return the row of a split: its name and how much it holds."""
+    counts = [0] * 6
     if split.data:
-        counts = check_annotations.objects_per_category(split.data.index)
-        yield page.heading(f"{split.name}: objects of each category")
-        yield page.table(["category", "objects"], [[plain(name), count] for name, count in counts.items()])
+        index = split.data.index
+        objects = ~index.crowd
+        counts = [
+            len(index),
+            int((index.num_objects == 0).sum()),
+            int(objects.sum()),
+            int(index.crowd.sum()),
+            int((objects & index.has_mask).sum()),
+            len(index.categories.names),
+        ]
+    return [split.name, *counts, split.num_errors, len(split.findings) - split.num_errors]
 
 
-def _finding(split: Split, finding: Finding) -> Iterator[str]:
-    pictures = list(_pictures(split, finding))
-    if not pictures and not finding.examples:
-        return
-    yield page.heading(f"{'Error' if finding.is_error else 'Warning'}: {finding.kind}")
-    yield page.paragraph(plain(finding.sentence))
-    if len(pictures) < len(finding.examples):
-        yield page.paragraph("Such as " + plain("; ".join(finding.examples)))
-    yield f'<div style="display: grid; grid-template-columns: repeat(3, 1fr); gap: 1em">{"".join(pictures)}</div>'
+def _split(split: Split) -> dict:
+    counts = check_annotations.objects_per_category(split.data.index) if split.data else {}
+    return {
+        "name": split.name,
+        "path": plain(str(split.json_path)),
+        "findings": [_finding(split, finding) for finding in split.findings],
+        "categories": [[plain(name), count] for name, count in counts.items()],
+    }
 
 
-def _pictures(split: Split, finding: Finding) -> Iterator[str]:
+def _finding(split: Split, finding: Finding) -> dict:
+    return {
+        "is_error": finding.is_error,
+        "kind": finding.kind,
+        "sentence": plain(finding.sentence),
+        "num_entries": len(finding.rows),
+        "examples": [plain(example) for example in finding.examples],
+        "pictures": list(_pictures(split, finding)),
+    }
+
+
+def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
+    """Yield the source and the caption of a picture of each example that can be shown."""
     places = finding.rows[: check_annotations.NUM_EXAMPLES].tolist()
     if split.data is None or finding.section not in ("images", "annotations"):
         return
@@ -124,11 +104,11 @@ def _pictures(split: Split, finding: Finding) -> Iterator[str]:
         if len(rows):
             picture = _draw(split, int(rows[0]), place if finding.section == "annotations" else None, entry)
             if picture is not None:
-                yield page.picture(picture, plain(example))
+                yield page.image_source(picture), plain(example)
 
 
 def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarray | None:
-    """Draws the annotation at a place of the file, or all of an image; None where the image cannot be shown."""
+    """Draw the annotation at a place of the file, or all of an image; None if the image cannot be shown."""
     index = split.data.index
     pixels = _read(index.image_path(image))
     if pixels is None:
@@ -141,7 +121,7 @@ def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarra
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
     if place is None:
         names = [_category(split, row) for row in rows]
-    elif not len(rows):  # it was dropped or is malformed, and its box may show why
+    elif not len(rows):  # the annotation was dropped or is malformed; its box may show why
         boxes = _box_as_given(entry)
         names = [f"annotation {short(entry.get('id'))}"][: len(boxes)]
     if pixels.shape[:2] == tuple(index.sizes[image].tolist()) and len(rows) and index.has_mask[rows].all():
@@ -157,13 +137,13 @@ def _category(split: Split, row: int) -> str:
 
 def _mask(split: Split, row: int, size: tuple[int, int], drawn: tuple[int, int]) -> np.ndarray:
     mask = np.zeros(size, np.uint8)
-    part = coco_mask.decode(split.data.index.rle(row, *size))  # of the image's upper left corner
+    part = coco_mask.decode(split.data.index.rle(row, *size))  # covers the upper left corner of the image
     mask[: part.shape[0], : part.shape[1]] = part
     return cv2.resize(mask, drawn[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def _box_as_given(entry: dict) -> np.ndarray:
-    """Returns x1, y1, x2, y2 [1, 4] of an entry, [0, 4] where it has no box of four finite numbers."""
+    """Return x1, y1, x2, y2 [1, 4] of an entry, [0, 4] if it has no box of four finite numbers."""
     try:
         x, y, width, height = np.array(entry["bbox"], np.float64)
         box = np.array([[x, y, x + width, y + height]])
@@ -173,16 +153,16 @@ def _box_as_given(entry: dict) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """Reads an image as far as it can be shown."""
+    """Read an image; None if it cannot be read or is too large to be shown."""
     try:
         with Image.open(path) as opened:
-            if opened.width * opened.height > _MOST_PIXELS:
+            if opened.width * opened.height > _MAX_PIXELS:
                 return None
         return decode_image(path.read_bytes())
-    except Exception:  # Pillow raises all sorts of things at broken files
+    except Exception:  # Pillow raises many kinds of errors for broken files
         return None
 
 
 def plain(text: str) -> str:
-    """Escape what file names and the like may hold to move the cursor, or cannot be encoded."""
+    """Escape characters that move the cursor of a terminal or cannot be encoded; file names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -162,24 +162,31 @@ def evaluate(
 def format_table(metrics: dict) -> str:
     """Lay out the metrics for a terminal; the last line is ``box AP 0.xxx  mask AP 0.xxx``.
 
+    Where COCO gives -1, because there are no objects or no masks, the table says "none".
+
     Args:
         metrics: as ``evaluate`` returns them, and those of ``accuracy.measure_losses`` under ``eval_`` if wanted.
     """
     lines = [f"{'':8}{'box':>8}{'mask':>8}"]
-    lines += [f"{name:8}{metrics[f'bbox_{name}']:8.3f}{metrics[f'segm_{name}']:8.3f}" for name in STATISTICS]
+    scores = {name: (_score(metrics[f"bbox_{name}"]), _score(metrics[f"segm_{name}"])) for name in STATISTICS}
+    lines += [f"{name:8}{box:>8}{mask:>8}" for name, (box, mask) in scores.items()]
     per_category = metrics["bbox_per_category"]
     width = max([len("category"), *map(len, per_category)])
     lines += ["", f"{'category':{width}}{'box AP':>8}{'mask AP':>9}"]
     for name, box_ap in per_category.items():
-        lines.append(f"{name:{width}}{box_ap:8.3f}{metrics['segm_per_category'][name]:9.3f}")
+        lines.append(f"{name:{width}}{_score(box_ap):>8}{_score(metrics['segm_per_category'][name]):>9}")
     if "eval_loss" in metrics:
         lines += [
             "",
             f"loss {metrics['eval_loss']:.3f}  accuracy of RoIs {metrics['eval_accuracy']:.3f}, "
             f"of those of objects {metrics['eval_accuracy_foreground']:.3f}",
         ]
-    lines += ["", f"box AP {metrics['bbox_AP']:.3f}  mask AP {metrics['segm_AP']:.3f}"]
+    lines += ["", "box AP {}  mask AP {}".format(*scores["AP"])]
     return "\n".join(lines)
+
+
+def _score(value: float) -> str:
+    return f"{value:.3f}" if value >= 0 else "none"
 
 
 def write_files(directory: str | os.PathLike, metrics: dict, results: list[dict]) -> None:

@@ -228,14 +228,14 @@ def main() -> int:
         return 1
     draws = draw_images(len(truth.imgs), args.draws)
     written = {}
-    for kind, title in (("bbox", "box"), ("segm", "mask")):
+    for kind, title, missing in (("bbox", "box", "no objects"), ("segm", "mask", "no masks")):
         errors = Errors(truth, found, kind)
         table = intervals(errors, draws)
         compared = differences(errors, Errors(truth, other, kind), draws) if other is not None else {}
         print(f"{title} AP with the interval of {CONFIDENCE:.0%} over {len(truth.imgs)} images")
         for group, (value, low, high) in table.items():
             if value < 0:
-                print(f"  {group:16} no objects")
+                print(f"  {group:16} {missing}")
                 continue
             line = f"  {group:16} {value:6.3f} ({low:.3f} to {high:.3f}) {errors.number_of_objects(group):7} objects"
             if group in compared:

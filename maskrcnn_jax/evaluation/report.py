@@ -4,10 +4,12 @@ import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,13 +18,11 @@ from maskrcnn_jax import page
 from maskrcnn_jax.evaluation.coco_metrics import STATISTICS, load_results, mask_truth
 from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE, ImageErrors, confusion
 from maskrcnn_jax.evaluation.failure_analysis import CROWDING, OCCLUSIONS, SIZES, Errors
-from maskrcnn_jax.writing import replace_file
 
 _KINDS = {"bbox": "box", "segm": "mask"}
-_MOST_CLASSES = 20  # in a matrix of confusion; of more, so many of the confusions are listed
-_CURVES = 8  # of categories in one plot
-_IMAGES = 6  # of the best and of the worst
-_NOTHING = "nothing"
+_MAX_CLASSES = 20  # in a confusion matrix; with more categories, as many of the most frequent confusions are listed
+_NUM_CURVES = 8  # categories in one plot
+_NUM_IMAGES = 6  # best and worst ones
 
 
 def write_report(
@@ -38,162 +38,155 @@ def write_report(
     """Write the page.
 
     Args:
-      path: the file; its folder is made.
-      truth: annotations of the images that were evaluated, as ``load_annotations`` returns them.
-      results: COCO results.
-      metrics: as ``coco_eval.evaluate`` returns them.
-      title: of the page.
-      draw: returns ground truth beside predictions for the id of an image, RGB uint8, or None where it has no picture.
-      training: metrics.jsonl of the run, if there is one.
+        path: the file; its folder is made if it does not exist.
+        truth: annotations of the evaluated images, as ``load_annotations`` returns them.
+        results: COCO results.
+        metrics: as ``coco_metrics.evaluate`` returns them.
+        title: of the page.
+        draw: takes the id of an image and returns ground truth beside predictions, [h, w, 3] uint8 RGB, or None if the
+            image cannot be read.
+        training: metrics.jsonl of the run, if there is one.
 
     Raises:
-      UserError: when the file cannot be written.
+        UserError: if the file cannot be written.
     """
     pairs, images = confusion(truth, results)
-    sections = [
-        page.paragraph(
-            f"{len(truth.imgs)} images, {len(truth.anns)} annotations, {len(results)} detections. "
-            f"Box AP {_text(metrics['bbox_AP'])}, mask AP {_text(metrics['segm_AP'])}."
-        ),
-        *_average_precision(metrics),
-        *_precision_recall(truth, results),
-        *_confusion(truth, pairs),
-        *_groups(truth, results),
-        *_pictures(images, truth, draw),
-        *_training(training),
-    ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page.page(title, sections))
-
-
-def _average_precision(metrics: dict) -> Iterator[str]:
-    yield page.heading("Average precision")
-    rows = [[kind, *(_text(metrics[f"{key}_{name}"]) for name in STATISTICS)] for key, kind in _KINDS.items()]
-    yield page.table(["", *STATISTICS], rows)
-    boxes, masks = (metrics[f"{key}_per_category"] for key in _KINDS)
-    yield page.table(
-        ["category", "box AP", "mask AP"], [[name, _text(boxes[name]), _text(masks[name])] for name in boxes]
+    per_category = metrics["segm_per_category"]
+    page.write_page(
+        path,
+        page.TEMPLATES / "report.html.j2",
+        title=title,
+        num_images=len(truth.imgs),
+        num_annotations=len(truth.anns),
+        num_detections=len(results),
+        statistics=[[name, *_scores(metrics[f"bbox_{name}"], metrics[f"segm_{name}"])] for name in STATISTICS],
+        categories=[[name, *_scores(ap, per_category[name])] for name, ap in metrics["bbox_per_category"].items()],
+        precision_recall=_precision_recall(truth, results),
+        min_score=MIN_SCORE,
+        min_overlap=MIN_OVERLAP,
+        confusion=_confusion(truth, pairs),
+        groups=_groups(truth, results),
+        training=_training(training),
+        **_images(images, truth, draw),
     )
 
 
-def _text(value: float) -> float | str:
-    """Return an AP for a table; COCO's -1 means that there are no objects, or none with a mask."""
-    return "none to find" if value < 0 else round(value, 3)
+def _scores(box: float, mask: float) -> tuple[float | str, float | str]:
+    """Return a box score and a mask score, or why there is none where COCO gives -1."""
+    reason = "no objects" if box < 0 else "no masks"
+    return box if box >= 0 else reason, mask if mask >= 0 else reason
 
 
-def _precision_recall(truth: COCO, results: list[dict]) -> Iterator[str]:
-    yield page.heading("Precision and recall")
+def _precision_recall(truth: COCO, results: list[dict]) -> dict | None:
+    """Plot precision against recall of masks; None if there are no annotated masks."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(mask_truth(truth), load_results(truth, results), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
-    # [thresholds, recalls, categories], of all areas with a hundred detections; -1 where there are no objects
+    # [thresholds, recalls, categories] of all areas with 100 detections; -1 where there are no objects
     precision = evaluation.eval["precision"][..., 0, -1]
     known = np.flatnonzero((precision >= 0).all(axis=(0, 1)))
     if not len(known):
-        yield page.paragraph("There are no objects with masks to find.")
-        return
+        return None
     precision, recalls = precision[..., known], evaluation.params.recThrs
-    names = [truth.cats[evaluation.params.catIds[column]]["name"] for column in known]
-    figure = Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2, sharey=True)
-    for threshold, label in ((0, "overlap 0.50"), (5, "overlap 0.75")):
-        left.plot(recalls, precision[threshold].mean(axis=-1), label=label)
-    left.plot(recalls, precision.mean(axis=(0, 2)), label="mean of 0.50 to 0.95")
-    numbers = Counter(annotation["category_id"] for annotation in truth.anns.values())
-    by_number = sorted(range(len(known)), key=lambda i: -numbers[evaluation.params.catIds[known[i]]])[:_CURVES]
-    for i in by_number:
-        right.plot(recalls, precision[0, :, i], label=names[i])
-    left.set_title("masks, mean of the categories")
-    right.set_title("masks, overlap 0.50" + (f", {_CURVES} categories" if len(known) > _CURVES else ""))
-    left.set_ylabel("precision")
-    for axes in (left, right):
-        axes.set(xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    yield page.plot(figure, "Share of right ones among the detections, against the share of objects that they find.")
+    ids = [evaluation.params.catIds[column] for column in known]
+    mean, axes = _plot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    for threshold, label in ((0, "IoU 0.50"), (5, "IoU 0.75")):
+        axes.plot(recalls, precision[threshold].mean(axis=-1), label=label)
+    axes.plot(recalls, precision.mean(axis=(0, 2)), label="mean of IoU 0.50 to 0.95")
+    by_category, other_axes = _plot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    counts = Counter(annotation["category_id"] for annotation in truth.anns.values())
+    for i in sorted(range(len(ids)), key=lambda i: -counts[ids[i]])[:_NUM_CURVES]:
+        other_axes.plot(recalls, precision[0, :, i], label=truth.cats[ids[i]]["name"])
+    return {
+        "mean": _svg(mean),
+        "by_category": _svg(by_category),
+        "num_shown": _NUM_CURVES if len(ids) > _NUM_CURVES else None,
+    }
 
 
-def _confusion(truth: COCO, pairs: Counter) -> Iterator[str]:
-    yield page.heading("Which classes are taken for which")
-    yield page.paragraph(
-        f"Detections with a score of {MIN_SCORE} and more, matched with the objects whose boxes they overlap by "
-        f"{MIN_OVERLAP} and more. Rows are what is there, columns what was said."
-    )
-    names = {None: _NOTHING} | {category["id"]: category["name"] for category in truth.cats.values()}
-    if len(names) - 1 <= _MOST_CLASSES:
-        ids = [*truth.cats, None]
-        rows = [[names[i], *(pairs[i, j] if (i, j) != (None, None) else "" for j in ids)] for i in ids]
-        yield page.table(["", *(names[i] for i in ids)], rows)
-        return
-    wrong = Counter({pair: number for pair, number in pairs.items() if pair[0] != pair[1]})
-    rows = [[names[there], names[said], number] for (there, said), number in wrong.most_common(_MOST_CLASSES)]
-    yield page.table(["there is", "said to be", "times"], rows)
+def _plot(**settings) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.5, 4))
+    axes = figure.subplots()
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
-def _groups(truth: COCO, results: list[dict]) -> Iterator[str]:
-    yield page.heading("By occlusion, crowding and size")
+def _svg(figure: Figure) -> Markup:
+    figure.axes[0].legend(fontsize="small")
+    return page.svg(figure)
+
+
+def _confusion(truth: COCO, pairs: Counter) -> dict:
+    """Return the confusion matrix, or the most frequent confusions if there are too many categories for a matrix."""
+    names = {category["id"]: category["name"] for category in truth.cats.values()}
+    if len(names) <= _MAX_CLASSES:
+        ids = [*names, None]  # None: missed objects in the columns, false positives in the rows
+        matrix = [[pairs[i, j] if (i, j) != (None, None) else "" for j in ids] for i in ids]
+        return {"names": list(names.values()), "matrix": matrix}
+    wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
+    names[None] = "nothing"
+    return {"pairs": [[names[i], names[j], count] for (i, j), count in wrong.most_common(_MAX_CLASSES)]}
+
+
+def _groups(truth: COCO, results: list[dict]) -> list[list]:
+    """Return group, number of objects, box AP and mask AP of each group of objects."""
     errors = [Errors(truth, results, kind) for kind in _KINDS]
-    nothing = np.zeros((0, len(truth.imgs)))
-    rows = [
-        [group, errors[0].number_of_objects(group), *(_text(e.average_precision(group, nothing)[0]) for e in errors)]
+    no_draws = np.zeros((0, len(truth.imgs)))
+    return [
+        [
+            group,
+            errors[0].number_of_objects(group),
+            *_scores(*(e.average_precision(group, no_draws)[0] for e in errors)),
+        ]
         for group in ("all", *OCCLUSIONS, *CROWDING, *SIZES)
     ]
-    yield page.table(["objects", "number", "box AP", "mask AP"], rows)
-    yield page.paragraph(
-        "Intervals and comparisons with another model: python -m maskrcnn_jax.evaluation.failure_analysis"
-    )
 
 
-def _pictures(images: dict[int, ImageErrors], truth: COCO, draw: Callable[[int], np.ndarray | None]) -> Iterator[str]:
-    order = sorted(images, key=lambda i: (images[i].share_right, -images[i].errors, -images[i].right))
-    worst = [i for i in order if images[i].errors][:_IMAGES]
-    best = [i for i in order[::-1] if images[i].right and i not in worst][:_IMAGES]
-    for heading, chosen in (("Worst images", worst), ("Best images", best)):
-        yield page.heading(heading)
-        yield page.paragraph(
-            "By the share of right ones among all objects and detections where nothing is; of equal ones those with "
-            "more objects or errors come first."
-        )
-        drawn = [(i, draw(i)) for i in chosen]
-        drawn = [
-            page.picture(picture, f"{truth.imgs[i].get('file_name', i)}: {_sentence(images[i])}")
-            for i, picture in drawn
+def _images(
+    images: dict[int, ImageErrors], truth: COCO, draw: Callable[[int], np.ndarray | None]
+) -> dict[str, list[dict]]:
+    """Return the pictures of the worst and the best images; no image is both."""
+    order = sorted(images, key=lambda i: (images[i].share_right, -images[i].errors))
+    worst = [i for i in order if images[i].errors][:_NUM_IMAGES]
+    order = sorted(images, key=lambda i: (-images[i].share_right, -images[i].right))
+    best = [i for i in order if images[i].right and i not in worst][:_NUM_IMAGES]
+
+    def drawn(chosen: list[int]) -> list[dict]:
+        pictures = [(i, draw(i)) for i in chosen]
+        return [
+            {
+                "source": page.image_source(picture),
+                "name": truth.imgs[i].get("file_name", i),
+                "errors": images[i],
+            }
+            for i, picture in pictures
             if picture is not None
         ]
-        yield f"<div>{''.join(drawn)}</div>" if drawn else page.paragraph("There are none.")
+
+    return {"worst": drawn(worst), "best": drawn(best)}
 
 
-def _sentence(errors: ImageErrors) -> str:
-    return (
-        f"{errors.right} right, {errors.confused} of another class, {errors.missed} missed, "
-        f"{errors.invented} where nothing is"
-    )
-
-
-def _training(path: Path | None) -> Iterator[str]:
+def _training(path: Path | None) -> dict | None:
+    """Plot the losses and evaluations of a training run; None if there are none."""
     if path is None or not path.is_file():
-        return
+        return None
     lines = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # cut off when the run was killed
+        with contextlib.suppress(ValueError):  # the last line is cut off if the run was killed
             lines.append(json.loads(line))
     steps = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "segm_AP" in line]
     if not steps:
-        return
-    yield page.heading("Training")
-    figure = Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2)
+        return None
+    losses, axes = _plot(xlabel="step", ylabel="loss")
     for name in ("loss", *sorted(key for key in steps[0] if key.startswith("loss_") and key != "loss_scale")):
-        left.plot([line["step"] for line in steps], [line.get(name, np.nan) for line in steps], label=name)
-    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+        axes.plot([line["step"] for line in steps], [line.get(name, np.nan) for line in steps], label=name)
+    scores, other_axes = _plot(xlabel="step", ylabel="AP")
     for key, kind in _KINDS.items():
         points = [line["step"] for line in evaluated], [line[f"{key}_AP"] for line in evaluated]
-        right.plot(*points, marker="o", label=f"{kind} AP")
-    right.set(xlabel="step", ylabel="AP", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    yield page.plot(figure, "Losses of the training steps, and AP of the evaluations.")
+        other_axes.plot(*points, marker="o", label=f"{kind} AP")
+    for either in (axes, other_axes):
+        either.set_ylim(bottom=0)
+    return {"losses": _svg(losses), "average_precision": _svg(scores)}

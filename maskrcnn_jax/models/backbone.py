@@ -55,7 +55,7 @@ def check_backbone(backbone: nnx.Module) -> nnx.Module:
         UserError: if it is no module or has no such ``out_channels``.
     """
     if not isinstance(backbone, nnx.Module):
-        raise UserError(f"the backbone is a {type(backbone).__name__}; give an nnx.Module, or set model.backbone")
+        raise UserError(f"the backbone is of type {type(backbone).__name__}; give an nnx.Module")
     channels = getattr(backbone, "out_channels", None)
     whole = isinstance(channels, tuple) and all(isinstance(k, int) and k > 0 for k in channels)
     if not (whole and 1 <= len(channels) <= MAX_MAPS):

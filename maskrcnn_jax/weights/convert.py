@@ -90,7 +90,7 @@ def load_weights(
     widened = []
     for entry in entries:
         shape = state[entry.path].shape
-        if entry.path in _STEMS and model.in_channels > 3 and _num_inputs(arrays.get(entry.key)) == 3:
+        if entry.path in _STEMS and model.options.in_channels > 3 and _num_inputs(arrays.get(entry.key)) == 3:
             shape = (*shape[:2], 3, shape[3])
             widened.append(entry.key)
         wanted = _foreign_shape(entry, shape)
@@ -99,7 +99,7 @@ def load_weights(
         problems += _problems_of(entry.key, arrays.get(entry.key), wanted, state[entry.path].dtype)
     if widened and not partial:
         problems.append(
-            f"{widened[0]} is for 3 channels where model.in_channels is {model.in_channels}; train with it"
+            f"{widened[0]} is for 3 channels where model.in_channels is {model.options.in_channels}; train with it"
         )
     if problems:
         advice = "use the config that these weights belong to"
@@ -116,7 +116,7 @@ def load_weights(
         variable, array = state[entry.path], entry.layout.read(arrays[entry.key])
         if entry.key in widened:
             mean = np.mean(array, axis=2, keepdims=True)  # [S, S, 1, O]
-            array = np.concatenate([array, *[mean] * (model.in_channels - 3)], axis=2)
+            array = np.concatenate([array, *[mean] * (model.options.in_channels - 3)], axis=2)
         # A copy: on CPUs jnp.asarray may share the memory of what it is given, which its owner may change.
         variable[...] = jnp.array(array, variable.dtype, copy=True)
     filled = {entry.path for entry in (*entries, *reinitialised)}

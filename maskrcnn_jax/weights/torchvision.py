@@ -5,7 +5,6 @@ maskrcnn_resnet50_fpn. The first version's published weights carry older names, 
 """
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
 from flax import nnx
@@ -14,6 +13,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.models.mobilenet import InvertedResidual, MobileNetV3
 from maskrcnn_jax.models.resnet import ResNet
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights.layouts import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
@@ -41,9 +41,11 @@ _RENAMED = (
 )
 
 
-def without_counterpart(options: Mapping) -> list[str]:
+def without_counterpart(options: ModelOptions) -> list[str]:
     """Return the options of a MaskRCNN with which torchvision's model, of the same weights, finds something else."""
-    return [f"{name}={options[name]}" for name, value in _FIXED_OPTIONS.items() if options[name] != value]
+    return [
+        f"{name}={getattr(options, name)}" for name, value in _FIXED_OPTIONS.items() if getattr(options, name) != value
+    ]
 
 
 def entries(model: MaskRCNN) -> list[Entry]:

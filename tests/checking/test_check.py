@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import shapes
 from maskrcnn_jax.checking import annotations as check_annotations
 from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
 from maskrcnn_jax.checking.dataset import Options, check_split, compare_splits
 from maskrcnn_jax.checking.dataset_page import write_report
 from maskrcnn_jax.checking.mend import mend
 from maskrcnn_jax.commands.check import ROUNDS
+from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.data import faults
 from maskrcnn_jax.data.coco import load_index, locate
-from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.check_data import anchors_of
@@ -36,9 +35,10 @@ from tests.checking.dataset_faults import (
     file_missing,
     image_cut_short,
 )
+from tests.data.loading import load
 
 ROOT = Path(__file__).parents[2]
-ANCHORS = anchors_of(shapes.get_config())
+ANCHORS = anchors_of(to_options(load_config("shapes")))
 OPTIONS = Options(anchors=ANCHORS, threads=1)
 
 
@@ -67,8 +67,8 @@ def train_on_data(root):
     index = load_index(root, "train2017")
     stop_or_warn(check_index(index, ANCHORS), "train2017")
     load_index(root, "val2017").categories.check_known(index.categories, "val2017")
-    loader = make_loader(
-        index, batch_size=4, short_side=96, long_side=96, mask_side=96, shuffle=True, annotations=True, threads=1
+    loader = load(
+        index, batch_size=4, short_side=96, long_side=96, mask_side=96, train=True, annotations=True, threads=1
     )
     for batch in loader:
         assert batch.valid.all()

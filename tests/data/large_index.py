@@ -50,16 +50,16 @@ def write(root: Path) -> None:
 
 def measure(root: Path) -> None:
     """Prints the seconds of processor time, the peak memory of the process, the sizes of the index and what is odd."""
-    from configs import base
     from maskrcnn_jax.checking.annotations import check_index
     from maskrcnn_jax.data.coco import load_index
+    from maskrcnn_jax.options import Options
     from maskrcnn_jax.training.check_data import anchors_of
 
     start = time.process_time()
     index = load_index(root, "train2017")
     seconds = time.process_time() - start
     start = time.process_time()
-    found = check_index(index, anchors_of(base.get_config()))
+    found = check_index(index, anchors_of(Options()))
     check_seconds = time.process_time() - start
     # Not getrusage's ru_maxrss: Linux lets a process inherit that of the one that started it.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))

@@ -12,12 +12,14 @@ from maskrcnn_jax.data import loader as loader_module
 from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import drop_labels, load_index
 from maskrcnn_jax.data.images import BrokenImageError
-from maskrcnn_jax.data.loader import Plan, buckets_for, make_loader, training_subset
+from maskrcnn_jax.data.loader import Plan, buckets_for, training_subset
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
+from tests.data.loading import load
 
-TRAIN = {"batch_size": 4, "short_side": 96, "long_side": 128, "mask_side": 64, "shuffle": True, "annotations": True}
-EVALUATE = TRAIN | {"shuffle": False, "annotations": False}
+TRAIN = {"batch_size": 4, "short_side": 96, "long_side": 128, "mask_side": 64, "train": True, "annotations": True}
+EVALUATE = TRAIN | {"train": False, "annotations": False}
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +55,19 @@ def assert_equal_batches(first, second):
 # Buckets and plan
 
 
+def buckets(short_side, long_side, mode="auto"):
+    return buckets_for(DataOptions(short_side=short_side, long_side=long_side, buckets=mode))
+
+
 def test_buckets_for_cocos_sizes():
-    assert buckets_for(800, 1333, "auto") == [(800, 1088), (1088, 800), (800, 1344), (1344, 800)]
+    assert buckets(800, 1333) == [(800, 1088), (1088, 800), (800, 1344), (1344, 800)]
 
 
 def test_buckets_are_rounded_up_and_listed_once():
-    assert buckets_for(128, 128, "auto") == [(128, 128)]
-    assert buckets_for(600, 1000, "auto") == [(608, 800), (800, 608), (608, 1024), (1024, 608)]
-    assert buckets_for(100, 110, "auto") == [(128, 128)]
-    assert buckets_for(800, 1333, "exact") == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"), [((800, 700, "auto"), "between 1 and"), ((8, 9, "x"), "auto or exact")]
-)
-def test_bucket_settings_that_make_no_sense_are_refused(arguments, told):
-    with pytest.raises(UserError, match=told):
-        buckets_for(*arguments)
+    assert buckets(128, 128) == [(128, 128)]
+    assert buckets(600, 1000) == [(608, 800), (800, 608), (608, 1024), (1024, 608)]
+    assert buckets(100, 110) == [(128, 128)]
+    assert buckets(800, 1333, "exact") == []
 
 
 def plan_of(num_images, *, shuffle, batch_size=16, mode="auto", seed=3):
@@ -80,7 +78,7 @@ def plan_of(num_images, *, shuffle, batch_size=16, mode="auto", seed=3):
         sizes,
         np.arange(num_images),
         batch_size=batch_size,
-        buckets=buckets_for(800, 1333, mode),
+        buckets=buckets(800, 1333, mode),
         shuffle=shuffle,
         seed=seed,
     )
@@ -162,8 +160,8 @@ def test_smaller_training_subsets_are_part_of_larger_ones(index):
 
 
 def test_a_batch_holds_the_resized_image_its_sizes_and_its_objects(mixed):
-    load = make_loader(mixed, **TRAIN | {"batch_size": 2, "shuffle": False, "short_side": 48, "long_side": 64})
-    batch = next(iter(load))
+    batches = load(mixed, **TRAIN | {"batch_size": 2, "train": False, "short_side": 48, "long_side": 64})
+    batch = next(iter(batches))
     assert batch.images.shape == (2, 64, 64, 3)
     assert batch.images.dtype == np.uint8
     resized = transforms.resize_image(mixed.read_image(1), (48, 64), "uint8")
@@ -186,11 +184,11 @@ def test_a_batch_holds_the_resized_image_its_sizes_and_its_objects(mixed):
 
 
 def test_the_dtypes_are_those_that_the_structures_promise(index):
-    batch = next(iter(make_loader(index, **TRAIN)))
+    batch = next(iter(load(index, **TRAIN)))
     assert [x.dtype.name for x in batch[:-1]] == ["uint8", "int32", "int32", "int32", "bool"]
     assert [x.dtype.name for x in batch.gt[:5]] == ["float32", "int32", "uint8", "int32", "bool"]
     assert batch.gt[5:] == (None, None), "every object has a mask, and regions are not wanted"
-    batch = next(iter(make_loader(index, **TRAIN | {"resize": "float32"})))
+    batch = next(iter(load(index, **TRAIN | {"resize": "float32"})))
     assert batch.images.dtype == np.float32
     assert 1 < batch.images.max() <= 255
 
@@ -206,24 +204,24 @@ def test_objects_without_masks_and_regions_are_marked(dataset, workers):
         {"id": 5, "image_id": 2, "category_id": 1} | square,
     ]
     index = load_index(dataset.write([(24, 32)] * 2, annotations), "train2017", keep_unlisted=True)
-    settings = TRAIN | {"batch_size": 2, "shuffle": False, "short_side": 24, "long_side": 32, "workers": workers}
-    (plain,) = make_loader(index, **settings)
+    settings = TRAIN | {"batch_size": 2, "train": False, "short_side": 24, "long_side": 32, "workers": workers}
+    (plain,) = load(index, **settings)
     assert plain.gt.ignored is None
     assert plain.gt.valid.sum(axis=1).tolist() == [2, 1]
     assert plain.gt.has_mask[plain.gt.valid].tolist() == [True, False, True]
     assert plain.gt.masks.any(axis=(2, 3))[0, :2].tolist() == [True, False]
-    (batch,) = make_loader(index, ignore_regions=True, **settings)
+    (batch,) = load(index, ignore_regions=True, **settings)
     assert batch.gt.valid[0, :4].tolist() == [True, True, False, False]
     assert batch.gt.ignored[0, :4].tolist() == [False, False, True, True]
     assert batch.gt.boxes[0, 2:4, 0].tolist() == [8, 16]
     assert not batch.gt.ignored[1].any()
-    (of_others,) = make_loader(drop_labels(index, 1, seed=0), ignore_regions=True, **settings)
+    (of_others,) = load(drop_labels(index, 1, seed=0), ignore_regions=True, **settings)
     assert not (of_others.gt.valid | of_others.gt.ignored).any()
 
 
 def test_images_are_mirrored_together_with_their_objects(mixed):
-    shared = TRAIN | {"batch_size": 2, "shuffle": False, "short_side": 48, "long_side": 64, "image_indices": [0, 3]}
-    plain, mirrored = (next(iter(make_loader(mixed, **shared, hflip=p))) for p in (0.0, 1.0))
+    shared = TRAIN | {"batch_size": 2, "short_side": 48, "long_side": 64, "image_indices": [0, 3]}
+    plain, mirrored = (next(iter(load(mixed, **shared, hflip=p))) for p in (0.0, 1.0))
     np.testing.assert_array_equal(mirrored.images[:, :48], plain.images[:, :48, ::-1])
     assert mirrored.gt.boxes[0, 0].tolist() == [40, 4, 56, 16]  # the image is twice as large as its file
     mask = np.unpackbits(mirrored.gt.masks[0, 0], axis=1, bitorder="little")
@@ -240,15 +238,15 @@ def test_augmentation_differs_from_image_to_image_and_from_epoch_to_epoch(mixed)
         "num_steps": 6,
         "hflip": 0.5,
     }
-    batches = list(make_loader(mixed, **shared))
+    batches = list(load(mixed, **shared))
     flipped = [(batch.gt.boxes[:, 0, 0] == 20).tolist() for batch in batches]
     assert len({tuple(f) for f in flipped}) > 2
-    jittered = next(iter(make_loader(mixed, **shared | {"hflip": 0.0, "color_jitter": 0.3})))
+    jittered = next(iter(load(mixed, **shared | {"hflip": 0.0, "color_jitter": 0.3})))
     assert len({image.tobytes() for image in jittered.images}) == 4
 
 
 def test_objects_come_without_augmentation_or_shuffling_too(index):
-    batches = list(make_loader(index, **EVALUATE | {"annotations": True}))
+    batches = list(load(index, **EVALUATE | {"annotations": True}))
     for batch in batches:
         for row in np.flatnonzero(batch.valid):
             objects = index.annotations(batch.image_index[row])
@@ -256,7 +254,7 @@ def test_objects_come_without_augmentation_or_shuffling_too(index):
 
 
 def test_evaluation_sees_every_image_once_and_marks_the_rows_that_fill_up(mixed):
-    batches = list(make_loader(mixed, **EVALUATE | {"short_side": 24, "long_side": 64}))
+    batches = list(load(mixed, **EVALUATE | {"short_side": 24, "long_side": 64}))
     valid = np.concatenate([batch.valid for batch in batches])
     rows = np.concatenate([batch.image_index for batch in batches])
     assert sorted(rows[valid]) == list(range(14))
@@ -266,7 +264,7 @@ def test_evaluation_sees_every_image_once_and_marks_the_rows_that_fill_up(mixed)
 
 
 def test_only_the_images_asked_for_take_part(index):
-    batches = list(make_loader(index, **EVALUATE, image_indices=[3, 5, 11, 12, 20]))
+    batches = list(load(index, **EVALUATE, image_indices=[3, 5, 11, 12, 20]))
     assert [i for batch in batches for i in batch.image_index[batch.valid]] == [3, 5, 11, 12, 20]
 
 
@@ -275,7 +273,7 @@ def test_only_the_images_asked_for_take_part(index):
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(index):
     shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2}
-    first, again, other = (list(make_loader(index, **shared, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (list(load(index, **shared, seed=seed)) for seed in (0, 0, 1))
     assert_equal_batches(first, again)
     with pytest.raises(AssertionError):
         assert_equal_batches(first, other)
@@ -284,26 +282,24 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(index):
 @pytest.mark.parametrize("setting", [{"threads": 4}, {"prefetch": 1}, {"workers": 1}, {"workers": 2, "threads": 1}])
 def test_threads_and_workers_change_no_byte(index, setting):
     shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2, "num_steps": 9}
-    assert_equal_batches(
-        make_loader(index, **shared | {"threads": 1}), make_loader(index, **shared | {"threads": 2} | setting)
-    )
+    assert_equal_batches(load(index, **shared | {"threads": 1}), load(index, **shared | {"threads": 2} | setting))
 
 
 @pytest.mark.parametrize("start", [1, 5, 6, 11])
 def test_starting_at_a_step_gives_the_rest_of_the_run(index, start):
     shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2, "num_steps": 14}
-    load = make_loader(index, **shared, start_step=start)
-    assert load.steps_per_epoch == 6
-    assert len(load) == 14 - start
-    assert_equal_batches(load, list(make_loader(index, **shared))[start:])
+    batches = load(index, **shared, start_step=start)
+    assert batches.steps_per_epoch == 6
+    assert len(batches) == 14 - start
+    assert_equal_batches(batches, list(load(index, **shared))[start:])
 
 
 def test_what_follows_a_step_inside_an_epoch_does_not_depend_on_workers_and_processes(index):
     shared = TRAIN | {"hflip": 0.5, "color_jitter": 0.2, "num_steps": 14}
-    rest = list(make_loader(index, **shared))[8:]  # from the third step of the second epoch
+    rest = list(load(index, **shared))[8:]  # from the third step of the second epoch
     shared["start_step"] = 8
-    assert_equal_batches(make_loader(index, **shared, workers=2, threads=1), rest)
-    halves = [make_loader(index, **shared, process_index=p, process_count=2) for p in (0, 1)]
+    assert_equal_batches(load(index, **shared, workers=2, threads=1), rest)
+    halves = [load(index, **shared, process_index=p, process_count=2) for p in (0, 1)]
     for whole, *parts in zip(rest, *halves, strict=True):
         for name in ("images", "image_index"):
             joined = np.concatenate([getattr(part, name) for part in parts])
@@ -311,17 +307,17 @@ def test_what_follows_a_step_inside_an_epoch_does_not_depend_on_workers_and_proc
 
 
 def test_a_run_that_is_over_yields_nothing(index):
-    assert list(make_loader(index, **TRAIN, num_steps=3, start_step=3)) == []
+    assert list(load(index, **TRAIN, num_steps=3, start_step=3)) == []
 
 
 def test_every_iteration_starts_again(index):
-    load = make_loader(index, **TRAIN, num_steps=3)
-    assert_equal_batches(itertools.islice(load, 2), list(load)[:2])
+    batches = load(index, **TRAIN, num_steps=3)
+    assert_equal_batches(itertools.islice(batches, 2), list(batches)[:2])
 
 
 def test_in_training_the_rows_of_two_processes_together_are_the_batch_of_one(index):
-    whole = list(make_loader(index, **TRAIN, hflip=0.5))
-    halves = [list(make_loader(index, **TRAIN, hflip=0.5, process_index=p, process_count=2)) for p in (0, 1)]
+    whole = list(load(index, **TRAIN, hflip=0.5))
+    halves = [list(load(index, **TRAIN, hflip=0.5, process_index=p, process_count=2)) for p in (0, 1)]
     for batch, first, second in zip(whole, *halves, strict=True):
         for x, y, z in zip(batch[:-1], first[:-1], second[:-1], strict=True):
             assert len(y) == len(z) == 2
@@ -332,12 +328,12 @@ def test_in_training_the_rows_of_two_processes_together_are_the_batch_of_one(ind
 
 def test_in_evaluation_three_processes_take_turns_at_the_batches_of_one(index):
     settings = EVALUATE | {"batch_size": 2}
-    whole = list(make_loader(index, **settings))
-    shares = [make_loader(index, **settings, process_index=p, process_count=3) for p in range(3)]
-    assert sum(load.num_images for load in shares) == len(index)
-    for process, load in enumerate(shares):
-        assert_equal_batches(load, whole[process::3])
-        assert load.num_images == sum(int(batch.valid.sum()) for batch in load)
+    whole = list(load(index, **settings))
+    shares = [load(index, **settings, process_index=p, process_count=3) for p in range(3)]
+    assert sum(share.num_images for share in shares) == len(index)
+    for process, share in enumerate(shares):
+        assert_equal_batches(share, whole[process::3])
+        assert share.num_images == sum(int(batch.valid.sum()) for batch in share)
 
 
 # What goes wrong
@@ -347,7 +343,7 @@ def test_in_evaluation_three_processes_take_turns_at_the_batches_of_one(index):
 def test_a_broken_image_reaches_the_consumer_by_name(dataset, workers):
     index = load_index(dataset.write([(24, 32)] * 6), "train2017")
     dataset.image_path("5.jpg").write_bytes(b"no image")
-    batches = iter(make_loader(index, **EVALUATE | {"batch_size": 2}, workers=workers))
+    batches = iter(load(index, **EVALUATE | {"batch_size": 2}, workers=workers))
     assert next(batches).image_index.tolist() == [0, 1]
     next(batches)
     with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true$"):
@@ -356,7 +352,7 @@ def test_a_broken_image_reaches_the_consumer_by_name(dataset, workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(index, workers):
-    batches = iter(make_loader(index, **TRAIN, num_steps=1000, workers=workers, threads=1))
+    batches = iter(load(index, **TRAIN, num_steps=1000, workers=workers, threads=1))
     next(batches)
     multiprocessing.active_children()[0].kill()
     began = time.perf_counter()
@@ -373,7 +369,7 @@ def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):
     loader_module._warn_once.cache_clear()
     settings = TRAIN | {"num_steps": 3, "skip_broken": True}
     with caplog.at_level(logging.WARNING):
-        batches = list(make_loader(index, **settings))
+        batches = list(load(index, **settings))
     for batch in batches:
         assert batch.valid.sum() == 3
         assert sorted(batch.image_index) == [-1, 0, 2, 3]
@@ -391,27 +387,26 @@ def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
     counts = np.frombuffer(longer, np.uint8)
     index = dataclasses.replace(index, rle_counts=counts, rle_offsets=np.array([0, len(counts)]))
     with pytest.raises(UserError, match="annotation 5"):
-        list(make_loader(index, **TRAIN))
+        list(load(index, **TRAIN))
 
 
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
         ({"image_indices": []}, "no images to load"),
-        ({"batch_size": 0}, "batch_size 0"),
         ({"process_count": 3}, "multiple of 3 processes"),
         ({"mask_side": 100}, "multiple of 8"),
         ({"resize": "float64"}, "uint8, float32, pillow"),
-        ({"hflip": 1.5}, "probability"),
-        ({"color_jitter": -1}, "color_jitter -1"),
+        ({"hflip": 1.5}, "hflip is 1.5; use a value from 0 to 1"),
+        ({"color_jitter": -1}, "color_jitter is -1"),
         ({"threads": 0}, "threads"),
-        ({"seed": -1}, "seed -1"),
-        ({"buckets": "some"}, "auto or exact"),
+        ({"buckets": "some"}, "auto, exact"),
+        ({"short_side": 800, "long_side": 700}, "short_side is 800; use at most"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(index, setting, told):
     with pytest.raises(UserError, match=told):
-        make_loader(index, **TRAIN | setting)
+        load(index, **TRAIN | setting)
 
 
 def test_on_coco_boxes_and_masks_agree_in_every_batch(coco_dir):
@@ -420,13 +415,13 @@ def test_on_coco_boxes_and_masks_agree_in_every_batch(coco_dir):
         "batch_size": 4,
         "short_side": 800,
         "long_side": 1333,
-        "shuffle": True,
+        "train": True,
         "annotations": True,
         "hflip": 0.5,
     }
     close = []
-    for batch in make_loader(index, **settings, num_steps=6, threads=2):
-        assert batch.images.shape[1:3] in buckets_for(800, 1333, "auto")
+    for batch in load(index, **settings, num_steps=6, threads=2):
+        assert batch.images.shape[1:3] in buckets(800, 1333)
         masks = np.unpackbits(batch.gt.masks, axis=3, bitorder="little")
         for row, k in np.argwhere(batch.gt.valid):
             height, width = batch.gt.mask_sizes[row]

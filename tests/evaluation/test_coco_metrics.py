@@ -185,6 +185,7 @@ def test_the_table_names_every_number_and_ends_in_one_line(dataset):
     assert lines[-1] == "box AP 0.500  mask AP 0.500"
     assert [line.split()[0] for line in lines[1:13]] == list(STATISTICS)
     assert "cup".ljust(8) + "   1.000    1.000" in lines
+    assert "APl".ljust(8) + "    none    none" in lines, "there are no large objects"
 
 
 def test_results_of_unknown_images_and_missing_files_are_the_users_to_mend(dataset, tmp_path):

@@ -1,5 +1,6 @@
 """Whatever lies in a file of results or in the folder of a run: it is read, or refused in a sentence."""
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -8,11 +9,11 @@ import numpy as np
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.configs import base
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.evaluation.detections_file import read_results
-from maskrcnn_jax.training.checkpoint import load_config, save_config
+from maskrcnn_jax.options import Options
+from maskrcnn_jax.run_folder import load_options, save_options
 from tests.hostile import change_document, changes, damage_bytes, damages, hostile
 
 _HELD = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
@@ -31,7 +32,7 @@ _TRUTH = {
 _RESULTS = [
     {"image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9.5], "score": 0.5, "segmentation": _MASK} for i in (1, 2)
 ]
-_CONFIG = base.get_config().to_json_best_effort()
+_CONFIG = json.dumps(dataclasses.asdict(Options()))
 _CATEGORIES = {"num_classes": 3, "categories": [{"id": i, "name": "cat", "label": i} for i in (1, 2)]}
 
 
@@ -59,7 +60,7 @@ def test_hostile_results_and_annotations_are_evaluated_or_refused(of_truth, of_r
 def test_hostile_files_of_a_run_are_read_or_refused(of_config, of_categories, damages):
     _write("config.json", json.loads(_CONFIG), of_config, damages)
     try:
-        save_config(load_config(_FOLDER, base.get_config()), _FOLDER)
+        save_options(load_options(_FOLDER), _FOLDER)
     finally:
         categories = Categories.load(_write("categories.json", _CATEGORIES, of_categories, damages))
         assert categories.num_classes > max(categories.labels)

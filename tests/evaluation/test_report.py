@@ -13,7 +13,7 @@ from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, load_annotations
 from maskrcnn_jax.evaluation.report import write_report
 
-# Written into a copy of the page: says what a reader would see.
+# Appended to a copy of the page: reports what a reader would see.
 CHECK = """<script>
 addEventListener("load", () => {
   const broken = [...document.images].filter(image => !image.complete || !image.naturalWidth).length;
@@ -53,7 +53,7 @@ def report(path, truth, results, training=None):
 def test_a_browser_shows_the_whole_page(truth, tmp_path, some):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
-        pytest.skip("there is no Chromium; .ci/run installs it where it can")
+        pytest.skip("Chromium is not installed")
     training = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "loss": 2.0, "loss_mask": 1.0}, {"step": 2, "bbox_AP": 0.1, "segm_AP": 0.2}]
     training.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
@@ -63,28 +63,41 @@ def test_a_browser_shows_the_whole_page(truth, tmp_path, some):
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page asks for another file"
     (tmp_path / "checked.html").write_text(page.replace("</body>", CHECK))
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--dump-dom"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "checked.html").as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     seen = json.loads(re.search(r"<title>(.*?)</title>", shown)[1].replace("&lt;", "<").replace("&gt;", ">"))
     headings = seen.pop("headings")
     assert len(headings) == 7 and headings[0] == "Average precision" and headings[-1] == "Training"
-    assert seen == {"images": 6, "plots": 2, "broken": 0, "wide": False}
+    assert seen == {"images": 6, "plots": 4, "broken": 0, "wide": False}
 
 
 def test_the_numbers_are_those_of_the_evaluation(truth, tmp_path):
     page = report(tmp_path / "page.html", truth, perfect(truth))
-    assert "Box AP 1.0, mask AP 1.0" in page
+    assert "Box AP 1.000, mask AP 1.000" in page
     assert "a &lt;run&gt;" in page
     assert "Training" not in page, "there was none"
     empty = report(tmp_path / "empty.html", truth, [])
-    assert "Box AP 0.0, mask AP 0.0" in empty
+    assert "Box AP 0.000, mask AP 0.000" in empty
 
 
-def test_where_only_boxes_are_known_a_page_has_what_they_tell(truth, tmp_path):
+def test_a_dataset_without_masks_lacks_masks_and_not_objects(truth, tmp_path):
     truth, results = copy.deepcopy(truth), perfect(truth)
     for annotation in truth.anns.values():
         annotation.pop("segmentation")
-    assert "Box AP 1.0, mask AP none to find" in report(tmp_path / "page.html", truth, results)
+    page = report(tmp_path / "page.html", truth, results)
+    assert "Box AP 1.000. There is no mask AP" in page
+    assert "The objects have no annotated masks." in page
+    assert '<td>AP</td><td class="number">1.000</td><td class="number">no masks</td>' in page
+    assert '<td>APl</td><td class="number">no objects</td><td class="number">no objects</td>' in page
+
+
+def test_a_dataset_without_objects_has_a_page(truth, tmp_path):
+    truth = copy.deepcopy(truth)
+    truth.dataset["annotations"] = []
+    truth.createIndex()
+    page = report(tmp_path / "page.html", truth, [])
+    assert "There is no AP" in page and "No objects are annotated." in page
 
 
 def test_many_categories_are_listed_by_their_confusions(truth, tmp_path):
@@ -94,4 +107,4 @@ def test_many_categories_are_listed_by_their_confusions(truth, tmp_path):
     for result in results[:2]:
         result["category_id"] = 100
     page = report(tmp_path / "page.html", truth, results)
-    assert "said to be" in page and "<td>other0</td>" in page
+    assert "predicted as" in page and "<td>other0</td>" in page

@@ -1,5 +1,6 @@
 """Exported models, run by tools/run_exported.py in a process that cannot import this package."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import shapes
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.export import dequantize, export_model, quantize, quantized_network
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from tests.models.tiny import OPTIONS, tiny_model
+from maskrcnn_jax.options import DataOptions, Options
+from tests.models.tiny import tiny_model, tiny_options
 from tools.run_exported import ExportedModel
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +49,9 @@ def _quick(quick_compilation):
 
 @pytest.fixture
 def predictor():
-    config = shapes.get_config()
-    config.data.short_side = config.data.long_side = config.data.mask_side = 64
-    config.model.update({name: value for name, value in OPTIONS.items() if name != "num_classes"})
-    config.model.box_min_size = 8.0  # so that nothing is found in an image of fewer rows
-    return Predictor(tiny_model(**{**config.model, "num_classes": 5}), CATEGORIES, config)
+    # Nothing is found in an image of fewer rows than box_min_size.
+    model = tiny_model(box_min_size=8.0)
+    return Predictor(model, CATEGORIES, Options(model=model.options, data=DataOptions(short_side=64, long_side=64)))
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_eight_bits_take_less_space_and_find_what_the_rounded_network_finds(pred
     kept = jax.tree.leaves(predictor.network)
     assert sum(array.nbytes for array in arrays) < 0.4 * sum(np.asarray(leaf).nbytes for leaf in kept if leaf.ndim)
     found = ExportedModel(tmp_path / "model.mrcnn").detect(images[:1], min_score=0)[0]
-    rounded = Predictor(quantized_network(predictor.network), CATEGORIES, predictor.config)
+    rounded = Predictor(quantized_network(predictor.network), CATEGORIES, predictor.options)
     theirs = rounded.predict(images[0], min_score=0)
     np.testing.assert_array_equal(found["labels"], theirs.labels)
     np.testing.assert_allclose(found["boxes"], theirs.boxes, atol=0.01)
@@ -119,10 +118,11 @@ def test_eight_bits_keep_each_channel_to_half_a_level():
 
 @pytest.mark.parametrize(
     ("sizes", "buckets", "said"),
-    [((), "exact", "give those to export by --sizes"), ([(64, 65)], "auto", "padded to 64x65 do not fit")],
+    [((), "exact", "give the sizes to export"), ([(64, 65)], "auto", "padded to 64x65 do not fit")],
 )
 def test_sizes_that_cannot_be_are_refused(predictor, tmp_path, sizes, buckets, said):
-    predictor.config.data.buckets = buckets
+    data = dataclasses.replace(predictor.options.data, buckets=buckets)
+    predictor = Predictor(predictor.network, CATEGORIES, dataclasses.replace(predictor.options, data=data))
     with pytest.raises(UserError, match=said):
         export_model(predictor, tmp_path / "model.mrcnn", sizes=sizes)
     assert not list(tmp_path.iterdir())
@@ -136,8 +136,8 @@ def test_images_that_fit_no_exported_size_are_refused(predictor, tmp_path):
 
 
 def test_other_networks_can_be_traced_for_any_number_of_images(predictor, tmp_path):
-    config = predictor.config
-    config.model.update({"backbone": "mobilenet_v3_large", "roi_operator": "pool", "mask_deconv": False})
-    network = MaskRCNN(5, **config.model, rngs=nnx.Rngs(0))
-    export_model(Predictor(network, CATEGORIES, config), tmp_path / "model.mrcnn")
+    model = tiny_options(backbone="mobilenet_v3_large", roi_operator="pool", mask_deconv=False)
+    options = dataclasses.replace(predictor.options, model=model)
+    network = MaskRCNN(5, model, rngs=nnx.Rngs(0))
+    export_model(Predictor(network, CATEGORIES, options), tmp_path / "model.mrcnn")
     assert "64x64.stablehlo" in np.load(tmp_path / "model.mrcnn").files

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from configs import base
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import is_video, list_images, predict_images, predict_video
 from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.structures import Batch, Detections
 
 
@@ -38,8 +38,7 @@ class FakePredictor(Predictor):
     """A predictor that sees images as they are and finds in them what ``detect`` says."""
 
     def __init__(self, channels=3):
-        self.config = base.get_config()
-        self.config.model.in_channels = channels
+        self.options = Options(model=ModelOptions(in_channels=channels))
         self.categories = Categories.create([7, 9], ["cup", "dog"])
         self._detect = detect
         self.seen = []

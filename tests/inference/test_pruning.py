@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import shapes
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.export import export_model
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.inference.pruning import prune_channels
-from tests.models.tiny import OPTIONS, SIDE, tiny_model
+from maskrcnn_jax.options import DataOptions, Options
+from tests.models.tiny import SIDE, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +115,10 @@ def test_other_backbones_are_refused():
 
 
 def test_fewer_channels_in_eight_bits_make_a_smaller_file(tmp_path):
-    config = shapes.get_config()
-    config.data.short_side = config.data.long_side = config.data.mask_side = 64
-    config.model.update({name: value for name, value in OPTIONS.items() if name != "num_classes"})
-    network = tiny_model(**{**config.model, "num_classes": 5})
+    network = tiny_model()
+    options = Options(model=network.options, data=DataOptions(short_side=64, long_side=64))
     categories = Categories.create([1, 2, 3, 4], ["heart", "circle", "star", "ring"])
-    export_model(Predictor(prune_channels(network, 0.5), categories, config), tmp_path / "model.mrcnn", int8=True)
+    export_model(Predictor(prune_channels(network, 0.5), categories, options), tmp_path / "model.mrcnn", int8=True)
     with np.load(tmp_path / "model.mrcnn") as file:
         written = sum(file[name].nbytes for name in file.files if name.startswith("weights/"))
     assert written < 0.7 / 4 * sum(array.nbytes for array in arrays(network).values())

@@ -6,12 +6,12 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
 
 SIDE = 64
 NUM_CLASSES = 5
 OPTIONS = {
-    "num_classes": NUM_CLASSES,
     "backbone": "resnet18",
     "stem_channels": 8,
     "stage_channels": 8,
@@ -31,13 +31,19 @@ OPTIONS = {
 }
 
 
-def tiny_model(**options) -> MaskRCNN:
-    """Build the model; every option of MaskRCNN can be overridden.
+def tiny_options(**changes) -> ModelOptions:
+    """Return the options of the model, any of which can be changed."""
+    return ModelOptions(**(OPTIONS | changes))
+
+
+def tiny_model(*, num_classes: int = NUM_CLASSES, **changes) -> MaskRCNN:
+    """Build the model; every option can be changed.
 
     Its values are drawn with numpy: drawing each in its own compiled program takes far longer. Biases and statistics
     are not the trivial ones of an initialised network, so that forgetting one shows.
     """
-    model = nnx.eval_shape(lambda: MaskRCNN(**(OPTIONS | options), rngs=nnx.Rngs(0)))
+    options = tiny_options(**changes)
+    model = nnx.eval_shape(lambda: MaskRCNN(num_classes, options, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from configs import torchvision_r50_fpn, torchvision_r50_fpn_v2  # noqa: E402
+from maskrcnn_jax.config import load_config  # noqa: E402
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN  # noqa: E402
+from maskrcnn_jax.options import ModelOptions  # noqa: E402
 from tools.compare_torch import compare  # noqa: E402
 from tools.comparison.comparison_page import Comparison  # noqa: E402
 from tools.comparison.pair import read_images  # noqa: E402
 
-CONFIGS = {"v1": torchvision_r50_fpn, "v2": torchvision_r50_fpn_v2}
+CONFIGS = {"v1": "torchvision_r50_fpn", "v2": "torchvision_r50_fpn_v2"}
 NARROW = {
     "stem_channels": 8,
     "stage_channels": 32,
@@ -29,12 +30,12 @@ NARROW = {
 }
 
 
-def options_of(version: str, **changes) -> dict:
-    options = CONFIGS[version].get_config().model.to_dict() | {"norm_eps": 1e-5} | changes
+def options_of(version: str, **changes) -> ModelOptions:
+    options = load_config(CONFIGS[version]).model.to_dict() | {"norm_eps": 1e-5} | changes
     if "fpn_channels" in changes:
         options["box_fc_channels"] = (32,) if version == "v2" else (32, 32)
         options["box_conv_channels"] = (16, 16) if version == "v2" else ()
-    return options
+    return ModelOptions(**options)
 
 
 def compare_on(coco_dir, options, dtype, num_images=2, **settings):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from ml_collections import ConfigDict
 
-from configs import shapes
+from maskrcnn_jax.config import load_config
 from maskrcnn_jax.data.shapes import write_dataset
 
 
@@ -22,7 +22,7 @@ def shapes_dir(tmp_path_factory):
 
 
 def _small(shapes_dir) -> ConfigDict:
-    config = shapes.get_config()
+    config = load_config("shapes")
     config.batch_size = 8
     config.eval_batch_size = 2
     config.epochs = 2

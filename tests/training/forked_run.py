@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.commands.app import quieten_libraries
+from maskrcnn_jax.config import to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.loop import train
 
@@ -40,7 +41,7 @@ def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
         os.dup2(output.fileno(), 2)
     quieten_libraries()
     try:
-        train(config, workdir, make_evaluate=_make_evaluate)
+        train(to_options(config), workdir, make_evaluate=_make_evaluate)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

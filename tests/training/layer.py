@@ -10,6 +10,7 @@ from flax import nnx
 
 from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.models.layers import BatchNorm, Conv
+from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 
 
@@ -44,13 +45,12 @@ def points(batch_size=8, seed=0):
 class Training:
     """A state and the step that changes it."""
 
-    def __init__(self, dtype="float16", *, optimizer=None, normalized=True, loss_scale=2.0**15, devices=8, **options):
+    def __init__(self, dtype="float16", *, optimizer=None, normalized=True, devices=8, shard=False, **options):
         self.mesh = make_mesh(jax.devices()[:devices])
         optimizer = optimizer or optax.adamw(optax.linear_schedule(0.1, 0.0, 100))
-        model, average = Layer(dtype, normalized=normalized), options.get("ema_decay", 0) > 0
-        placing = {"average": average, "divide": options.pop("divide", False)}
-        graphdef, self.state = create_train_state(model, optimizer, self.mesh, loss_scale=loss_scale, **placing)
-        self.train_step = TrainStep(graphdef, optimizer, self.mesh, **options)
+        model, optim = Layer(dtype, normalized=normalized), OptimOptions(**options)
+        graphdef, self.state = create_train_state(model, optimizer, self.mesh, optim, shard=shard)
+        self.train_step = TrainStep(graphdef, optimizer, self.mesh, optim)
 
     def step(self, batch):
         """Take a step; returns its metrics."""

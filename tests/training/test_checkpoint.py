@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.run_folder import CheckpointReader
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from tests.training.layer import Training, assert_same, points
 
@@ -69,7 +70,7 @@ def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another training is writing into"):
         Checkpoints(tmp_path)
-    Checkpoints(tmp_path, read_only=True).close()
+    CheckpointReader(tmp_path).close()
     other.communicate("\n")
     Checkpoints(tmp_path).close()
 
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monk
         path = damaged / path.relative_to(tmp_path / "run")
         os.truncate(path, path.stat().st_size // 2)
         if path.parts[-2:] == ("metrics", "metrics"):
-            with pytest.raises(UserError, match="metrics is no evaluation that can be read; delete the folder"):
+            with pytest.raises(UserError, match="does not hold the metrics of an evaluation; delete the folder"):
                 Checkpoints(damaged)
             continue
         with contextlib.closing(Checkpoints(damaged)) as checkpoints:
@@ -111,9 +112,9 @@ def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monk
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "nothing is put aside where nothing else is left"
 
 
-@pytest.mark.parametrize("divide", [False, True])
-def test_a_checkpoint_of_eight_devices_goes_on_with_two(tmp_path, divide):
-    eight, two = (Training("float32", ema_decay=0.9, divide=divide, devices=devices) for devices in (8, 2))
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_checkpoint_of_eight_devices_goes_on_with_two(tmp_path, shard):
+    eight, two = (Training("float32", ema_decay=0.9, shard=shard, devices=devices) for devices in (8, 2))
     for seed in range(3):
         eight.step(points(seed=seed))
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:

@@ -6,17 +6,20 @@ import optax
 import pytest
 
 from maskrcnn_jax.distributed import make_mesh, shard_batch
+from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tests.models.tiny import tiny_batch, tiny_model
 
 STEPS = 5
 
 
-def train(num_devices, optimizer, *, dtype, side, divide=False):
+def train(num_devices, optimizer, *, dtype, side, shard=False):
     """Return the losses, and the parameters and statistics after the last step."""
     mesh = make_mesh(jax.devices()[:num_devices])
-    graphdef, state = create_train_state(tiny_model(norm="batch", dtype=dtype), optimizer, mesh, divide=divide)
-    train_step = TrainStep(graphdef, optimizer, mesh)
+    graphdef, state = create_train_state(
+        tiny_model(norm="batch", dtype=dtype), optimizer, mesh, OptimOptions(), shard=shard
+    )
+    train_step = TrainStep(graphdef, optimizer, mesh, OptimOptions())
     batch = shard_batch(tiny_batch(batch_size=8, side=side), mesh)
     losses = []
     for _ in range(STEPS):
@@ -29,7 +32,7 @@ def assert_same_on_all_numbers_of_devices(tolerance, *options, **more):
     expected_losses, expected = train(1, *options, **more)
     assert len(set(expected_losses)) == STEPS, "nothing is trained"
     for num_devices in (2, 4, 8):
-        losses, arrays = train(num_devices, *options, **more, divide=num_devices == 4)
+        losses, arrays = train(num_devices, *options, **more, shard=num_devices == 4)
         np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
         for ours, theirs in zip(arrays, expected, strict=True):
             assert np.abs(ours - theirs).max(initial=0) <= tolerance * max(np.abs(theirs).max(initial=0), 1e-3)

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import re
 import shutil
 import signal
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
 from maskrcnn_jax.checking import annotations as check_annotations
+from maskrcnn_jax.config import to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.training.checkpoint import Checkpoints, load_config, restore_model
-from maskrcnn_jax.training.loop import _Log, shard_batch, train
+from maskrcnn_jax.run_folder import load_run
+from maskrcnn_jax.training import loop
+from maskrcnn_jax.training.checkpoint import Checkpoints
+from maskrcnn_jax.training.log import StepLog
+from maskrcnn_jax.training.loop import shard_batch
 from maskrcnn_jax.training.step import TrainStep
 from tests.checking.dataset_faults import FAULTS, READ_ANYWAY, damage, file_listed_twice
 
@@ -25,6 +29,10 @@ from tests.checking.dataset_faults import FAULTS, READ_ANYWAY, damage, file_list
 class FakeEvaluation(NamedTuple):
     metrics: dict
     picture: np.ndarray = np.zeros((8, 8, 3), np.uint8)
+
+
+def train(config, workdir, **options):
+    loop.train(to_options(config), workdir, **options)
 
 
 def never(categories):
@@ -45,17 +53,18 @@ def lines(workdir):
 
 
 def arrays(workdir):
-    model, _ = restore_model(workdir, load_config(workdir, base.get_config()).model)
+    model, _, _ = load_run(workdir)
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
 
 
-def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path, capsys):
+def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path, caplog):
     config.optim.lr, config.optim.lr_batch_size = 0.001, 16
-    train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
-    started, compiled, expected = capsys.readouterr().out.splitlines()[-3:]
+    with caplog.at_level(logging.INFO, "maskrcnn_jax.training"):
+        train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
+    started, compiled, expected = caplog.messages[-3:]
     assert re.match(r"starting at step 0 of 4, 2 steps an epoch, batch 8 on 8 cpu devices, 0.\d M parameters", started)
     assert re.fullmatch(r"images of 64x64: a step takes [1-9]\d* MiB of each device, compiled in \d+ s", compiled)
-    assert re.fullmatch(r"expected: 0:0\d:\d\d for the other 2 steps, without evaluations", expected)
+    assert re.fullmatch(r"expected time: 0:0\d:\d\d for the other 2 steps, without evaluations", expected)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model"]["stem_channels"] == 8
     assert written["optim"]["lr"] == 0.0005, "not that of this batch size"
@@ -72,7 +81,8 @@ def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_p
 
 
 @pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, capsys):
+def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, caplog):
+    caplog.set_level(logging.INFO, "maskrcnn_jax.training")
     config.eval_every = 1
     if mixed:
         config.epochs, config.eval_every, config.batch_size, config.model.dtype = 4, 2, 16, "float16"
@@ -102,7 +112,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, capsy
         for run in ("whole", "parts")
     ]
     assert timeless[0] == timeless[1]
-    assert ("batch 16 in 2 parts of 8 on 8 cpu devices" in capsys.readouterr().out) == mixed
+    assert ("batch 16 in 2 accumulation steps of 8 on 8 cpu devices" in caplog.text) == mixed
     if mixed:
         skipped = [line["skipped"] for line in timeless[0] if "skipped" in line]
         assert skipped[0] > 0, "the scale is too small to tell anything"
@@ -128,7 +138,7 @@ def test_a_signal_at_any_moment_is_followed_by_a_checkpoint_and_costs_no_evaluat
         patch.setattr(owner, name, method)
 
     # Steps 2 and 4 are evaluated. What is logged after a step is waited for when it is decided whether to save.
-    moments = [(_Log, "write", 1, 2), (_Log, "add", 2, 2), (_Log, "add", 4, 4), (Checkpoints, "wait", 3, 4)]
+    moments = [(StepLog, "write", 1, 2), (StepLog, "add", 2, 2), (StepLog, "add", 4, 4), (Checkpoints, "wait", 3, 4)]
     for i, (owner, name, call, stopped_at) in enumerate(moments):
         run = tmp_path / str(i)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
@@ -185,9 +195,9 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
     assert checkpoints.steps == [2, 4]
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 4)
     checkpoints.close()
-    restore_model(tmp_path, config.model, which="best")
+    load_run(tmp_path, checkpoint="best")
     with pytest.raises(UserError, match=r"no checkpoint '3'; there are: \[2, 4\]"):
-        restore_model(tmp_path, config.model, which="3")
+        load_run(tmp_path, checkpoint="3")
 
 
 def test_the_step_compiles_once_and_batches_are_placed_while_it_runs(config, tmp_path, monkeypatch):
@@ -228,7 +238,7 @@ class SlowArray:
 def test_the_wait_for_data_is_the_time_in_which_the_devices_have_nothing_to_do():
     waits, idle_from = [], 0
     with ThreadPoolExecutor(1) as watcher:
-        log = _Log(None, None, None, 0, 1, 1, watcher)
+        log = StepLog(None, None, None, updates=0, batch_size=1, steps_per_epoch=1, watcher=watcher)
         for seconds_of_batch, seconds_of_step in [(0.1, 0.4), (0.1, 0.4), (0.6, 0.1), (0, 0)]:
             wanted = time.perf_counter()
             time.sleep(seconds_of_batch)
@@ -251,7 +261,8 @@ def test_the_logged_learning_rate_is_that_of_the_last_step_that_was_taken():
     names = ("loss", "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
     with ThreadPoolExecutor(1) as watcher:
         # Resumed at step 10, of which 3 were skipped.
-        log = _Log(Writer(), None, lambda updates: 100 + updates, 7, 1, 1, watcher)
+        schedule = {"updates": 7, "batch_size": 1, "steps_per_epoch": 1}
+        log = StepLog(Writer(), None, lambda updates: 100 + updates, **schedule, watcher=watcher)
         for step, skipped in enumerate([0, 1, 1, 0, 1], start=11):
             row = dict.fromkeys(names, 1.0) | {"gradient_norm": np.inf if skipped else 1.0, "loss_scale": 2.0}
             log.add(step, row | {"skipped": float(skipped)}, np.zeros(1, int), 0, 0)

@@ -5,13 +5,12 @@ import pytest
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 
 
 def make(**changes):
-    options = {"kind": "adamw", "b1": 0.9, "b2": 0.999, "momentum": 0.9, "clip_norm": 0.0}
-    options |= {"weight_decay": 0.0, "decay_norm_and_bias": False, "frozen_stages": 0}
-    return make_optimizer(lambda _: 0.1, **(options | changes))
+    return make_optimizer(OptimOptions(**({"clip_norm": 0.0, "weight_decay": 0.0} | changes)), lambda _: 0.1)
 
 
 def update(optimizer, params, gradients):
@@ -19,7 +18,7 @@ def update(optimizer, params, gradients):
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
-    schedule = make_schedule(lr=1.0, warmup_steps=10, final_lr_fraction=0.0, num_steps=110)
+    schedule = make_schedule(OptimOptions(lr=1.0, warmup_steps=10), 110)
     assert float(schedule(0)) == pytest.approx(0.001, rel=1e-4)  # a float32
     assert float(schedule(5)) == pytest.approx((0.001 + 1) / 2)
     assert float(schedule(10)) == pytest.approx(1.0)
@@ -28,19 +27,24 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
 
 
 def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
-    schedule = make_schedule(lr=1.0, warmup_steps=500, final_lr_fraction=0.0, num_steps=50)
+    schedule = make_schedule(OptimOptions(lr=1.0), 50)
     assert float(schedule(5)) == pytest.approx(1.0)
 
 
 def test_a_run_of_a_few_steps_starts_at_the_peak():
-    schedule = make_schedule(lr=1.0, warmup_steps=500, final_lr_fraction=0.0, num_steps=4)
+    schedule = make_schedule(OptimOptions(lr=1.0), 4)
     assert float(schedule(0)) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("bad", [{"lr": float("nan")}, {"lr": 0.0}, {"num_steps": 0}])
-def test_a_rate_or_length_that_is_no_positive_number_is_refused(bad):
-    with pytest.raises(UserError, match="must be positive numbers"):
-        make_schedule(**({"lr": 1.0, "warmup_steps": 0, "final_lr_fraction": 0.0, "num_steps": 9} | bad))
+@pytest.mark.parametrize("lr", [float("nan"), 0.0, -1.0, float("inf")])
+def test_a_learning_rate_that_is_not_a_positive_number_is_refused(lr):
+    with pytest.raises(UserError, match="optim.lr is"):
+        OptimOptions(lr=lr)
+
+
+def test_a_run_without_steps_is_refused():
+    with pytest.raises(UserError, match="the run has 0 steps"):
+        make_schedule(OptimOptions(), 0)
 
 
 def test_weight_decay_spares_biases_and_norms_unless_asked():

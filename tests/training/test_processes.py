@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import shapes
+from maskrcnn_jax.config import load_config
 from tests.training.saved import saved_arrays
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ STEPS = 5
 def arguments(config):
     """Return what differs from configs/shapes.py, as options."""
     changed, options = config.to_dict(), []
-    usual = shapes.get_config().to_dict()
+    usual = load_config("shapes").to_dict()
     for part in (None, "model", "data", "optim"):
         ours, theirs = (changed[part], usual[part]) if part else (changed, usual)
         prefix = f"{part}." if part else ""

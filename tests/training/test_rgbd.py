@@ -6,11 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
+from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.coco import load_index
-from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.training.loop import train
+from tests.data.loading import load
 from tests.models.tiny import tiny_model
 
 
@@ -40,7 +41,7 @@ def test_two_steps_train_on_rgbd_and_are_evaluated(config, rgbd_dir, tmp_path):
     evaluations = []
 
     def make_evaluate(categories):
-        evaluator = Evaluator(config, categories)
+        evaluator = Evaluator(to_options(config), categories)
 
         def evaluate(model):
             assert model.backbone.stem.conv.kernel.shape[2] == 4
@@ -49,7 +50,7 @@ def test_two_steps_train_on_rgbd_and_are_evaluated(config, rgbd_dir, tmp_path):
 
         return evaluate
 
-    train(config, tmp_path / "run", make_evaluate=make_evaluate)
+    train(to_options(config), tmp_path / "run", make_evaluate=make_evaluate)
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert np.isfinite(line["loss"])
     assert evaluations[0].picture.shape[2] == 3
@@ -58,9 +59,9 @@ def test_two_steps_train_on_rgbd_and_are_evaluated(config, rgbd_dir, tmp_path):
 @pytest.mark.parametrize("resize", ["uint8", "float32", "pillow"])
 def test_depth_is_resized_and_mirrored_and_keeps_its_values_when_colours_change(rgbd_dir, resize):
     index = load_index(rgbd_dir, "train2017")
-    options = {"batch_size": 4, "short_side": 96, "long_side": 96, "shuffle": False, "annotations": False}
+    options = {"batch_size": 4, "short_side": 96, "long_side": 96, "train": True, "annotations": False}
     options |= {"resize": resize, "hflip": 1.0, "color_jitter": 0.5}
-    rgbd, rgb = (next(iter(make_loader(index, **options, channels=channels))).images for channels in (4, 3))
+    rgbd, rgb = (next(iter(load(index, **options, channels=channels))).images for channels in (4, 3))
     assert rgbd.shape == (4, 96, 96, 4)
     np.testing.assert_array_equal(rgbd[..., :3], rgb)
     place = np.clip((np.arange(96) + 0.5) * 64 / 96 - 0.5, 0, 63)
@@ -95,7 +96,7 @@ def test_further_channels_are_normalised_around_a_half():
 
 
 def test_channels_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="in_channels is 1; use 3"):
+    with pytest.raises(UserError, match="in_channels is 1; use at least 3"):
         tiny_model(in_channels=1)
     images = np.zeros((1, 32, 32, 3), np.uint8)
     with pytest.raises(UserError, match="images have 3 channels where model.in_channels is 4"):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import detectron2_r50_fpn, detectron2_r101_fpn, torchvision_r50_fpn, torchvision_r50_fpn_v2
+from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights import detectron2
 from maskrcnn_jax.weights.convert import load_weights, to_torchvision
 from tests.models.tiny import tiny_batch, tiny_model
@@ -33,9 +34,10 @@ def narrow_model(**options) -> MaskRCNN:
     return tiny_model(**(NARROW | options))
 
 
-def without_memory(*args, **options) -> MaskRCNN:
-    """Build a model of any size whose arrays are views of one zero."""
-    model = nnx.eval_shape(lambda: MaskRCNN(*args, **options, rngs=nnx.Rngs(0)))
+def without_memory(num_classes: int, config: str) -> MaskRCNN:
+    """Build the model of a config whose arrays are views of one zero."""
+    options = to_options(load_config(config)).model
+    model = nnx.eval_shape(lambda: MaskRCNN(num_classes, options, rngs=nnx.Rngs(0)))
     nnx.update(model, jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), nnx.state(model)))
     return model
 
@@ -96,8 +98,8 @@ def test_loading_copies_the_arrays():
 @pytest.mark.parametrize(
     ("config", "build", "num_parameters"),
     [
-        (torchvision_r50_fpn, "maskrcnn_resnet50_fpn", 44_401_393),
-        (torchvision_r50_fpn_v2, "maskrcnn_resnet50_fpn_v2", 46_359_409),
+        ("torchvision_r50_fpn", "maskrcnn_resnet50_fpn", 44_401_393),
+        ("torchvision_r50_fpn_v2", "maskrcnn_resnet50_fpn_v2", 46_359_409),
     ],
 )
 def test_the_configs_have_torchvisions_arrays_by_name_shape_and_number(config, build, num_parameters):
@@ -107,12 +109,12 @@ def test_the_configs_have_torchvisions_arrays_by_name_shape_and_number(config, b
     torchvision = import_torchvision()
     with torch.device("meta"):
         reference = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None).state_dict()
-    model = without_memory(**config.get_config().model)
+    model = without_memory(91, config)
     counted = [p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))]
     # A frozen norm's 26,560 pairs are no parameters of ours; torchvision counts its own likewise.
     assert sum(counted) == num_parameters
     ours = {key: array.shape for key, array in to_torchvision(model).items()}
-    frozen = config is torchvision_r50_fpn  # without pretrained weights torchvision builds batch norms instead
+    frozen = config == "torchvision_r50_fpn"  # without pretrained weights torchvision builds batch norms instead
     theirs = {k: tuple(t.shape) for k, t in reference.items() if not (frozen and k.endswith("num_batches_tracked"))}
     assert ours == theirs
 
@@ -126,9 +128,9 @@ def test_an_exported_model_loads_strictly_into_torchvision(options):
 
     model = narrow_model(**options)
     arrays = to_torchvision(model)
-    config = (torchvision_r50_fpn_v2 if options is V2 else torchvision_r50_fpn).get_config().model.to_dict()
+    config = load_config("torchvision_r50_fpn_v2" if options is V2 else "torchvision_r50_fpn").model.to_dict()
     config |= NARROW | {"norm_eps": 1e-5, "fpn_channels": 16, "mask_channels": 16} | options
-    reference = build_reference(config, 5)
+    reference = build_reference(ModelOptions(**config), 5)
     reference.load_state_dict({key: torch.tensor(array) for key, array in arrays.items()}, strict=True)
 
 
@@ -345,9 +347,9 @@ def detectron2_arrays(model) -> dict:
     }
 
 
-@pytest.mark.parametrize(("config", "blocks"), [(detectron2_r50_fpn, 16), (detectron2_r101_fpn, 33)])
+@pytest.mark.parametrize(("config", "blocks"), [("detectron2_r50_fpn", 16), ("detectron2_r101_fpn", 33)])
 def test_the_names_and_shapes_are_those_of_detectron2s_model_zoo(config, blocks):
-    model = without_memory(81, **config.get_config().model)
+    model = without_memory(81, config)
     values = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
     shapes = {entry.key: entry.layout.write(values[entry.path]).shape for entry in detectron2.entries(model)}
     # Per block three convolutions with a norm of four arrays each, four shortcuts, the stem; then the rest.
@@ -431,7 +433,7 @@ def test_a_narrow_pkl_of_detectron2_loads_from_a_file_and_runs(tmp_path):
 
     from maskrcnn_jax.weights.files import read_arrays
 
-    config = detectron2_r50_fpn.get_config().model.to_dict()
+    config = load_config("detectron2_r50_fpn").model.to_dict()
     same = ("norm", "stride_in_1x1", "exact_anchors", "roi_aligned", "roi_sampling_ratio", "mask_targets_binary")
     options = NARROW | {name: config[name] for name in same}
     original = narrow_model(**options)

@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from maskrcnn_jax.data.coco import load_index
 from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
 from tools.benchmarks.inputs import Settings
 from tools.benchmarks.timing import Row, compare
 
@@ -39,17 +40,19 @@ def run(settings: Settings) -> list[Row]:
         for resize in ("uint8", "float32"):
             loader = make_loader(
                 index,
+                DataOptions(
+                    short_side=settings.height,
+                    long_side=settings.width,
+                    resize=resize,
+                    hflip=FLIP,
+                    threads=1,
+                    prefetch=1,
+                ),
                 batch_size=1,
-                short_side=settings.height,
-                long_side=settings.width,
-                shuffle=True,
+                train=True,
                 annotations=True,
-                resize=resize,
-                hflip=FLIP,
                 seed=settings.seed,
                 image_indices=chosen,
-                threads=1,
-                prefetch=1,
             )
             name = f"{len(chosen)} training images, resized as {resize}"
             row = compare(name, lambda loader=loader: _count(loader), references, settings.rounds)

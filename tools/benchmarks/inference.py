@@ -35,7 +35,7 @@ def _run(settings: Settings) -> list[Row]:
         torch_model, arrays = reference.make_reference(settings, photos)
         variants = reference.make_variants(torch_model, settings)
     inputs = jax.device_put((images, sizes))
-    most = settings.model_options["box_detections_per_img"]
+    most = settings.model_options.box_detections_per_img
     threshold, rows, best = 0.05 if settings.against else 0.0, [], None
     for wanted in (most, FEW):
         model = make_model(settings, arrays, box_score_thresh=threshold)

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from configs import torchvision_r50_fpn
+from maskrcnn_jax.config import load_config
 from maskrcnn_jax.data.shapes import draw_image
 from maskrcnn_jax.data.transforms import pack_masks
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.ops.boxes import box_iou
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
 from maskrcnn_jax.weights.convert import load_weights
 
@@ -61,11 +62,11 @@ class Settings:
         return dataclasses.replace(self, **{name: getattr(self, name) or value for name, value in defaults.items()})
 
     @property
-    def model_options(self) -> dict:
-        """Keyword arguments of MaskRCNN, but for the dtype."""
-        options = torchvision_r50_fpn.get_config().model.to_dict()
+    def model_options(self) -> ModelOptions:
+        """Options of the model, without the dtype."""
+        config = load_config("torchvision_r50_fpn").model
         # The epsilon of 0 of the published weights would divide by the variance of a dead channel.
-        return options | {"norm_eps": 1e-5} | dict(self.options)
+        return ModelOptions(**(config.to_dict() | {"norm_eps": 1e-5} | dict(self.options)))
 
     def describe(self) -> dict:
         """Return what a row says about its inputs."""
@@ -120,8 +121,8 @@ def pad_images(photos: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def make_model(settings: Settings, arrays: Mapping[str, np.ndarray] | None = None, **changes) -> MaskRCNN:
     """Build our model with torchvision's state dict, or with its own initial values."""
-    options = settings.model_options | {"dtype": settings.dtype} | changes
-    model = MaskRCNN(settings.num_classes, **options, rngs=nnx.Rngs(settings.seed))
+    options = dataclasses.replace(settings.model_options, dtype=settings.dtype, **changes)
+    model = MaskRCNN(settings.num_classes, options, rngs=nnx.Rngs(settings.seed))
     if arrays is not None:
         load_weights(model, arrays, source="torchvision's model")
     return model

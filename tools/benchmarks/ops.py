@@ -1,5 +1,6 @@
 """The operations that hold most of the time beside convolutions, one by one; results are compared before they race."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ def run(settings: Settings) -> list[Row]:
     settings = settings.having(height=800, width=1066, rounds=7, dtype="float32")
     rng = np.random.default_rng(settings.seed)
     shape = tuple(-(-side // STRIDE) * STRIDE for side in (settings.height, settings.width))
-    channels = settings.model_options["fpn_channels"]
+    channels = settings.model_options.fpn_channels
     return [
         _roi_align(settings, rng, shape, channels, 1, NUM_BOXES, gradient=False),
         _roi_align(settings, rng, shape, channels, TRAIN_IMAGES, TRAIN_BOXES, gradient=True),
@@ -155,9 +156,9 @@ def _proposals(settings: Settings, rng, shape) -> Row:
     objectness = [rng.normal(size=(1, 3, *cell)).astype(np.float32) for cell in cells]
     deltas = [rng.normal(scale=0.3, size=(1, 12, *cell)).astype(np.float32) for cell in cells]
     size = np.array([settings.height, settings.width], np.int32)
-    anchors = grid_anchors(shape, cells, options["anchor_sizes"], options["aspect_ratios"], exact=False)
+    anchors = grid_anchors(shape, cells, options.anchor_sizes, options.aspect_ratios, exact=False)
     keys = {"pre_nms_top_n": "rpn_pre_nms_top_n_test", "post_nms_top_n": "rpn_post_nms_top_n_test"}
-    limits = {name: options[key] for name, key in keys.items()}
+    limits = {name: getattr(options, key) for name, key in keys.items()}
     select = jax.jit(
         lambda o, d, s: select_proposals(
             o, d, [jnp.asarray(a) for a in anchors], s, nms_thresh=0.7, min_size=1e-3, **limits
@@ -192,11 +193,11 @@ def _proposals(settings: Settings, rng, shape) -> Row:
 def _detections(settings: Settings, rng, shape) -> Row:
     """Time the selection of detections from the outputs of the box head."""
     options, classes = settings.model_options, settings.num_classes
-    number = options["rpn_post_nms_top_n_test"]
+    number = options.rpn_post_nms_top_n_test
     logits = rng.normal(scale=1.5, size=(number, classes)).astype(np.float32)
     deltas = rng.normal(scale=0.5, size=(number, classes, 4)).astype(np.float32)
     boxes, size = random_boxes(rng, shape, number), np.array([settings.height, settings.width], np.int32)
-    limit = options["box_detections_per_img"]
+    limit = options.box_detections_per_img
     select = jax.jit(
         lambda c, d, p, s: select_detections(
             jax.nn.softmax(c)[:, 1:],
@@ -241,8 +242,12 @@ def _torch_model(settings: Settings):
 
     options = settings.model_options
     kept = ("anchor_sizes", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test")
-    narrow = options | NARROW | {name: options[name] for name in kept}
-    return reference.build_reference(narrow, settings.num_classes).eval().to(reference.torch_device())
+    narrow = NARROW | {name: getattr(options, name) for name in kept}
+    return (
+        reference.build_reference(dataclasses.replace(options, **narrow), settings.num_classes)
+        .eval()
+        .to(reference.torch_device())
+    )
 
 
 def _plain(model):

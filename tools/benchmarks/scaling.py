@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs import shapes
 from maskrcnn_jax import page
+from maskrcnn_jax.config import load_config
 from maskrcnn_jax.data.coco import load_index
 from maskrcnn_jax.structures import Batch
 from tests.data import large_index
@@ -49,7 +49,7 @@ def run(settings: Settings) -> Iterator[Row]:
     """Measure every axis, at images of SIDE or of --height, a batch of 1, 100 detections and 7 objects."""
     side = settings.height or SIDE
     settings = settings.having(height=side, width=side, rounds=3, dtype=default_dtype())
-    one, network = dataclasses.replace(settings, batch_size=1), settings.model_options["backbone"]
+    one, network = dataclasses.replace(settings, batch_size=1), settings.model_options.backbone
     square = f"{side}x{side}"
     infer = functools.partial(inference.time_of_ours, make_model(one, box_score_thresh=0.0))
 
@@ -80,7 +80,7 @@ def run(settings: Settings) -> Iterator[Row]:
 
 def _devices(settings: Settings) -> Iterator[Row]:
     """Measure simulated devices, which share the cores: what dividing the work costs, with a network that is small."""
-    options = shapes.get_config().model.to_dict() | dict(settings.options)
+    options = load_config("shapes").model.to_dict() | dict(settings.options)
     side, batch_size = settings.height // 2, 2 * max(DEVICES)
     settings = dataclasses.replace(settings, height=side, width=side, batch_size=batch_size, options=options)
     at = f"the network of configs/shapes.py, batch {batch_size}, {side}x{side}, {train.ORDINARY} objects an image"
@@ -146,30 +146,34 @@ def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> N
       rows: as run yields them.
       environment: as timing.environment returns it.
     """
-    hardware, versions = environment["hardware"], environment["versions"]
-    where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, jax {versions['jax']}"
-    about = f"{where}; commit {environment['commit']}, {environment['date']}. Median, and a bar between the quartiles."
-    scales = "Both scales start at zero: a straight line through the origin is cost in proportion."
-    sections = [page.paragraph(about), page.paragraph(scales)]
-    for axis in dict.fromkeys(row.settings["axis"] for row in rows):
-        sections += _section([row for row in rows if row.settings["axis"] == axis])
-    Path(path).write_text(page.page("How cost grows", sections), encoding="utf-8")
+    sections = {}
+    for row in rows:
+        sections.setdefault(row.settings["axis"], []).append(row)
+    page.write_page(
+        path,
+        Path(__file__).with_suffix(".html.j2"),
+        title="How cost grows",
+        environment=environment,
+        sections=[_section(of_axis) for of_axis in sections.values()],
+    )
 
 
-def _section(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the heading, the plot and the table of an axis."""
-    said, unit = rows[0].settings, {"s": "seconds", "mb": "MB"}[rows[0].unit]
-    name, _, at = said["at"].partition(": ")
-    yield page.heading(name)
+def _section(rows: Sequence[Row]) -> dict:
+    """Return the name, the plot and the table of an axis."""
+    settings, unit = rows[0].settings, {"s": "seconds", "mb": "MB"}[rows[0].unit]
+    name, _, at = settings["at"].partition(": ")
     figure = Figure(figsize=(6, 3.2))
     axes = figure.subplots()
     medians = np.array([row.ours.median for row in rows])
     around = np.abs([[row.ours.low for row in rows] - medians, [row.ours.high for row in rows] - medians])
     axes.errorbar([row.settings["x"] for row in rows], medians, around, marker="o", ecolor="black")
-    axes.set(xlabel=said["x_unit"], ylabel=unit, xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel=settings["x_unit"], ylabel=unit, xlim=(0, None), ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    yield page.plot(figure, at)
-    yield page.table(
-        [said["x_unit"], "median (quartiles)"], [[f"{row.settings['x']:,}", cell(row.ours, row.unit)] for row in rows]
-    )
+    return {
+        "name": name,
+        "at": at,
+        "unit": settings["x_unit"],
+        "plot": page.svg(figure),
+        "rows": [[f"{row.settings['x']:,}", cell(row.ours, row.unit)] for row in rows],
+    }

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from maskrcnn_jax.distributed import make_mesh, replicated, shard_batch
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import make_optimizer
 from maskrcnn_jax.training.step import TrainStep, compiler_options, create_train_state
@@ -77,7 +78,7 @@ def run(settings: Settings) -> list[Row]:
 def make_objects(settings: Settings, model: MaskRCNN, photos: list[np.ndarray]) -> dict[str, list[Objects]]:
     """Return the objects of every image: so that positives fill their quota, and as in a photograph."""
     rng = np.random.default_rng(settings.seed)
-    quota = model.roi_sampling["size"] * model.roi_sampling["positive_fraction"] * SPARE
+    quota = model.options.box_batch_size_per_image * model.options.box_positive_fraction * SPARE
     boxes, valid = _proposals(model, *pad_images(photos))
     return {
         "full quotas": [
@@ -96,7 +97,7 @@ def _proposals(model: MaskRCNN, images: np.ndarray, sizes: np.ndarray) -> tuple[
         model = nnx.merge(graphdef, state)
         levels = model.features(images, sizes)
         anchors = model.anchors(levels, images.shape[1:3])
-        return model.propose(*model.rpn(levels), anchors, sizes, model.rpn_selection_train)
+        return model.propose(*model.rpn(levels), anchors, sizes, train=True)
 
     found = jax.device_get(jax.jit(propose)(state, images, sizes))
     return found.boxes, found.valid
@@ -113,21 +114,12 @@ class OurTraining:
 
     def __init__(self, model: MaskRCNN, batch: Batch):
         mesh = mesh_for(len(batch.images))
-        optimizer = make_optimizer(
-            lambda _: LEARNING_RATE,
-            kind="sgd",
-            weight_decay=1e-4,
-            decay_norm_and_bias=True,
-            b1=0.9,
-            b2=0.999,
-            momentum=0.9,
-            clip_norm=0.0,
-            frozen_stages=0,
-        )
-        graphdef, self.state = create_train_state(model, optimizer, mesh)
+        optim = OptimOptions(kind="sgd", decay_norm_and_bias=True, clip_norm=0.0)
+        optimizer = make_optimizer(optim, lambda _: LEARNING_RATE)
+        graphdef, self.state = create_train_state(model, optimizer, mesh, optim)
         self._mesh, self.key = mesh, jax.device_put(jax.random.key(0), replicated(mesh))
         self.load(batch)
-        self._step = TrainStep(graphdef, optimizer, mesh)
+        self._step = TrainStep(graphdef, optimizer, mesh, optim)
 
         def loss(params, variables, batch, key):
             return sum(nnx.merge(graphdef, params, variables, copy=True).losses(batch, key)[0].values())

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -11,6 +10,7 @@ from maskrcnn_jax.data.coco import CocoIndex, load_index
 from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import Options
 from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import to_torch
 
@@ -18,11 +18,11 @@ AP_LIMIT = 1e-3
 
 
 def compare_ap(
-    result: Comparison, reference: torch.nn.Module, model: MaskRCNN, config: ConfigDict, categories: Categories
+    result: Comparison, reference: torch.nn.Module, model: MaskRCNN, options: Options, categories: Categories
 ) -> None:
-    """Compare box and mask AP on ``config.data.eval_split``; without any AP on either side this fails."""
-    data = config.data
-    ours = Evaluator(config, categories)(model).metrics
+    """Compare box and mask AP on ``options.data.eval_split``; without any AP on either side this fails."""
+    data = options.data
+    ours = Evaluator(options, categories)(model).metrics
     index = load_index(data.coco_dir, data.eval_split)
     count = data.eval_limit or len(index)
     path = index.image_dir.parent / "annotations" / f"instances_{data.eval_split}.json"

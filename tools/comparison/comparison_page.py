@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from maskrcnn_jax import page
@@ -46,6 +46,11 @@ class Comparison:
     def ok(self) -> bool:
         """Whether all rows are within their tolerances, and there are some."""
         return bool(self._rows) and all(row.ok for row in self._rows.values())
+
+    @property
+    def num_failed(self) -> int:
+        """How many rows exceed their tolerance."""
+        return sum(not row.ok for row in self.rows)
 
     def add(
         self,
@@ -123,8 +128,7 @@ class Comparison:
                 lines.append(
                     f"  {row.name[:52]:52} {row.max_abs:9.1e} {row.max_rel:9.1e} {limit_text:>11}   {place}{mark}"
                 )
-        failed = sum(not row.ok for row in self.rows)
-        lines.append(f"\n{len(self.rows)} compared, {failed} beyond their tolerance")
+        lines.append(f"\n{len(self.rows)} compared, {self.num_failed} beyond their tolerance")
         return "\n".join(lines)
 
     def write_json(self, path: str | Path) -> None:
@@ -134,16 +138,17 @@ class Comparison:
 
     def write_html(self, path: str | Path, title: str) -> None:
         """Write one self-contained page: the error of every row as a plot, then as a table."""
-        sections = [
-            page.paragraph(
-                f"{self.table().splitlines()[-1]}. Relative means the largest difference over the largest absolute "
-                "value of the reference in the same array."
-            )
-        ]
-        for section in dict.fromkeys(row.section for row in self.rows):
-            rows = [row for row in self.rows if row.section == section]
-            sections += [page.heading(section), *_plot(rows), *_table(rows)]
-        Path(path).write_text(page.page(title, sections), encoding="utf-8")
+        sections = {}
+        for row in self.rows:
+            sections.setdefault(row.section, []).append(row)
+        page.write_page(
+            path,
+            Path(__file__).with_suffix(".html.j2"),
+            title=title,
+            num_rows=len(self.rows),
+            num_failed=self.num_failed,
+            sections=[{"name": name, "rows": rows, "plot": _plot(rows)} for name, rows in sections.items()],
+        )
 
 
 def _margin(row: Row) -> float:
@@ -157,11 +162,11 @@ def _margin(row: Row) -> float:
 _LOWEST = 1e-17  # of the plots; smaller errors, 0 among them, are drawn there
 
 
-def _plot(rows: list[Row]) -> Iterator[str]:
-    """Yield a plot of the relative error by row, left to right in the order of the network, and of the tolerance."""
+def _plot(rows: list[Row]) -> Markup | None:
+    """Plot the relative error of each row, left to right in the order of the network, and the tolerance."""
     rows = [row for row in rows if not row.absolute]
     if not rows:
-        return
+        return None
     figure = Figure(figsize=(10, 2.6))
     axes = figure.subplots()
     errors = np.clip(np.nan_to_num([row.max_rel for row in rows], nan=10.0), _LOWEST, 10.0)
@@ -170,23 +175,4 @@ def _plot(rows: list[Row]) -> Iterator[str]:
     axes.step(range(len(rows)), tolerances, where="mid", color="tab:orange", label="tolerance")
     axes.set(yscale="log", ylim=(_LOWEST, 10.0), xlabel="row", ylabel="relative error")
     axes.legend(fontsize="small")
-    yield page.plot(figure, f"{rows[0].name} to {rows[-1].name}" if len(rows) > 1 else rows[0].name)
-
-
-def _table(rows: list[Row]) -> Iterator[str]:
-    header = ["name", "ours", "reference", "max abs", "relative", "tolerance", "where", ""]
-    cells = [
-        [
-            row.name,
-            f"{row.ours:.9g}",
-            f"{row.reference:.9g}",
-            f"{row.max_abs:.1e}",
-            f"{row.max_rel:.1e}",
-            f"{row.tolerance:.0e} {'abs' if row.absolute else 'rel'}",
-            ",".join(map(str, row.where)),
-            "" if row.ok else "TOO FAR",
-        ]
-        for row in rows
-    ]
-    yield f"<details{' open' if len(rows) <= 40 else ''}><summary>{len(rows)} rows</summary>"
-    yield page.table(header, cells) + "</details>"
+    return page.svg(figure)

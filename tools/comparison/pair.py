@@ -1,5 +1,6 @@
 """The two models that are compared, and how their inputs and arrays translate into each other."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from flax import nnx
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.models.mask_rcnn import IMAGE_MEAN, IMAGE_STD, make_unfilled
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.torchvision import entries
 
@@ -36,9 +38,9 @@ TOLERANCES = {
 class Pair:
     """A model of torchvision and one of ours with the same weights, and what ours compiles to."""
 
-    def __init__(self, reference: torch.nn.Module, options: dict, num_classes: int, dtype: str):
+    def __init__(self, reference: torch.nn.Module, options: ModelOptions, num_classes: int, dtype: str):
         self.reference, self.dtype = reference, dtype
-        self.model = make_unfilled(num_classes, **(options | {"dtype": dtype}))
+        self.model = make_unfilled(num_classes, dataclasses.replace(options, dtype=dtype))
         arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
         load_weights(self.model, arrays, source="torchvision's model")
         self.entries = entries(self.model)

@@ -93,7 +93,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _drawn(pair: Pair, anchors: tuple, rois: tuple) -> Drawn:
-    size = pair.model.rpn_sampling["size"]
+    size = pair.model.options.rpn_batch_size_per_image
     positive, negative = ([torch.where(mask)[0].numpy() for mask in masks] for masks in anchors)
     index = [np.concatenate(both) for both in zip(positive, negative, strict=True)]
     sample = Sample(
@@ -103,7 +103,7 @@ def _drawn(pair: Pair, anchors: tuple, rois: tuple) -> Drawn:
     )
     boxes, matched, labels, _ = ([_numpy(tensor) for tensor in column] for column in rois)
     order = [np.argsort(column == 0, kind="stable") for column in labels]  # foreground first
-    size = pair.model.roi_sampling["size"]
+    size = pair.model.options.box_batch_size_per_image
     samples = RoISamples(
         *(
             pad([row[o] for row, o in zip(column, order, strict=True)], size).astype(dtype)
@@ -139,9 +139,7 @@ def compare_sampling(result: Comparison, pair: Pair, assigned: Assigned, batch: 
     shape = batch.images.shape[1:3]
 
     objectness, deltas = ([channels_last(level.detach()) for level in levels] for levels in assigned.head)
-    propose = pair.compiled(
-        lambda m, o, d, sizes, cells: m.propose(o, d, m.anchors(cells, shape), sizes, m.rpn_selection_train)
-    )
+    propose = pair.compiled(lambda m, o, d, sizes, cells: m.propose(o, d, m.anchors(cells, shape), sizes, train=True))
     count = len(batch.images)
     scores = [level.reshape(count, -1) for level in objectness]
     offsets = [level.reshape(count, -1, 4) for level in deltas]
@@ -165,7 +163,7 @@ def compare_sampling(result: Comparison, pair: Pair, assigned: Assigned, batch: 
     proposals = Proposals(boxes, np.zeros(valid.shape, boxes.dtype), valid)
     key = jax.random.key(0)
     everything = {"size": most + batch.gt.boxes.shape[1], "positive_fraction": 1.0}
-    thresholds = {"iou_thresh": pair.model.roi_sampling["iou_thresh"]}
+    thresholds = {"iou_thresh": pair.model.options.box_fg_iou_thresh}
     sample = jax.vmap(lambda p, gt: sample_rois(key, p, gt, **everything, **thresholds))
     rois = pair.compiled(lambda m, p, gt: sample(p, gt))(proposals, batch.gt)
     for i, wanted in enumerate(assigned.candidates):

@@ -28,7 +28,7 @@ def compare_stages(result: Comparison, pair: Pair, batches: list[list[np.ndarray
     fpn = pair.compiled(lambda m, x: m.fpn(x))
     rpn = pair.compiled(lambda m, x: m.rpn(x))
     propose = pair.compiled(
-        lambda m, o, d, x, images, sizes: m.propose(o, d, m.anchors(x, images.shape[1:3]), sizes, m.rpn_selection_test)
+        lambda m, o, d, x, images, sizes: m.propose(o, d, m.anchors(x, images.shape[1:3]), sizes, train=False)
     )
     pools = {
         size: pair.compiled(lambda m, x, boxes, images, size=size: m.pool(x, boxes, images.shape[1:3], size))

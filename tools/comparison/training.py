@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 from tqdm import tqdm
 
+from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.optimizer import make_optimizer
 from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import Pair, to_torch
@@ -100,15 +101,8 @@ def compare_steps(
         pair.reference.load_state_dict(start)
         pair.model.train()
         _, params, variables = nnx.split(pair.model, nnx.Param, ...)
-        common = {
-            "weight_decay": 1e-4,
-            "decay_norm_and_bias": True,
-            "b1": 0.9,
-            "b2": 0.999,
-            "clip_norm": 0.0,
-            "frozen_stages": 0,
-        }
-        optimizer = make_optimizer(lambda _, rate=rate: rate, **common, **options)
+        optim = OptimOptions(decay_norm_and_bias=True, clip_norm=0.0, **options)
+        optimizer = make_optimizer(optim, lambda _, rate=rate: rate)
         opt_state = optimizer.init(params)
 
         @jax.jit

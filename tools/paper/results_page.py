@@ -1,7 +1,7 @@
-"""docs/results.md: the paper's numbers beside ours, what its text claims beside what the comparisons found."""
+"""docs/results.md: the paper's numbers beside ours, and its claims beside what the comparisons found."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -9,12 +9,13 @@ import matplotlib
 import numpy as np
 
 from configs.paper import ROWS
+from maskrcnn_jax import page
 from maskrcnn_jax.writing import write_json
 from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Comparison, comparison_run, table_run
 from tools.paper.running import RESULT
 
 matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402 the backend is to be chosen first
+from matplotlib import pyplot  # noqa: E402 the backend must be chosen first
 
 RESULTS = "results.json"
 PICTURE_WIDTH = 1200  # pixels
@@ -31,22 +32,29 @@ _COLUMNS = {
 
 
 def write_report(output: Path, docs: Path) -> None:
-    """Add the finished runs below ``output`` to results.json; write results.md and its pictures from all there are.
+    """Add the finished runs below ``output`` to results.json; write results.md and its pictures from all results.
 
     Args:
-      output: folder of the trainings.
-      docs: folder of the documents.
+        output: folder of the trainings.
+        docs: folder of the documents.
     """
     results = load_results(docs)
     for path in output.rglob(RESULT):
         result = json.loads(path.read_text())
         results[result["run"]] = result
     write_json(docs / RESULTS, [results[name] for name in sorted(results)], indent=1)
-    lines = [_INTRODUCTION, *_tables(results), *_starts(results)]
-    for comparison in COMPARISONS.values():
-        lines += _comparison(comparison, results)
-    lines += _figures(results, output, docs)
-    (docs / "results.md").write_text("\n".join(lines).rstrip() + "\n")
+    has_curves, has_predictions = _figures(results, output, docs)
+    page.write_page(
+        docs / "results.md",
+        Path(__file__).with_suffix(".md.j2"),
+        images_per_second=IMAGES_PER_SECOND,
+        tables=_tables(results),
+        starts=_starts(results),
+        columns=list(_COLUMNS),
+        comparisons=[_comparison(comparison, results) for comparison in COMPARISONS.values()],
+        has_curves=has_curves,
+        has_predictions=has_predictions,
+    )
 
 
 def load_results(docs: Path) -> dict[str, dict]:
@@ -55,74 +63,31 @@ def load_results(docs: Path) -> dict[str, dict]:
     return {result["run"]: result for result in json.loads(path.read_text())} if path.is_file() else {}
 
 
-_INTRODUCTION = f"""# Results
-
-What the paper reports beside what this project finds; `tools/reproduce_paper.py` trains it and writes this file, and
-its head says how. The paper gives no AP but an accuracy that it does not define. Ours is the share of RoIs whose most
-probable class is right, background included, as `maskrcnn_jax/evaluation/accuracy.py` says; "of objects" is the share
-among the RoIs of objects. `results.json` holds every number, with its command, commit, hardware, versions and date.
-Costs of what has not been run are estimates at {IMAGES_PER_SECOND} images a second. By chance
-alone a claim holds with each of three seeds one time in eight.
-"""
-
-
-_STARTS = """What is changed is what a laptop has no time for; the network has its full width. A few steps show that a
-row starts: from random values and not from ImageNet's weights, without warm-up, which is cut to a tenth of so short a
-run. At the full learning rate, which Table 2 has higher, the loss may then rise at first.
-"""
+def _tables(results: Mapping[str, dict]) -> dict[int, list[dict]]:
+    """Return the rows of each table of the paper: the paper's values, and ours at the last epoch or None."""
+    tables = {}
+    for (table, row), paper in sorted(ROWS.items()):
+        result = results.get(table_run(table, row, 1, {}).name)
+        hours = paper.epochs * paper.train_size / IMAGES_PER_SECOND / 3600
+        last = result and result["curve"][-1]
+        tables.setdefault(table, []).append({"row": row, "paper": paper, "last": last, "hours": hours})
+    return tables
 
 
-def _tables(results: Mapping[str, dict]) -> list[str]:
-    lines = []
-    for table in sorted({table for table, _ in ROWS}):
-        rows = [
-            "| row | backbone | epochs | images | lr | paper: train, val accuracy | ours | box, mask AP |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        commands = []
-        for (of, row), values in ROWS.items():
-            if of != table:
-                continue
-            run = table_run(table, row, 1, {})
-            head = f"| {row} | {values.backbone} | {values.epochs} | {values.train_size} | {values.lr:g} "
-            head += f"| {values.train_accuracy}, {values.val_accuracy} |"
-            if run.name in results:
-                last = results[run.name]["curve"][-1]
-                accuracies = f"{100 * last['train_accuracy']:.0f}, {100 * last['eval_accuracy']:.0f}"
-                rows.append(f"{head} {accuracies} | {last['bbox_AP']:.3f}, {last['segm_AP']:.3f} |")
-            else:
-                hours = values.epochs * values.train_size / IMAGES_PER_SECOND / 3600
-                rows.append(f"{head} not run | not run |")
-                commands.append(
-                    f"python tools/reproduce_paper.py --table={table} --rows={row} --coco_dir=COCO "
-                    f"--weights={values.backbone}.pth  # about {hours:.0f} hours"
-                )
-        lines += [f"## Table {table}", "", *rows, ""]
-        if commands:
-            lines += ["```", *commands, "```", ""]
-    return lines
-
-
-def _starts(results: Mapping[str, dict]) -> list[str]:
-    """Return a table of the rows that have been started only, or been trained on less."""
+def _starts(results: Mapping[str, dict]) -> list[dict]:
+    """Return the rows of the tables that were only started, or trained on less."""
     full = {table_run(table, row, 1, {}).name for table, row in ROWS}
-    started = {name: result for name, result in results.items() if name.startswith("paper_table") and name not in full}
-    if not started:
-        return []
-    lines = ["## Rows of the tables tried at another scale", "", _STARTS]
-    lines += ["| row | changed | steps | first, last loss | lr first, highest, last |", "|---|---|---|---|---|"]
-    for name, result in started.items():
-        row, changed, _ = name.split("/")
-        rates = ", ".join(f"{rate:.2g}" for rate in result["lr"])
-        lines.append(
-            f"| {row.removeprefix('paper_')} | {changed.replace('_', ' ')} | {result['steps']} "
-            f"| {result['first_loss']:.2f}, {result['last_loss']:.2f} | {rates} |"
-        )
-    return [*lines, ""]
+    starts = []
+    for name, result in results.items():
+        if name.startswith("paper_table") and name not in full:
+            row, changed, _ = name.split("/")
+            names = {"row": row.removeprefix("paper_"), "changed": changed.replace("_", " ")}
+            starts.append(result | names | {"lr": ", ".join(f"{rate:.2g}" for rate in result["lr"])})
+    return starts
 
 
 def _origins(found: Mapping[str, Mapping[int, dict]]) -> str:
-    """Say which seeds were trained at which commit, on which day."""
+    """Return the commit and the date of each training, with its seeds if they differ."""
     seeds = {}
     for by_seed in found.values():
         for seed, result in by_seed.items():
@@ -134,30 +99,36 @@ def _origins(found: Mapping[str, Mapping[int, dict]]) -> str:
     return "; ".join(parts)
 
 
-def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> list[str]:
-    """Return the section of a comparison, at the scale for which there are most results."""
+def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> dict:
+    """Return the section of a comparison, at the scale with the most results; only its title if there are none."""
     found = _of_variants(comparison, results)
     if not found:
-        return [f"## {comparison.title}", "", "Not run.", ""]
+        return {"title": comparison.title, "variants": []}
     trained = [result for by_seed in found.values() for result in by_seed.values()]
-    images, steps = (
-        " or ".join(map(str, sorted(set(numbers))))
-        for numbers in (map(_images, trained), (result["steps"] for result in trained))
-    )
-    lines = [f"## {comparison.title}", ""]
-    lines += [f"{images} training images, {steps} steps; {_origins(found)}.", ""]
-    lines += ["| | seeds | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 2) + "|"]
-    for name, by_seed in found.items():
-        cells = [_mean([result["curve"][-1][key] for result in by_seed.values()]) for key in _COLUMNS.values()]
-        lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(cells) + " |")
-    lines.append("")
+    claims = []
     for claim in comparison.claims:
         better, worse = found[claim.better], found[claim.worse]
         seeds = sorted(better.keys() & worse.keys())
         differences = [better[s]["curve"][-1][claim.metric] - worse[s]["curve"][-1][claim.metric] for s in seeds]
         if differences:
-            lines += [f"- {claim.text}: **{_verdict(differences)}**; {claim.metric} {_mean(differences, '+')}.", ""]
-    return [*lines, comparison.note, ""] if comparison.note else lines
+            judged = {"verdict": _verdict(differences), "difference": _mean(differences, "+")}
+            claims.append({"text": claim.text, "metric": claim.metric} | judged)
+    return {
+        "title": comparison.title,
+        "images": _join(map(_images, trained)),
+        "steps": _join(result["steps"] for result in trained),
+        "origins": _origins(found),
+        "variants": [
+            (name, len(by_seed), [_mean([r["curve"][-1][key] for r in by_seed.values()]) for key in _COLUMNS.values()])
+            for name, by_seed in found.items()
+        ],
+        "claims": claims,
+        "note": comparison.note,
+    }
+
+
+def _join(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(numbers))))
 
 
 def _of_variants(comparison: Comparison, results: Mapping[str, dict]) -> dict[str, dict[int, dict]]:
@@ -201,30 +172,20 @@ def _verdict(differences: Sequence[float]) -> str:
     return "undecided, the seeds disagree"
 
 
-def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> list[str]:
-    """Draw the curves of Fig. 4 and keep the pictures of Fig. 5 and 6 of the run that they belong to."""
+def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> tuple[bool, bool]:
+    """Draw the curves of Fig. 4 and keep the pictures of Fig. 5 and 6 of the same run; return which of them exist."""
     found = _of_variants(COMPARISONS["curves"], results)
     if not found:
-        return []
+        return False, False
     result = next(iter(found["10 epochs"].values()))
     _draw_curves(result["curve"], docs / "results_curves.png")
-    lines = ["![loss, accuracy and AP by epoch](results_curves.png)", ""]
-    pictures = output / result["run"] / "predictions.jpg"
+    pictures, kept = output / result["run"] / "predictions.jpg", docs / "results_predictions.jpg"
     if pictures.is_file():
         picture = cv2.imread(str(pictures))
         height = round(picture.shape[0] * PICTURE_WIDTH / picture.shape[1])
         picture = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
-        cv2.imwrite(str(docs / "results_predictions.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 85])
-    if not (docs / "results_predictions.jpg").is_file():
-        return lines
-    return [
-        *lines,
-        "## Predictions (Fig. 5, 6)",
-        "",
-        "Of the network of these curves, on images that it has not seen: annotated on the left, found on the right.",
-        "",
-        "![annotated and found objects](results_predictions.jpg)",
-    ]
+        cv2.imwrite(str(kept), picture, [cv2.IMWRITE_JPEG_QUALITY, 85])
+    return True, kept.is_file()
 
 
 def _draw_curves(curve: Sequence[Mapping[str, float]], path: Path) -> None:
