@@ -31,11 +31,11 @@ lint: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-$(RUNTIME): requirements.txt
+$(RUNTIME): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -r requirements.txt
+	$(RUN) -m pip install --quiet --editable .
 	touch $@
 
-$(DEV): requirements-dev.txt $(RUNTIME)
-	$(RUN) -m pip install --quiet -r requirements-dev.txt
+$(DEV): pyproject.toml $(RUNTIME)
+	$(RUN) -m pip install --quiet --editable ".[dev]"
 	touch $@
