@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal
-from maskrcnn_jax.models.layers import ConvNorm, relu
+from maskrcnn_jax.models.layers import ConvNorm, max_pool, relu
 
 # Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
 ARCHITECTURES = {
@@ -56,25 +56,6 @@ def _block_layers(bottleneck_channels: int, out_channels: int, stride: int, stri
         return ((3, out_channels, stride), (3, out_channels, 1))
     first, second = (stride, 1) if stride_in_1x1 else (1, stride)
     return ((1, bottleneck_channels, first), (3, bottleneck_channels, second), (1, out_channels, 1))
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """Pool [B, H, W, K] by the maximum over 3 x 3 with stride 2 and one cell of padding.
-
-    As maxima of shifted slices: XLA's gradient of a windowed maximum is 10 times slower on CPUs. Of equal maxima all
-    share the gradient, where torch gives it to the first; equal values come from equal patches, for which the
-    gradients of all parameters are the same.
-    """
-    for axis in (1, 2):
-        size = x.shape[axis]
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (1, 1)
-        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
-        first, second, third = (
-            jax.lax.slice_in_dim(padded, start, start + size, stride=2, axis=axis) for start in range(3)
-        )
-        x = jnp.maximum(jnp.maximum(first, second), third)
-    return x
 
 
 class ResNet(nnx.Module):

@@ -5,34 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from maskrcnn_jax.ops.boxes import box_area
-
-
-def _overlaps(box: jax.Array, corners: jax.Array, iou_threshold: float) -> jax.Array:
-    """Return [N] whether the boxes of ``corners`` [4, N] overlap one box [4] by more than the threshold.
-
-    Each coordinate of all boxes lies in one piece: from boxes [N, 4], in a loop, XLA's code for CPUs reads number by
-    number and takes 3 to 20 times as long, by the version.
-    """
-    x1, y1, x2, y2 = corners
-    width = jnp.maximum(jnp.minimum(box[2], x2) - jnp.maximum(box[0], x1), 0)
-    height = jnp.maximum(jnp.minimum(box[3], y2) - jnp.maximum(box[1], y1), 0)
-    intersection = width * height
-    # Divided, as torchvision does: a product with the threshold would round differently at the border.
-    union = box_area(box) + (x2 - x1) * (y2 - y1) - intersection
-    return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, corners.dtype)
-
-
-def _rounded_down(threshold: float, dtype: jnp.dtype) -> np.ndarray:
-    """Return the largest number of a dtype that is not above a threshold.
-
-    torchvision compares float32 overlaps with a float64 threshold. An overlap of 3 / 10 is above 0.3 then, because in
-    float32 it is; 0.3 in float32 would be the same number, and not below it.
-    """
-    rounded = np.asarray(threshold, dtype)
-    return np.nextafter(rounded, np.asarray(-np.inf, dtype)) if float(rounded) > threshold else rounded
+from maskrcnn_jax.ops.boxes import overlaps_any
+from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
 
 
 def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
@@ -53,17 +28,6 @@ def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Arra
     return jax.lax.platform_dependent(boxes, valid, **forms)
 
 
-def nms_one_by_one(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
-    """As :func:`nms`, N steps of N overlaps: little work and much waiting, right where steps are cheap."""
-    position, corners = jnp.arange(boxes.shape[0]), boxes.T
-
-    def visit(i, keep):
-        suppressed = _overlaps(corners[:, i], corners, iou_threshold) & (position > i)
-        return keep & ~(suppressed & keep[i])
-
-    return jax.lax.fori_loop(0, boxes.shape[0], visit, valid)
-
-
 def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
     """As :func:`nms`, all N^2 overlaps at once and then a few rounds over all boxes: for accelerators.
 
@@ -71,7 +35,7 @@ def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -
     right after k rounds at the latest; usually all is after a handful, and then nothing changes any more.
     """
     position = jnp.arange(boxes.shape[0])
-    overlaps = jax.vmap(functools.partial(_overlaps, iou_threshold=iou_threshold), (0, None))(boxes, boxes.T)
+    overlaps = jax.vmap(functools.partial(overlaps_any, iou_threshold=iou_threshold), (0, None))(boxes, boxes.T)
     suppresses = overlaps & (position[:, None] < position[None, :])  # [N, N]: whether the row's box is the better
 
     def changed(state):
@@ -129,7 +93,7 @@ def class_nms(
             picks.scores.at[count].set(best[c]),
             picks.valid.at[count].set(True),
         )
-        survivors = jnp.where(_overlaps(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
+        survivors = jnp.where(overlaps_any(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
         return count + 1, alive.at[c].set(survivors), best.at[c].set(jnp.max(survivors)), picks
 
     nothing = Picks(
