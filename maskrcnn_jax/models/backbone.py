@@ -1,9 +1,10 @@
-"""Backbones by name or brought along, and what they may return."""
+"""Named and custom backbones, and the forms of their outputs."""
 
 from collections.abc import Mapping
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mobilenet import MobileNetV3
@@ -14,16 +15,16 @@ MAX_MAPS = 4
 
 
 def make_backbone(backbone: str | nnx.Module, *, resnet_options: dict, **options) -> nnx.Module:
-    """Build a backbone by its name, or check one that is built already.
+    """Build a named backbone, or check a custom one.
 
     Args:
-      backbone: one of ResNet's ARCHITECTURES, MOBILENET, or a module that :func:`feature_list` understands and whose
-        ``out_channels`` are a tuple of 1 to 4 numbers, the channels of its maps, finest first.
-      resnet_options: of ResNet alone.
-      options: of all that have a name.
+        backbone: one of ResNet's ARCHITECTURES, MOBILENET, or a module that :func:`feature_list` understands and whose
+            ``out_channels`` are a tuple of 1 to 4 numbers, the channels of its maps, finest first.
+        resnet_options: options of ResNet only.
+        options: options of all named backbones.
 
     Raises:
-      UserError: for an unknown name, or a module without such ``out_channels``.
+        UserError: for an unknown name, or a module without such ``out_channels``.
     """
     names = ", ".join((*ARCHITECTURES, MOBILENET))
     if isinstance(backbone, nnx.Module):
@@ -47,16 +48,16 @@ def make_backbone(backbone: str | nnx.Module, *, resnet_options: dict, **options
 def feature_list(
     features: jax.Array | list[jax.Array] | tuple[jax.Array, ...] | Mapping[str, jax.Array],
     out_channels: tuple[int, ...],
-) -> list[jax.Array]:
-    """Return what a backbone returned as a list of maps, finest first.
+) -> list[Float[Array, "B _ _ _"]]:
+    """Return the maps of a backbone as a list, finest first.
 
     Args:
-      features: one map [B, H, W, K]; a list or tuple of them, finest first; or a dict from "0", the finest, to "3", as
-        torchvision's backbones return. Each map has half the height and width of the one before, rounded up.
-      out_channels: of each map.
+        features: one map [B, H, W, K]; a list or tuple of maps, finest first; or a dict from "0", the finest, to "3",
+            as in torchvision. Each map has half the height and width of the one before, rounded up.
+        out_channels: of each map.
 
     Raises:
-      UserError: for anything else.
+        UserError: for anything else.
     """
     if isinstance(features, Mapping):
         wanted = [str(i) for i in range(len(out_channels))]

@@ -1,8 +1,8 @@
-"""Box head: class and box offsets of every RoI from its pooled 7x7 features."""
+"""Box head: class logits and box offsets of every RoI from its pooled 7x7 features."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
 from maskrcnn_jax.models.layers import ConvNorm, Linear, relu
@@ -64,12 +64,14 @@ class BoxHead(nnx.Module):
         self.cls_score = linear(features, num_classes, normal(0.01), class_bias)
         self.bbox_pred = linear(features, 4 * num_classes, normal(0.001))
 
-    def __call__(self, pooled: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, pooled: Float[Array, "*B S S K"], valid: Bool[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B C1"], Float[Array, "*B C1 4"]]:
         """Return class logits [..., C + 1] and offsets [..., C + 1, 4], float32 or wider.
 
         Args:
-          pooled: [..., 7, 7, K].
-          valid: [...] bool, the RoIs that batch statistics are taken of; all when not given.
+            pooled: [..., 7, 7, K].
+            valid: [...] bool, RoIs that count for batch statistics; all by default.
         """
         leading = pooled.shape[:-3]
         x = pooled.reshape(-1, *pooled.shape[-3:])

@@ -22,9 +22,9 @@ def kaiming_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jn
     """Draw from the normal distribution whose variance is 2 / fan-out, for what a ReLU follows.
 
     Args:
-      key: a random key.
-      shape: [..., in, out], what comes before being the window of a convolution.
-      dtype: float32 or float64.
+        key: a random key.
+        shape: [..., in, out], what comes before being the window of a convolution.
+        dtype: float32 or float64.
     """
     fan_out = np.prod(shape) / shape[-2]
     return normal((2 / fan_out) ** 0.5)(key, shape, dtype)

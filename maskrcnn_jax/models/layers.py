@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
@@ -15,12 +16,12 @@ from maskrcnn_jax.ops.precision import at_least_float32
 default_init = kaiming_uniform(1.0)
 
 
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(x: Float[Array, "*shape K"], bias: Float[Array, " K"]) -> Float[Array, "*shape K"]:
     """Add bias [K] to x [..., K], in the dtype of x."""
     shape = (1,) * (x.ndim - 1) + (-1,)
     if x.dtype == jnp.float16:
-        # Repeated before it is rounded, so that its gradient is summed in float32: times the loss scale, the sum over
-        # all cells easily is beyond 65504.
+        # Broadcast before it is rounded, so that its gradient is summed in float32: multiplied by the loss scale, the
+        # sum over all cells easily exceeds 65504.
         return x + jnp.broadcast_to(bias.reshape(shape), x.shape).astype(x.dtype)
     return x + bias.astype(x.dtype).reshape(shape)
 
@@ -28,8 +29,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 class Linear(nnx.Linear):
     """A fully connected layer."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to x [..., K] in the compute dtype."""
+    def __call__(self, x: Float[Array, "*shape K"]) -> Float[Array, "*shape C"]:  # type: ignore[override]
+        """Apply to x in the compute dtype."""
         return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])
 
 
@@ -55,15 +56,15 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels, kept)) if use_bias else None
         self.stride, self.depthwise, self.dtype = stride, depthwise, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to x [N, H, W, K] in the compute dtype."""
+    def __call__(self, x: Float[Array, "N H W K"]) -> Float[Array, "N _ _ C"]:
+        """Apply to x in the compute dtype."""
         convolve = depthwise_conv2d if self.depthwise else conv2d
         x = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
         return x if self.bias is None else add_bias(x, self.bias[...])
 
 
-def apply_together(convolutions: list[Conv], x: jax.Array) -> list[jax.Array]:
-    """Apply convolutions of the same form to one input, as one, so that the input is read once."""
+def apply_together(convolutions: list[Conv], x: Float[Array, "N H W K"]) -> list[Float[Array, "N _ _ _"]]:
+    """Apply convolutions of the same form to one input as a single convolution, so that the input is read once."""
     first = convolutions[0]
     kernel = jnp.concatenate([convolution.kernel[...] for convolution in convolutions], axis=-1)
     bias = jnp.concatenate([convolution.bias[...] for convolution in convolutions])
@@ -100,8 +101,8 @@ class BatchNorm(nnx.Module):
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
         self.use_running_average = False  # set by Module.train() and Module.eval()
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Normalise x [N, H, W, K]; in training by the statistics of the rows for which ``valid`` [N] holds."""
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
+        """Normalise x; in training with the statistics of its valid rows."""
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
@@ -126,16 +127,16 @@ class FrozenBatchNorm(nnx.Module):
         self.var = FrozenStatistics(jnp.ones(channels, kept))
         self.eps, self.dtype = eps, dtype
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Normalise x [N, H, W, K]; ``valid`` changes nothing here."""
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
+        """Normalise x; ``valid`` has no effect here."""
         return _normalize(x, self.mean[...], self.var[...], self.scale[...], self.bias[...], self.eps, self.dtype)
 
 
 def _statistics(x, valid, shift):
     """Return the mean [K] and the (biased) variance [K] of x [N, H, W, K] over its valid rows, and their cells.
 
-    In one pass over x: two read the activations twice. The difference of two squares loses the digits that they share,
-    few if x is first moved by ``shift`` [K], something near its mean.
+    In one pass over x, since two would read the activations twice. The difference of two squares cancels few digits if
+    x is first moved by ``shift`` [K], an estimate of its mean.
     """
     x = x - jax.lax.stop_gradient(shift).reshape(1, 1, 1, -1)
     rows = jnp.ones(x.shape[0], x.dtype) if valid is None else valid.astype(x.dtype)
@@ -160,15 +161,15 @@ def make_norm(
     """Build a normalisation layer.
 
     Args:
-      kind: "batch", "frozen" or "none".
-      channels: of its input.
-      eps: added to the variance.
-      momentum: weight of a batch in the running statistics.
-      gain: initial scale.
-      dtype: of its output.
+        kind: "batch", "frozen" or "none".
+        channels: of its input.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics.
+        gain: initial scale.
+        dtype: of its output.
 
     Raises:
-      UserError: for another kind.
+        UserError: for another kind.
     """
     if kind == "none":
         return None
@@ -211,7 +212,7 @@ class ConvNorm(nnx.Module):
         )
         self.norm = make_norm(norm, out_channels, eps=norm_eps, momentum=norm_momentum, gain=norm_gain, dtype=dtype)
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Apply to x [N, H, W, K]; rows for which ``valid`` [N] does not hold count for no statistics."""
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N _ _ C"]:
+        """Apply to x; only its valid rows count for batch statistics."""
         x = self.conv(x)
         return x if self.norm is None else self.norm(x, valid)

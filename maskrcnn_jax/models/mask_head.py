@@ -2,9 +2,9 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
 
 from maskrcnn_jax.models.initializers import kaiming_normal, normal
 from maskrcnn_jax.models.layers import ConvNorm, relu
@@ -15,8 +15,8 @@ from maskrcnn_jax.ops.precision import at_least_float32
 class MaskHead(nnx.Module):
     """Four 3x3 convolutions, a 2x2 deconvolution unless left out, and one 1x1 filter per class.
 
-    Only the mask of one class per RoI is ever looked at (the true class in training, the predicted one in testing),
-    so only that one is computed. Source: Fig. 4 (right), Mask R-CNN.
+    Only the mask of one class per RoI is used (the true class in training, the predicted one in testing), so only that
+    one is computed. Source: Fig. 4 (right), Mask R-CNN.
     """
 
     def __init__(
@@ -61,13 +61,15 @@ class MaskHead(nnx.Module):
         self.logits_bias = nnx.Param(jnp.zeros(num_classes, kept))
         self.dtype = dtype
 
-    def __call__(self, pooled: jax.Array, labels: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, pooled: Float[Array, "*B S S K"], labels: Int32[Array, "*B"], valid: Bool[Array, "*B"] | None = None
+    ) -> Float[Array, "*B S2 S2"]:
         """Return the mask logits [..., 28, 28] of the given classes, or [..., 14, 14], float32 or wider.
 
         Args:
-          pooled: [..., 14, 14, K].
-          labels: [...] int32.
-          valid: [...] bool, the RoIs that batch statistics are taken of; all when not given.
+            pooled: [..., 14, 14, K].
+            labels: [...] int32.
+            valid: [...] bool, RoIs that count for batch statistics; all by default.
         """
         leading = pooled.shape[:-3]
         x = pooled.reshape(-1, *pooled.shape[-3:])

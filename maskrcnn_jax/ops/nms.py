@@ -1,25 +1,26 @@
-"""Non-maximum suppression with static shapes: every form returns exactly what the greedy algorithm keeps."""
+"""Non-maximum suppression with static shapes. Every form keeps exactly what the greedy algorithm keeps."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
-from maskrcnn_jax.ops.boxes import overlaps_any
+from maskrcnn_jax.ops.boxes import exceeds_iou
 from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
 
 
-def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
+def nms(boxes: Float[Array, "N 4"], valid: Bool[Array, " N"], *, iou_threshold: float) -> Bool[Array, " N"]:
     """Suppress boxes that overlap a better one that is itself kept.
 
     Args:
-      boxes: [N, 4], best first.
-      valid: [N] bool; invalid boxes are never kept and suppress nothing.
-      iou_threshold: overlap above which (strictly) the worse box goes.
+        boxes: [N, 4], best first.
+        valid: [N] bool; invalid boxes are never kept and suppress nothing.
+        iou_threshold: overlap above which (strictly) the worse box goes.
 
     Returns:
-      [N] bool, the boxes kept.
+        [N] bool, the boxes kept.
     """
     if boxes.shape[0] == 0:
         return valid
@@ -28,14 +29,14 @@ def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Arra
     return jax.lax.platform_dependent(boxes, valid, **forms)
 
 
-def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
-    """As :func:`nms`, all N^2 overlaps at once and then a few rounds over all boxes: for accelerators.
+def nms_in_rounds(boxes: Float[Array, "N 4"], valid: Bool[Array, " N"], *, iou_threshold: float) -> Bool[Array, " N"]:
+    """Return what :func:`nms` returns, from all N^2 overlaps at once and a few rounds; for accelerators.
 
-    A round keeps the boxes that no better box of the round before suppresses. What is kept of the best k boxes is
-    right after k rounds at the latest; usually all is after a handful, and then nothing changes any more.
+    A round keeps the boxes that no better box kept by the round before suppresses. After k rounds the best k boxes are
+    final. The loop ends when a round changes nothing, usually after a handful.
     """
     position = jnp.arange(boxes.shape[0])
-    overlaps = jax.vmap(functools.partial(overlaps_any, iou_threshold=iou_threshold), (0, None))(boxes, boxes.T)
+    overlaps = jax.vmap(functools.partial(exceeds_iou, iou_threshold=iou_threshold), (0, None))(boxes, boxes.T)
     suppresses = overlaps & (position[:, None] < position[None, :])  # [N, N]: whether the row's box is the better
 
     def changed(state):
@@ -52,14 +53,19 @@ def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -
 class Picks(NamedTuple):
     """Result of :func:`class_nms`, best first."""
 
-    box_index: jax.Array  # [D] int32
-    class_index: jax.Array  # [D] int32
-    scores: jax.Array  # [D]
-    valid: jax.Array  # [D] bool
+    box_index: Int32[Array, " D"]
+    class_index: Int32[Array, " D"]
+    scores: Float[Array, " D"]
+    valid: Bool[Array, " D"]
 
 
 def class_nms(
-    boxes: jax.Array, scores: jax.Array, *, iou_threshold: float, score_threshold: float, max_picks: int
+    boxes: Float[Array, "N C 4"],
+    scores: Float[Array, "N C"],
+    *,
+    iou_threshold: float,
+    score_threshold: float,
+    max_picks: int,
 ) -> Picks:
     """Suppress within each class and return the best of all classes together.
 
@@ -67,14 +73,14 @@ def class_nms(
     updated. This needs no cap on candidates, so the result is that of the full per-class algorithm.
 
     Args:
-      boxes: [N, C, 4], a box for each class.
-      scores: [N, C]; set to 0 or below what must not be picked.
-      iou_threshold: overlap above which (strictly) the worse box of a class goes.
-      score_threshold: scores at or below it are never picked; at least 0.
-      max_picks: D.
+        boxes: [N, C, 4], a box for each class.
+        scores: [N, C]; 0 or below for pairs that must not be picked.
+        iou_threshold: overlap above which (strictly) the worse box of a class goes.
+        score_threshold: scores at or below it are never picked; at least 0.
+        max_picks: D.
 
     Returns:
-      The picks, in descending order of score; of equal scores the lower class and box index come first.
+        The picks, in descending order of score; of equal scores the lower class and box index come first.
     """
     corners = boxes.transpose(1, 2, 0)  # [C, 4, N]
     alive = jnp.where(scores > score_threshold, scores, -1).T  # [C, N]
@@ -93,7 +99,7 @@ def class_nms(
             picks.scores.at[count].set(best[c]),
             picks.valid.at[count].set(True),
         )
-        survivors = jnp.where(overlaps_any(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
+        survivors = jnp.where(exceeds_iou(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
         return count + 1, alive.at[c].set(survivors), best.at[c].set(jnp.max(survivors)), picks
 
     nothing = Picks(
