@@ -79,7 +79,7 @@ def picture(image: np.ndarray, caption: str) -> str:
       caption: also what is read out instead of the picture.
     """
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    source = f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
+    source = f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
     caption = html.escape(caption)
     return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -108,7 +109,7 @@ def _with_mask(annotation: dict) -> dict:
 
 
 def _read_part(path: Path, image_ids: set[int]) -> COCO:
-    kept = {"images": [], "annotations": []}
+    kept: dict[str, list[dict]] = {"images": [], "annotations": []}
 
     def keep(section: str, key: str) -> Callable[[dict], None]:
         return lambda entry: kept[section].append(entry) if entry[key] in image_ids else None
@@ -141,7 +142,7 @@ def evaluate(
             f"{len(unknown)} images with results are not in the annotation file, image {min(unknown)} for one; "
             "evaluate with the annotations of the split that was detected on"
         )
-    metrics = {}
+    metrics: dict[str, Any] = {}
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _make_coco(coco_class, coco.dataset)

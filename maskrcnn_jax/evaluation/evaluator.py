@@ -39,7 +39,7 @@ class _Split(NamedTuple):
     """Images to evaluate on, and what their results are called."""
 
     prefix: str  # of the metrics
-    index: CocoIndex
+    index: CocoIndex  # type: ignore[assignment]  # hides tuple.index
     coco: COCO
     rows: np.ndarray  # [n] of the index
 
@@ -143,7 +143,7 @@ class Evaluator:
     def draw_image(self, image_id: int, results: list[dict]) -> np.ndarray | None:
         """Draw an image with ground truth beside one with predictions, [h, w, 3] uint8; None if it cannot be read."""
         index = self._split.index
-        (row,) = np.flatnonzero(index.image_ids == image_id)
+        row = int(np.flatnonzero(index.image_ids == image_id).item())
         try:
             image = index.read_image(row)
         except BrokenImageError:

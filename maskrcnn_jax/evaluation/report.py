@@ -156,10 +156,10 @@ def _pictures(images: dict[int, ImageErrors], truth: COCO, draw: Callable[[int],
             "By the share of right ones among all objects and detections where nothing is; of equal ones those with "
             "more objects or errors come first."
         )
-        drawn = [(i, draw(i)) for i in chosen]
+        pictures = [(i, draw(i)) for i in chosen]
         drawn = [
             page.picture(picture, f"{truth.imgs[i].get('file_name', i)}: {_sentence(images[i])}")
-            for i, picture in drawn
+            for i, picture in pictures
             if picture is not None
         ]
         yield f"<div>{''.join(drawn)}</div>" if drawn else page.paragraph("There are none.")

@@ -75,7 +75,7 @@ def export_model(
     predictor: Predictor,
     path: str | os.PathLike,
     *,
-    sizes: Sequence[tuple[int, int]] = (),
+    sizes: Sequence[tuple[int, ...]] = (),
     int8: bool = False,
 ) -> None:
     """Write a model into one file.

@@ -190,7 +190,8 @@ class Predictor:
     def _prepare(self, image: np.ndarray) -> Batch:
         """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
         data = self.config.data
-        height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
+        height, width, _ = image.shape
+        height, width = size = resized_size(height, width, data.short_side, data.long_side, data.resize)
         padded = padded_size(height, width, self._buckets)
         images = np.zeros((1, *padded, image.shape[2]), RESIZE[data.resize])
         images[0, :height, :width] = resize_image(image, size, data.resize)

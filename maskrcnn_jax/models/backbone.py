@@ -29,8 +29,8 @@ def make_backbone(backbone: str | nnx.Module, *, resnet_options: dict, **options
     names = ", ".join((*ARCHITECTURES, MOBILENET))
     if isinstance(backbone, nnx.Module):
         channels = getattr(backbone, "out_channels", None)
-        whole = isinstance(channels, tuple) and all(isinstance(k, int) and k > 0 for k in channels)
-        if not (whole and 1 <= len(channels) <= MAX_MAPS):
+        counts = channels if isinstance(channels, tuple) else ()
+        if not 1 <= len(counts) <= MAX_MAPS or not all(isinstance(k, int) and k > 0 for k in counts):
             raise UserError(
                 f"out_channels of the backbone {type(backbone).__name__} is {channels!r}; make it a tuple with the "
                 f"channels of its 1 to {MAX_MAPS} maps, finest first"

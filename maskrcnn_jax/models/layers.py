@@ -31,7 +31,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*shape K"]) -> Float[Array, "*shape C"]:  # type: ignore[override]
         """Apply to x in the compute dtype."""
-        return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])
+        return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])  # type: ignore[index]
 
 
 class Conv(nnx.Module):
@@ -67,10 +67,11 @@ def apply_together(convolutions: list[Conv], x: Float[Array, "N H W K"]) -> list
     """Apply convolutions of the same form to one input as a single convolution, so that the input is read once."""
     first = convolutions[0]
     kernel = jnp.concatenate([convolution.kernel[...] for convolution in convolutions], axis=-1)
-    bias = jnp.concatenate([convolution.bias[...] for convolution in convolutions])
+    biases = [convolution.bias[...] for convolution in convolutions if convolution.bias is not None]
+    bias = jnp.concatenate(biases)
     outputs = conv2d(x.astype(first.dtype), kernel.astype(first.dtype), stride=first.stride)
     outputs = add_bias(outputs, bias)
-    ends = np.cumsum([convolution.bias.shape[0] for convolution in convolutions])
+    ends = np.cumsum([array.shape[0] for array in biases])
     return jnp.split(outputs, ends[:-1], axis=-1)
 
 

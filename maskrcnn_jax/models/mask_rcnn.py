@@ -5,12 +5,14 @@ Each stage is a method, so that a comparison can feed the intermediate result of
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
+from jaxtyping import Array, Bool, Float, Int32, Key, Real
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
@@ -210,7 +212,7 @@ class MaskRCNN(nnx.Module):
 
     # Stages
 
-    def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    def normalize(self, images: Real[Array, "B H W I"], sizes: Int32[Array, "B 2"]) -> Float[Array, "B H W I"]:
         """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
         if images.shape[-1] != self.in_channels:
             raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {self.in_channels}")
@@ -224,23 +226,38 @@ class MaskRCNN(nnx.Module):
         inside = inside_y[:, :, None, None] & inside_x[:, None, :, None]
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
-    def features(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+    def features(self, images: Real[Array, "B H W I"], sizes: Int32[Array, "B 2"]) -> list[Float[Array, "B _ _ K"]]:
         """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
         maps = self.backbone(self.normalize(images, sizes))
         return self.fpn(feature_list(maps, self.backbone.out_channels))
 
-    def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
+    def anchors(
+        self, features: list[Float[Array, "B _ _ K"]], image_shape: tuple[int, ...]
+    ) -> list[Float[Array, "_ 4"]]:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
         return [jnp.asarray(a) for a in grid_anchors(image_shape, shapes, **self.anchor_options)]
 
-    def propose(self, objectness, deltas, anchors, sizes: jax.Array, selection: dict) -> Proposals:
+    def propose(
+        self,
+        objectness: list[Float[Array, "B _"]],
+        deltas: list[Float[Array, "B _ 4"]],
+        anchors: list[Float[Array, "_ 4"]],
+        sizes: Int32[Array, "B 2"],
+        selection: Mapping,
+    ) -> Proposals:
         """Select the proposals of every image from the RPN's outputs; no gradient flows through them."""
         # Proposals are inputs of the second stage: Sec. 3.2, Faster R-CNN (approximate joint training).
         objectness, deltas = jax.lax.stop_gradient((objectness, deltas))
         return jax.vmap(lambda o, d, s: select_proposals(o, d, anchors, s, **selection))(objectness, deltas, sizes)
 
-    def pool(self, features: list[jax.Array], boxes: jax.Array, image_shape, output_size: int) -> jax.Array:
+    def pool(
+        self,
+        features: list[Float[Array, "B _ _ K"]],
+        boxes: Float[Array, "B R 4"],
+        image_shape: tuple[int, ...],
+        output_size: int,
+    ) -> Float[Array, "B R {output_size} {output_size} K"]:
         """Pool boxes [B, R, 4] from all levels but the coarsest to [B, R, output_size, output_size, K]."""
         options = {"image_shape": image_shape, "output_size": output_size}
         if self.roi_operator == "pool":
@@ -250,7 +267,13 @@ class MaskRCNN(nnx.Module):
             operator = functools.partial(multiscale_roi_align, **options)
         return jax.vmap(operator)(features[:-1], boxes)
 
-    def select(self, logits: jax.Array, deltas: jax.Array, proposals: Proposals, sizes: jax.Array) -> tuple:
+    def select(
+        self,
+        logits: Float[Array, "B N C1"],
+        deltas: Float[Array, "B N C1 4"],
+        proposals: Proposals,
+        sizes: Int32[Array, "B 2"],
+    ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int32[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         if self.classification_loss == "focal":
             scores = jax.nn.sigmoid(logits[..., 1:])
@@ -260,7 +283,14 @@ class MaskRCNN(nnx.Module):
             scores, deltas, proposals, sizes
         )
 
-    def mask_logits(self, features: list[jax.Array], boxes, labels, valid: jax.Array, image_shape) -> jax.Array:
+    def mask_logits(
+        self,
+        features: list[Float[Array, "B _ _ K"]],
+        boxes: Float[Array, "B F 4"],
+        labels: Int32[Array, "B F"],
+        valid: Bool[Array, "B F"],
+        image_shape: tuple[int, ...],
+    ) -> Float[Array, "B F M M"]:
         """Return the mask logits [B, F, M, M] of boxes [B, F, 4] for their labels [B, F]; M is 28, or 14.
 
         The mask head is the most expensive part per box, and of its F slots ``valid`` [B, F] often has few, which come
@@ -280,7 +310,7 @@ class MaskRCNN(nnx.Module):
 
         return nnx.cond(jnp.any(valid[:, few:]), with_slots(num_slots), with_slots(few), self.mask_head)
 
-    def match_anchors(self, anchors: list[jax.Array], gt: GroundTruth) -> jax.Array:
+    def match_anchors(self, anchors: list[Float[Array, "_ 4"]], gt: GroundTruth) -> Int32[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
         high, low = self.rpn_thresholds
         flat = jnp.concatenate(anchors)
@@ -295,13 +325,13 @@ class MaskRCNN(nnx.Module):
             matches, gt.boxes, gt.ignored
         )
 
-    def sample_anchors(self, key: jax.Array, matches: jax.Array) -> Sample:
+    def sample_anchors(self, key: Key[Array, ""], matches: Int32[Array, "B A"]) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
         keys = jax.random.split(key, matches.shape[0])
         return jax.vmap(lambda k, m: sample_balanced(k, m >= 0, m == BACKGROUND, **self.rpn_sampling))(keys, matches)
 
     def sample_rois(
-        self, key: jax.Array, proposals: Proposals, gt: GroundTruth, *, proposals_from_rpn: bool = False
+        self, key: Key[Array, ""], proposals: Proposals, gt: GroundTruth, *, proposals_from_rpn: bool = False
     ) -> RoISamples:
         """Draw the RoIs that the heads are trained on from the annotated boxes and some or all of the proposals."""
         if not proposals_from_rpn:
@@ -312,8 +342,8 @@ class MaskRCNN(nnx.Module):
     # Training
 
     def losses(
-        self, batch: Batch, key: jax.Array, *, proposals_from_rpn: bool = False
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        self, batch: Batch, key: Key[Array, ""], *, proposals_from_rpn: bool = False
+    ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
         """Compute the five losses of a batch.
 
         Args:
@@ -342,7 +372,15 @@ class MaskRCNN(nnx.Module):
         head_terms, metrics = self.head_losses(features, rois, batch._replace(gt=gt))
         return terms | head_terms, metrics
 
-    def rpn_losses(self, objectness, deltas, anchors, matches, sample: Sample, gt: GroundTruth) -> dict:
+    def rpn_losses(
+        self,
+        objectness: list[Float[Array, "B _"]],
+        deltas: list[Float[Array, "B _ 4"]],
+        anchors: list[Float[Array, "_ 4"]],
+        matches: Int32[Array, "B A"],
+        sample: Sample,
+        gt: GroundTruth,
+    ) -> dict[str, Float[Array, ""]]:
         """Return the RPN's two losses over the sampled anchors."""
 
         def gather(objectness, deltas, matches, index, gt_boxes):
@@ -359,7 +397,9 @@ class MaskRCNN(nnx.Module):
             "loss_rpn_box_reg": losses.box_loss(predicted, targets, sample.foreground, sample.valid),
         }
 
-    def head_losses(self, features, rois: RoISamples, batch: Batch) -> tuple[dict, dict]:
+    def head_losses(
+        self, features: list[Float[Array, "B _ _ K"]], rois: RoISamples, batch: Batch
+    ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
         """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
         image_shape = batch.images.shape[1:3]
         foreground = rois.valid & (rois.labels > 0)
@@ -399,7 +439,7 @@ class MaskRCNN(nnx.Module):
         }
         return terms, metrics
 
-    def mask_targets(self, rois: RoISamples, batch: Batch) -> jax.Array:
+    def mask_targets(self, rois: RoISamples, batch: Batch) -> Float[Array, "B F M M"]:
         """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
         targets = jax.vmap(
             lambda packed, boxes, index, mask_size, size: mask_targets(
@@ -417,7 +457,7 @@ class MaskRCNN(nnx.Module):
 
     # Testing
 
-    def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
+    def detect(self, images: Real[Array, "B H W I"], sizes: Int32[Array, "B 2"]) -> Detections:
         """Find the objects in a batch of images.
 
         Args:

@@ -163,9 +163,10 @@ class MobileNetV3(nnx.Module):
                 InvertedResidual(STEM_CHANNELS, STEM_BLOCK, **options),
             ]
         )
-        stages, channels = [], STEM_BLOCK.out_channels
+        stages: list[nnx.List[ConvNormActivation | InvertedResidual]] = []
+        channels = STEM_BLOCK.out_channels
         for settings in STAGES:
-            blocks = []
+            blocks: list[ConvNormActivation | InvertedResidual] = []
             for setting in settings:
                 blocks.append(InvertedResidual(channels, setting, **options))
                 channels = setting.out_channels

@@ -7,7 +7,7 @@ and the mask stays bit-packed at the resolution of its image file.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from maskrcnn_jax.ops.roi_align import interpolation_corners
 
@@ -24,8 +24,8 @@ def mask_targets(
     boxes: Float[Array, "F 4"],
     gt_index: Int32[Array, " F"],
     *,
-    mask_size: Int32[Array, "2"],
-    image_size: Int32[Array, "2"],
+    mask_size: Int[Array, "2"],
+    image_size: Int[Array, "2"],
     max_size: tuple[int, int],
     output_size: int = 28,
     aligned: bool = False,

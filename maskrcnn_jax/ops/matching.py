@@ -77,8 +77,7 @@ def ignore_covered(
 class Sample(NamedTuple):
     """Indices drawn by :func:`sample_balanced`, foreground first."""
 
-    # The name hides tuple.index, which no sample needs.
-    index: Int32[Array, "*B S"]  # type: ignore[assignment]  # into the candidates
+    index: Int32[Array, "*B S"]  # type: ignore[assignment]  # into the candidates; hides tuple.index
     foreground: Bool[Array, "*B S"]
     valid: Bool[Array, "*B S"]  # False where there were too few candidates
 

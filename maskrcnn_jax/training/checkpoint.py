@@ -156,7 +156,7 @@ class Checkpoints:
         Raises:
           UserError: when there are some and none of them can be read, or as :meth:`restore` does.
         """
-        unreadable = []
+        unreadable: list[tuple[int, str]] = []
         for step in reversed(self.steps):
             state, problem = None, None
             try:
@@ -206,7 +206,7 @@ class Checkpoints:
 
     def restore_model(self, step: int, model: nnx.Module) -> None:
         """Read the arrays of a model, without the optimizer's, into it; errors as in :meth:`restore`."""
-        _, params, variables = nnx.split(model, nnx.Param, ...)
+        _, params, variables = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
         arrays = self._restore(step, {"model": {"params": params, "variables": variables}})["model"]
         nnx.update(model, arrays["params"], arrays["variables"])
 

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -284,8 +284,8 @@ class _Log:
         self._writer, self._index, self._schedule, self._watcher = writer, index, schedule, watcher
         self._updates = updates  # of the parameters so far, by which the schedule goes: a skipped step is none
         self._batch_size, self._steps_per_epoch = batch_size, steps_per_epoch
-        self._pending = []
-        self._finished = None  # a future of when the last step has
+        self._pending: list[tuple[int, dict, np.ndarray]] = []
+        self._finished: Future[float] | None = None  # a future of when the last step has
         self.seconds_per_step = 0.0  # of the steps that were written last
         self._line = ""
         self.restart_clock()

@@ -1,5 +1,7 @@
 """AdamW or SGD with linear warm-up, cosine decay and clipping by global norm; the paper (Sec. 3.2) has AdamW."""
 
+from collections.abc import Hashable
+
 import jax
 import optax
 from flax import nnx
@@ -36,12 +38,12 @@ def is_decayed(params: nnx.State) -> nnx.State:
     return jax.tree.map(lambda array: array.ndim > 1, params)
 
 
-def is_frozen(path: tuple[str | int, ...], frozen_stages: int) -> bool:
+def is_frozen(path: tuple[Hashable, ...], frozen_stages: int) -> bool:
     """Return whether a parameter or module is in the first stages of the backbone of MaskRCNN, the stem being one."""
     match path:
         case ("backbone", "stem", *_):
             return frozen_stages >= 1
-        case ("backbone", "stages", stage, *_):
+        case ("backbone", "stages", int(stage), *_):
             return frozen_stages >= stage + 2
     return False
 
