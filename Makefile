@@ -30,6 +30,7 @@ bench: $(DEV)
 lint: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 $(RUNTIME): requirements.txt
 	$(PYTHON) -m venv $(VENV)

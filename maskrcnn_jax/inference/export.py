@@ -122,7 +122,7 @@ def export_model(
     replace_file(path, content.getvalue())
 
 
-def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:
+def describe(predictor: Predictor, sizes: Sequence[tuple[int, ...]], num_weights: int, int8: bool) -> dict:
     """Return what ``model.json`` says: all that a program that runs the export has to know."""
     data, model, categories = predictor.config.data, predictor.config.model, predictor.categories
     rows = zip(categories.labels, categories.ids, categories.names, strict=True)

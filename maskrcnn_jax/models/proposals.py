@@ -1,5 +1,7 @@
 """Select proposals from the RPN's outputs, and the RoIs for training from the proposals; for one image."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,9 @@ TRAIN_PROPOSALS = ("rpn", "gt", "gt_then_rpn")
 
 
 def select_proposals(
-    objectness: list[Float[Array, " _"]],
-    deltas: list[Float[Array, "_ 4"]],
-    anchors: list[Float[Array | np.ndarray, "_ 4"]],
+    objectness: Sequence[Float[Array, " _"]],
+    deltas: Sequence[Float[Array, "_ 4"]],
+    anchors: Sequence[Float[Array | np.ndarray, "_ 4"]],
     size: Int32[Array, "2"],
     *,
     pre_nms_top_n: int,
