@@ -212,7 +212,9 @@ class MaskRCNN(nnx.Module):
 
     # Stages
 
-    def normalize(self, images: Real[Array, "B H W I"], sizes: Int32[Array, "B 2"]) -> Float[Array, "B H W I"]:
+    def normalize(
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int32[Array | np.ndarray, "B 2"]
+    ) -> Float[Array, "B H W I"]:
         """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
         if images.shape[-1] != self.in_channels:
             raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {self.in_channels}")
@@ -226,7 +228,9 @@ class MaskRCNN(nnx.Module):
         inside = inside_y[:, :, None, None] & inside_x[:, None, :, None]
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
-    def features(self, images: Real[Array, "B H W I"], sizes: Int32[Array, "B 2"]) -> list[Float[Array, "B _ _ K"]]:
+    def features(
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int32[Array | np.ndarray, "B 2"]
+    ) -> list[Float[Array, "B _ _ K"]]:
         """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
         maps = self.backbone(self.normalize(images, sizes))
         return self.fpn(feature_list(maps, self.backbone.out_channels))
@@ -243,7 +247,7 @@ class MaskRCNN(nnx.Module):
         objectness: list[Float[Array, "B _"]],
         deltas: list[Float[Array, "B _ 4"]],
         anchors: list[Float[Array, "_ 4"]],
-        sizes: Int32[Array, "B 2"],
+        sizes: Int32[Array | np.ndarray, "B 2"],
         selection: Mapping,
     ) -> Proposals:
         """Select the proposals of every image from the RPN's outputs; no gradient flows through them."""
@@ -272,7 +276,7 @@ class MaskRCNN(nnx.Module):
         logits: Float[Array, "B N C1"],
         deltas: Float[Array, "B N C1 4"],
         proposals: Proposals,
-        sizes: Int32[Array, "B 2"],
+        sizes: Int32[Array | np.ndarray, "B 2"],
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int32[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         if self.classification_loss == "focal":
@@ -457,7 +461,9 @@ class MaskRCNN(nnx.Module):
 
     # Testing
 
-    def detect(self, images: Real[Array, "B H W I"], sizes: Int32[Array, "B 2"]) -> Detections:
+    def detect(
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int32[Array | np.ndarray, "B 2"]
+    ) -> Detections:
         """Find the objects in a batch of images.
 
         Args:

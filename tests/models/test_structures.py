@@ -34,6 +34,6 @@ def test_batches_and_the_results_of_stages_are_as_annotated(tiny, key):
 
 def test_a_wrong_size_or_dtype_is_found():
     batch = tiny_batch()
-    assert wrong_fields(batch._replace(sizes=batch.sizes[:1])) == ["original_sizes", "image_index", "valid"]
+    assert wrong_fields(batch._replace(sizes=batch.sizes[:1])) == ["sizes"]
     assert wrong_fields(batch.gt._replace(labels=batch.gt.labels.astype(np.int64))) == ["labels"]
     assert wrong_fields(batch.gt._replace(masks=batch.gt.masks[..., 1:])) == ["masks"]
