@@ -14,7 +14,7 @@ MOBILENET = "mobilenet_v3_large"
 MAX_MAPS = 4
 
 
-def make_backbone(backbone: str | nnx.Module, *, resnet_options: dict, **options) -> nnx.Module:
+def make_backbone(backbone: object, *, resnet_options: dict, **options) -> nnx.Module:
     """Build a named backbone, or check a custom one.
 
     Args:
@@ -46,7 +46,7 @@ def make_backbone(backbone: str | nnx.Module, *, resnet_options: dict, **options
 
 
 def feature_list(
-    features: jax.Array | list[jax.Array] | tuple[jax.Array, ...] | Mapping[str, jax.Array],
+    features: object,
     out_channels: tuple[int, ...],
 ) -> list[Float[Array, "B _ _ _"]]:
     """Return the maps of a backbone as a list, finest first.

@@ -1,7 +1,7 @@
 """Box head: class logits and box offsets of every RoI from its pooled 7x7 features."""
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
@@ -28,7 +28,7 @@ class BoxHead(nnx.Module):
         fc_channels: tuple[int, ...] = (1024, 1024),
         norm: str = "none",
         class_bias: float = 0.0,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         def linear(in_features, out_features, kernel_init, bias=0.0):

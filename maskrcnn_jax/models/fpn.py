@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.models.layers import ConvNorm
@@ -22,7 +23,7 @@ class FPN(nnx.Module):
         out_channels: int,
         *,
         norm: str = "none",
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}

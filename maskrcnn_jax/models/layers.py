@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.errors import UserError
@@ -47,7 +48,7 @@ class Conv(nnx.Module):
         depthwise: bool = False,
         use_bias: bool = True,
         kernel_init: Initializer = default_init,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         kept = at_least_float32(dtype)
@@ -91,7 +92,7 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(
-        self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0
+        self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0
     ):
         kept = at_least_float32(dtype)
         self.scale = nnx.Param(jnp.full(channels, gain, kept))
@@ -120,7 +121,7 @@ class BatchNorm(nnx.Module):
 class FrozenBatchNorm(nnx.Module):
     """Batch normalisation with fixed statistics and affine parameters, for fine-tuning pretrained backbones."""
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, gain: float = 1.0):
+    def __init__(self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5, gain: float = 1.0):
         kept = at_least_float32(dtype)
         self.scale = FrozenStatistics(jnp.full(channels, gain, kept))
         self.bias = FrozenStatistics(jnp.zeros(channels, kept))
@@ -157,7 +158,7 @@ def _normalize(x, mean, var, scale, bias, eps, dtype):
 
 
 def make_norm(
-    kind: str, channels: int, *, eps: float, momentum: float, gain: float, dtype: jnp.dtype
+    kind: str, channels: int, *, eps: float, momentum: float, gain: float, dtype: DTypeLike
 ) -> nnx.Module | None:
     """Build a normalisation layer.
 
@@ -197,7 +198,7 @@ class ConvNorm(nnx.Module):
         norm_momentum: float = 0.1,
         norm_gain: float = 1.0,
         kernel_init: Initializer = default_init,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.conv = Conv(

@@ -7,7 +7,7 @@ All are computed in float32 or wider, whatever the compute dtype of the network.
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.ops.boxes import paired_giou, paired_iou
 
@@ -68,7 +68,7 @@ def box_loss(
 
 
 def classification_loss(
-    logits: Float[Array, "B R C1"], labels: Int32[Array, "B R"], valid: Bool[Array, "B R"]
+    logits: Float[Array, "B R C1"], labels: Int[Array, "B R"], valid: Bool[Array, "B R"]
 ) -> Float[Array, ""]:
     """Compute the cross-entropy over the classes and background.
 
@@ -84,7 +84,7 @@ def classification_loss(
 
 
 def focal_loss(
-    logits: Float[Array, "B R C1"], labels: Int32[Array, "B R"], valid: Bool[Array, "B R"]
+    logits: Float[Array, "B R C1"], labels: Int[Array, "B R"], valid: Bool[Array, "B R"]
 ) -> Float[Array, ""]:
     """Compute the sigmoid focal loss: independent classes, with low weights for easy examples.
 

@@ -4,7 +4,8 @@ import math
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.models.initializers import kaiming_normal, normal
 from maskrcnn_jax.models.layers import ConvNorm, relu
@@ -27,7 +28,7 @@ class MaskHead(nnx.Module):
         *,
         deconv: bool = True,
         norm: str = "none",
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         kept = at_least_float32(dtype)
@@ -62,7 +63,7 @@ class MaskHead(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, pooled: Float[Array, "*B S S K"], labels: Int32[Array, "*B"], valid: Bool[Array, "*B"] | None = None
+        self, pooled: Float[Array, "*B S S K"], labels: Int[Array, "*B"], valid: Bool[Array, "*B"] | None = None
     ) -> Float[Array, "*B S2 S2"]:
         """Return the mask logits [..., 28, 28] of the given classes, or [..., 14, 14], float32 or wider.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
-from jaxtyping import Array, Bool, Float, Int32, Key, Real
+from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
@@ -64,7 +64,7 @@ class MaskRCNN(nnx.Module):
         self,
         num_classes: int = 91,
         *,
-        backbone: str | nnx.Module = "resnet50",
+        backbone: object = "resnet50",
         in_channels: int = 3,
         stem_channels: int = 64,
         stage_channels: int = 0,
@@ -213,7 +213,7 @@ class MaskRCNN(nnx.Module):
     # Stages
 
     def normalize(
-        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int32[Array | np.ndarray, "B 2"]
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]
     ) -> Float[Array, "B H W I"]:
         """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
         if images.shape[-1] != self.in_channels:
@@ -229,7 +229,7 @@ class MaskRCNN(nnx.Module):
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
     def features(
-        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int32[Array | np.ndarray, "B 2"]
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]
     ) -> list[Float[Array, "B _ _ K"]]:
         """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
         maps = self.backbone(self.normalize(images, sizes))
@@ -247,7 +247,7 @@ class MaskRCNN(nnx.Module):
         objectness: list[Float[Array, "B _"]],
         deltas: list[Float[Array, "B _ 4"]],
         anchors: list[Float[Array, "_ 4"]],
-        sizes: Int32[Array | np.ndarray, "B 2"],
+        sizes: Int[Array | np.ndarray, "B 2"],
         selection: Mapping,
     ) -> Proposals:
         """Select the proposals of every image from the RPN's outputs; no gradient flows through them."""
@@ -276,8 +276,8 @@ class MaskRCNN(nnx.Module):
         logits: Float[Array, "B N C1"],
         deltas: Float[Array, "B N C1 4"],
         proposals: Proposals,
-        sizes: Int32[Array | np.ndarray, "B 2"],
-    ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int32[Array, "B D"], Bool[Array, "B D"]]:
+        sizes: Int[Array | np.ndarray, "B 2"],
+    ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         if self.classification_loss == "focal":
             scores = jax.nn.sigmoid(logits[..., 1:])
@@ -291,7 +291,7 @@ class MaskRCNN(nnx.Module):
         self,
         features: list[Float[Array, "B _ _ K"]],
         boxes: Float[Array, "B F 4"],
-        labels: Int32[Array, "B F"],
+        labels: Int[Array, "B F"],
         valid: Bool[Array, "B F"],
         image_shape: tuple[int, ...],
     ) -> Float[Array, "B F M M"]:
@@ -314,7 +314,7 @@ class MaskRCNN(nnx.Module):
 
         return nnx.cond(jnp.any(valid[:, few:]), with_slots(num_slots), with_slots(few), self.mask_head)
 
-    def match_anchors(self, anchors: list[Float[Array, "_ 4"]], gt: GroundTruth) -> Int32[Array, "B A"]:
+    def match_anchors(self, anchors: list[Float[Array, "_ 4"]], gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
         high, low = self.rpn_thresholds
         flat = jnp.concatenate(anchors)
@@ -329,7 +329,7 @@ class MaskRCNN(nnx.Module):
             matches, gt.boxes, gt.ignored
         )
 
-    def sample_anchors(self, key: Key[Array, ""], matches: Int32[Array, "B A"]) -> Sample:
+    def sample_anchors(self, key: Key[Array, ""], matches: Int[Array, "B A"]) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
         keys = jax.random.split(key, matches.shape[0])
         return jax.vmap(lambda k, m: sample_balanced(k, m >= 0, m == BACKGROUND, **self.rpn_sampling))(keys, matches)
@@ -381,7 +381,7 @@ class MaskRCNN(nnx.Module):
         objectness: list[Float[Array, "B _"]],
         deltas: list[Float[Array, "B _ 4"]],
         anchors: list[Float[Array, "_ 4"]],
-        matches: Int32[Array, "B A"],
+        matches: Int[Array, "B A"],
         sample: Sample,
         gt: GroundTruth,
     ) -> dict[str, Float[Array, ""]]:
@@ -461,9 +461,7 @@ class MaskRCNN(nnx.Module):
 
     # Testing
 
-    def detect(
-        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int32[Array | np.ndarray, "B 2"]
-    ) -> Detections:
+    def detect(self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]) -> Detections:
         """Find the objects in a batch of images.
 
         Args:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal
@@ -78,7 +79,7 @@ class SqueezeExcitation(nnx.Module):
     Source: Sec. 5.3, Searching for MobileNetV3.
     """
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         squeezed = _round_to_eights(channels // 4)
         options: dict[str, Any] = {"kernel_init": kaiming_normal, "dtype": dtype, "rngs": rngs}
         self.fc1 = Conv(channels, squeezed, 1, **options)
@@ -93,7 +94,7 @@ class SqueezeExcitation(nnx.Module):
 class InvertedResidual(nnx.Module):
     """Expand by a 1x1 convolution, filter each channel, squeeze and excite, project; a shortcut where sizes allow."""
 
-    def __init__(self, in_channels: int, setting: Setting, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options):
+    def __init__(self, in_channels: int, setting: Setting, *, dtype: DTypeLike, rngs: nnx.Rngs, **options):
         """Build the block.
 
         Args:
@@ -136,7 +137,7 @@ class MobileNetV3(nnx.Module):
         in_channels: int = 3,
         norm: str = "batch",
         remat: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Build the network.

@@ -1,7 +1,7 @@
 """Select the final boxes of one image from the box head's outputs."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS
 from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
@@ -13,13 +13,13 @@ def select_detections(
     class_scores: Float[Array, "N C"],
     deltas: Float[Array, "N C+1 4"],
     proposals: Proposals,
-    size: Int32[Array, "2"],
+    size: Int[Array, "2"],
     *,
     score_thresh: float,
     nms_thresh: float,
     min_size: float,
     detections_per_img: int,
-) -> tuple[Float[Array, "D 4"], Float[Array, " D"], Int32[Array, " D"], Bool[Array, " D"]]:
+) -> tuple[Float[Array, "D 4"], Float[Array, " D"], Int[Array, " D"], Bool[Array, " D"]]:
     """Decode a box for every class, suppress duplicates within each class, keep the best.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int, Key
 
 from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
 from maskrcnn_jax.ops.matching import BACKGROUND, ignore_covered, match, sample_balanced
@@ -22,7 +22,7 @@ def select_proposals(
     objectness: Sequence[Float[Array, " _"]],
     deltas: Sequence[Float[Array, "_ 4"]],
     anchors: Sequence[Float[Array | np.ndarray, "_ 4"]],
-    size: Int32[Array, "2"],
+    size: Int[Array, "2"],
     *,
     pre_nms_top_n: int,
     post_nms_top_n: int,

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal
@@ -86,7 +87,7 @@ class ResNet(nnx.Module):
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
         remat: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Build the network.

@@ -1,7 +1,7 @@
 """Region proposal network: for every anchor, how likely it holds an object and how to move it onto the object."""
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.models.initializers import normal
@@ -15,7 +15,7 @@ class RPNHead(nnx.Module):
     """3x3 convolutions shared by all levels, then two 1x1 convolutions. Source: Sec. 3.1, Faster R-CNN."""
 
     def __init__(
-        self, in_channels: int, channels: int, num_anchors: int, *, depth: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, in_channels: int, channels: int, num_anchors: int, *, depth: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         inputs = (in_channels, *[channels] * (depth - 1))
         self.convs = nnx.List(

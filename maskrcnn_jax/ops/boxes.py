@@ -78,7 +78,7 @@ def exceeds_iou(box: Float[Array, "4"], corners: Float[Array, "4 N"], iou_thresh
     return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, corners.dtype)
 
 
-def _rounded_down(threshold: float, dtype: np.dtype) -> np.ndarray:
+def _rounded_down(threshold: float, dtype: np.dtype) -> np.ndarray | np.floating:
     """Return the largest number of a dtype that is not above a threshold.
 
     torchvision compares float32 overlaps with a float64 threshold. Rounding the threshold up would change results: an

@@ -7,7 +7,7 @@ and the mask stays bit-packed at the resolution of its image file.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from maskrcnn_jax.ops.roi_align import interpolation_corners
 
@@ -22,7 +22,7 @@ def unpack_mask(packed: UInt8[Array, "*shape W8"]) -> UInt8[Array, "*shape 8*W8"
 def mask_targets(
     packed: UInt8[Array, "G M M//8"],
     boxes: Float[Array, "F 4"],
-    gt_index: Int32[Array, " F"],
+    gt_index: Int[Array, " F"],
     *,
     mask_size: Int[Array, "2"],
     image_size: Int[Array, "2"],

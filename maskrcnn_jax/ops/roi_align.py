@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
@@ -107,7 +107,7 @@ def sample_points(
 
 
 def interpolation_corners(
-    points: Float[Array, "*shape"], size: Int32[Array, "*#shape"]
+    points: Float[Array, "*shape"], size: Int[Array, "*#shape"]
 ) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Return the two cells that each point lies between, and their weights.
 
