@@ -73,7 +73,9 @@ def test_overlaps_row_by_row_coverage_and_their_gradients_equal_torchvisions():
         iou = torchvision.ops.box_iou(ta, tb).detach()
         areas = torchvision.ops.box_area(ta).detach()[:, None], torchvision.ops.box_area(tb)[None, :]
         intersection = iou * sum(areas) / (1 + iou)
-        np.testing.assert_allclose(box_ops.box_coverage(a, b), intersection / areas[0], **close)
+        np.testing.assert_allclose(
+            box_ops.box_coverage(jnp.asarray(a), jnp.asarray(b)), intersection / areas[0], **close
+        )
 
 
 def torch_anchors(image_shape, feature_shapes, sizes=SIZES, scales=(1,)):
