@@ -30,6 +30,7 @@ bench: $(DEV)
 lint: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 $(RUNTIME): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
