@@ -1,6 +1,6 @@
-"""Exported models, run by tools/run_exported.py in a process that cannot import dataclasses
-import this package."""
+"""Exported models, run by tools/run_exported.py in a process that cannot import this package."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +19,7 @@ from maskrcnn_jax.inference.export import dequantize, export_model, quantize, qu
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import DataOptions, Options
-from tests.models.tiny import tiny_model
+from tests.models.tiny import tiny_model, tiny_options
 from tools.run_exported import ExportedModel
 
 ROOT = Path(__file__).parents[2]
