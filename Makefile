@@ -36,6 +36,6 @@ $(RUNTIME): requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(DEV): requirements-dev.txt $(RUNTIME)
-	$(RUN) -m pip install --quiet -r requirements-dev.txt
+$(DEV): pyproject.toml $(RUNTIME)
+	$(RUN) -m pip install --quiet --editable ".[dev]"
 	touch $@

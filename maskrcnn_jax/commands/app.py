@@ -1,146 +1,232 @@
-"""What the entry points share: starting up, errors in one sentence, and the model that the user names."""
+"""What the commands share: options, logging, errors in one sentence, and the model that the user names."""
 
+import argparse
+import difflib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
-import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
-from maskrcnn_jax import api
-from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.distributed import join, leave
+import maskrcnn_jax as mr
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+
+if TYPE_CHECKING:
+    from maskrcnn_jax.inference.predictor import Predictor
 
 
-def run_app(main: Callable[[], None]) -> None:
-    """Parse the command line, run ``main`` and leave with status 1 and one line on stderr if it raises UserError."""
-
-    parsed = False
-
-    def guarded(argv: list[str]) -> None:
-        quieten_libraries()
-        _enable_compilation_cache()
-        nonlocal parsed
-        parsed = True
-        try:
-            if "distributed" in flags.FLAGS:
-                options = flags.FLAGS
-                join(
-                    options.coordinator_address, options.num_processes, options.process_id, search=options.distributed
-                )
-            if len(argv) > 1:
-                raise UserError(f"{argv[1]!r} is not an option; options are written --name=value, see --help")
-            _check_config_file()
-            main()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            leave(1)
-
-    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help shows only the program's own
-    try:
-        app.run(guarded, flags_parser=_parse_flags)
-    except (AttributeError, KeyError, TypeError) as error:
-        # How ml_collections reports an override of an unknown field while it parses the command line.
-        if parsed:
-            raise
-        said = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
-        print(f"error: a --config.FIELD does not exist: {said}; configs/base.py lists them all", file=sys.stderr)
-        sys.exit(1)
-
-
-def define_process_flags() -> None:
-    """Define the options by which several processes of a command find each other; run_app reads them."""
-    flags.DEFINE_bool("distributed", False, "Join the other workers of a Cloud TPU; srun and mpirun need no option.")
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where nothing tells it.")
-    flags.DEFINE_integer("num_processes", None, "Of this job, likewise.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Of this process, from 0, likewise.", lower_bound=0)
-
-
-def define_model_flags() -> None:
-    """Define the options by which a command is told which model to use; load_model reads them."""
-    config_flags.DEFINE_config_file("config", None, "Use instead of the config that the run was trained with.")
-    flags.DEFINE_string("workdir", None, "Folder that train.py wrote.")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
-    flags.DEFINE_string(
-        "weights", None, "Instead of a run: .pth, .safetensors, .pkl or a name, see weights/download.py."
-    )
-    flags.DEFINE_string("categories", None, "categories.json of a run: what the labels of --weights mean, or COCO's.")
-
-
-def find_config() -> ConfigDict:
-    """Return the config of the model that the user named: --config, that of the run or that of published weights.
-
-    Raises:
-      UserError: when these options and --weights contradict each other.
-    """
-    options = flags.FLAGS
-    if (options.workdir is None) == (options.weights is None):
-        raise UserError("give either --workdir, a folder that train.py wrote, or --weights together with --config")
-    if options.config is None and options.workdir is None and options.weights not in api.PUBLISHED:
-        raise UserError("--weights needs the --config that they belong to, such as configs/torchvision_r50_fpn.py")
-    return api.find_config(workdir=options.workdir, weights=options.weights, config=options.config)
-
-
-def load_model(config: ConfigDict) -> tuple[MaskRCNN, Categories]:
-    """Load the model that the user named: a run of train.py, or weights from elsewhere; see :func:`.api.load_network`.
+def run(command: ModuleType, arguments: Sequence[str] | None = None, *, name: str | None = None) -> None:
+    """Run a command; exit with status 1 and one line on stderr if it raises UserError.
 
     Args:
-      config: as find_config returns it.
+        command: A module with a docstring, ``add_options(parser)`` and ``main(options)``.
+        arguments: Its command line. Defaults to that of this process.
+        name: What the user types to call it. Defaults to the name of the script.
     """
-    options = flags.FLAGS
-    return api.load_network(
-        config,
-        workdir=options.workdir,
-        weights=options.weights,
+    try:
+        options = parse(command, sys.argv[1:] if arguments is None else arguments, name)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    from maskrcnn_jax.distributed import join, leave  # imports JAX
+
+    try:
+        if hasattr(options, "distributed"):
+            join(options.coordinator_address, options.num_processes, options.process_id, search=options.distributed)
+        set_up_logging()
+        _keep_compiled_programs()
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # the loader's processes read flags of Grain
+        command.main(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(1)
+
+
+_OVERRIDE = re.compile(r"--(no)?config\.")  # such as --config.optim.lr=1e-4
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(command: ModuleType, arguments: Sequence[str], name: str | None = None) -> argparse.Namespace:
+    """Parse the command line of a command; its option ``config``, if it has one, becomes a ConfigDict.
+
+    Raises:
+        UserError: if there is no such option or config, or one has a value that is not allowed.
+    """
+    parser = _Parser(
+        name,
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_options(parser)
+    known = ["--help", *re.findall(r"--\w+", parser.format_usage())]
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and not _OVERRIDE.match(option) and option not in known:
+            raise UserError(f"there is no option {option}; {_hint(option, known, parser)}")
+    options, overrides = parser.parse_known_args(arguments)
+    if isinstance(getattr(options, "config", None), str):
+        options.config = mr.load_config(options.config)
+    unexpected = [argument for argument in overrides if not _OVERRIDE.match(argument)]
+    if unexpected:
+        raise UserError(f"{unexpected[0]!r} is unexpected; options are written --name=value, see {parser.prog} --help")
+    if overrides and getattr(options, "config", None) is None:
+        raise UserError(f"{overrides[0]} changes a field of --config, which is missing")
+    for argument in overrides:
+        option = re.split(r"[=\[]", argument.replace("--noconfig.", "--config."))[0]
+        fields = [f"--config.{field}" for field in _field_names(options.config)]
+        if option not in fields:
+            raise UserError(f"there is no option {option}; {_hint(option, fields, parser)}")
+    if overrides:
+        options.config = _override(options.config, overrides)
+    return options
+
+
+def _hint(option: str, known: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Return the options that are spelt nearly as this one, or that differ only in the part of the config."""
+    last_parts = [name.rpartition(".")[2].lstrip("-") for name in known]
+    close = difflib.get_close_matches(option.rpartition(".")[2].lstrip("-"), last_parts)
+    names = [name for name, part in zip(known, last_parts, strict=True) if part in close]
+    return f"did you mean {' or '.join(names)}?" if names else f"see {parser.prog} --help"
+
+
+def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Return the names of all fields, such as "optim.lr"."""
+    names = []
+    for name, value in config.items():
+        names += _field_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return names
+
+
+def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """Return a config with the values of arguments ``--config.FIELD=VALUE``."""
+    values, arguments = flags.FlagValues(), ["", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error).splitlines()[-1].removeprefix("flag ")) from None
+    return values["config"].value
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which several processes of a command find each other; ``run`` reads them."""
+    group = parser.add_argument_group("several hosts", "srun and mpirun need none of these")
+    group.add_argument("--distributed", action="store_true", help="join the other workers of a Cloud TPU")
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num_processes", type=at_least(1), metavar="N", help="of this job")
+    group.add_argument("--process_id", type=at_least(0), metavar="N", help="of this process, from 0")
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the options that name a run and its checkpoint."""
+    parser.add_argument("--workdir", required=required, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--checkpoint", default="latest", help="of the run: latest, best (by mask AP) or a step")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a model, a run or weights; ``load`` reads them."""
+    add_run_options(parser)
+    parser.add_argument(
+        "--weights",
+        metavar="FILE|NAME",
+        help="instead of a run: .pth, .safetensors, .pkl or published weights such as "
+        "torchvision:maskrcnn_resnet50_fpn_v2",
+    )
+    parser.add_argument("--config", help="config of the weights, by name or file; published weights have their own")
+    parser.add_argument(
+        "--categories", metavar="FILE", help="categories.json of the weights; COCO's categories if not given"
+    )
+
+
+def at_least(low: int):
+    """Return a type of options: whole numbers from ``low``."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low}")
+        return int(text)
+
+    return number
+
+
+def load(options: argparse.Namespace) -> "Predictor":
+    """Load the model that the user named.
+
+    Raises:
+        UserError: if the options contradict each other, or there is no such model.
+    """
+    if (options.workdir is None) == (options.weights is None):
+        raise UserError("give either --workdir, the folder of a training run, or --weights")
+    if options.workdir is not None and not Path(options.workdir).is_dir():
+        raise UserError(f"--workdir={options.workdir} is not a folder; give that of a training run")
+    return mr.load(
+        options.workdir or options.weights,
+        config=options.config,
         checkpoint=options.checkpoint,
         categories=options.categories,
     )
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; absl would print its errors over several lines, those of config files with a trace."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        said = str(error).strip().splitlines()[-1].strip()
-        print(f"error: {said.removeprefix('maskrcnn_jax.errors.UserError: ')}; see --help", file=sys.stderr)
-        sys.exit(1)
+class _Terminal(logging.Handler):
+    """Prints messages above the progress bars: information to stdout, warnings to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        message = self.format(record)
+        if record.levelno < logging.WARNING:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            tqdm.write(f"{record.levelname.lower()}: {message}", file=sys.stderr)
 
 
-def _check_config_file() -> None:
-    """Raise a UserError when --config names no file: ml_collections would say so in its own terms only later."""
-    for argument in sys.argv[1:]:
-        name, _, path = argument.partition("=")
-        if name.lstrip("-") == "config" and not Path(path.partition(":")[0]).is_file():
-            raise UserError(f"--config={path} is no file; give one such as configs/r50_fpn.py")
+def set_up_logging() -> None:
+    """Print what the library logs, warnings of other processes too, and drop noise of the libraries below it."""
+    import jax
 
+    from maskrcnn_jax.distributed import is_first
 
-def quieten_libraries() -> None:
-    """Keep Orbax and JAX from telling of things that are as they should be: no TPU here, a checkpoint without metrics.
-
-    Nor may Orbax print a thousand lines about a disk that refuses, whose error it raises too.
-    """
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    logger = logging.getLogger("maskrcnn_jax")
+    if not logger.handlers:
+        logger.addHandler(_Terminal())
+        logger.propagate = False  # absl adds a handler to the root logger
+    # Alone, do not ask JAX: it would take a GPU's memory for commands that have no use of it.
+    first = not jax.distributed.is_initialized() or is_first()
+    logger.setLevel(logging.INFO if first else logging.CRITICAL)
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    print_unraisable = sys.unraisablehook
-
-    def hook(unraisable) -> None:
-        # Once the first of many arrays has failed, nobody waits for the others.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_unraisable(unraisable)
-
-    sys.unraisablehook = hook
+        logging.getLogger(name).addFilter(_is_news)
+    sys.unraisablehook = _print_unraisable
 
 
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen where already."""
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax also raises what it logs as an error, and warns of checkpoints without metrics. On a disk that refuses,
+    # asyncio reports each array after the first, whose error is raised.
+    return "orbax" not in Path(record.pathname).parts and "exception was never retrieved" not in record.getMessage()
+
+
+def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    # Once the first of many arrays has failed, nobody waits for the others.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _keep_compiled_programs() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a folder for them."""
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "maskrcnn_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

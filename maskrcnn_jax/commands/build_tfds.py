@@ -1,34 +1,37 @@
-"""Write a COCO-format dataset as a TFDS dataset with masks, coco_instances: few large files instead of many.
+"""Write a dataset in COCO's format as a TFDS dataset: few large files instead of many small ones.
 
-    python tools/build_tfds.py --coco_dir=COCO --tfds_dir=TFDS [--splits=train2017,val2017]
-    python train.py --config=configs/r50_fpn.py --workdir=runs/r50 \
-        --config.data.source=tfds --config.data.tfds_dir=TFDS
+    maskrcnn-jax build-tfds --coco_dir=COCO --tfds_dir=TFDS [--splits=train2017,val2017]
+    maskrcnn-jax train --config=r50_fpn --workdir=runs/r50 --config.data.source=tfds --config.data.tfds_dir=TFDS
 
-Training and evaluation then need nothing but the folder TFDS, and give the same bits as from COCO. Every image is
-decoded once, to find the broken ones before training does.
+Training and evaluation then need only the folder TFDS, and give the same bits as from COCO. Every image is decoded
+once, so that broken images are found now instead of in training.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
-
-from absl import flags
-
-from maskrcnn_jax.commands.app import run_app
-from maskrcnn_jax.data.tfds_builder import build
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("coco_dir", None, "Folder with annotations/instances_*.json and images.", required=True)
-flags.DEFINE_string("tfds_dir", None, "Where the dataset goes: TFDS's data_dir.", required=True)
-flags.DEFINE_list("splits", None, "Splits to write; all that have annotations if not given.")
-flags.DEFINE_bool("skip_broken", False, "Keep images that cannot be read, for training with data.skip_broken.")
+import argparse
 
 
-def main() -> None:
-    folder = build(FLAGS.coco_dir, FLAGS.tfds_dir, splits=FLAGS.splits, skip_broken=FLAGS.skip_broken)
-    print(f"{folder} written; read it by --config.data.source=tfds --config.data.tfds_dir={FLAGS.tfds_dir}")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument(
+        "--coco_dir", required=True, metavar="DIR", help="folder with annotations/instances_*.json and images"
+    )
+    parser.add_argument("--tfds_dir", required=True, metavar="DIR", help="where the dataset goes (TFDS's data_dir)")
+    parser.add_argument(
+        "--splits",
+        type=lambda text: text.split(","),
+        metavar="SPLIT,...",
+        help="splits to write; all that have annotations if not given",
+    )
+    parser.add_argument(
+        "--skip_broken",
+        action="store_true",
+        help="keep images that cannot be read, for trainings with data.skip_broken",
+    )
 
 
-if __name__ == "__main__":
-    run_app(main)
+def main(options: argparse.Namespace) -> None:
+    """Write the dataset."""
+    from maskrcnn_jax.data.tfds_builder import build
+
+    folder = build(options.coco_dir, options.tfds_dir, splits=options.splits, skip_broken=options.skip_broken)
+    print(f"{folder} written; train on it with --config.data.source=tfds --config.data.tfds_dir={options.tfds_dir}")

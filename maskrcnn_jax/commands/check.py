@@ -1,55 +1,59 @@
 """Check a dataset in COCO's format before training on it.
 
-    python tools/check_dataset.py DIR [--config=configs/r50_fpn.py] [--report=check.html] [--fix=cleaned.json]
-    python tools/check_dataset.py FILE.json --images=DIR
+    maskrcnn-jax check DIR [--config=r50_fpn] [--report=check.html] [--fix=cleaned.json]
+    maskrcnn-jax check FILE.json --images=DIR
 
-DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json; --train_split and --val_split say what
-the splits are called otherwise. Lists errors (training would stop, or learn something wrong) and warnings, and exits
-with status 1 if there are errors. --fix writes a cleaned copy of the annotations of the training split, or of FILE.
+DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json; --train_split and --val_split name other
+splits. Lists errors (training would stop, or learn something wrong) and warnings, and exits with status 1 if there are
+errors. --fix writes a cleaned copy of the annotations of the training split, or of FILE.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
-
-from absl import flags
-from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+import maskrcnn_jax as mr
 from maskrcnn_jax.checking.dataset import Options, Split, check_split, compare_splits
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
 from maskrcnn_jax.checking.mend import mend
-from maskrcnn_jax.commands.app import run_app
+from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.coco import annotations_name, locate
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.training.check_data import anchors_of
 
 ROUNDS = 3  # of mending: what was mended may show what else is wrong
 
-FLAGS = flags.FLAGS
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument(
+        "dataset", nargs="?", help="folder or annotation file; data.coco_dir of the config if not given"
+    )
+    parser.add_argument(
+        "--config",
+        default=mr.default_config(),
+        help="what the dataset is for, by name or file: sizes of anchors and images, options of the data",
+    )
+    parser.add_argument("--train_split", metavar="SPLIT", help="data.train_split of the config if not given")
+    parser.add_argument("--val_split", metavar="SPLIT", help="data.eval_split of the config if not given")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images of an annotation file")
+    parser.add_argument(
+        "--noopen_images", dest="open_images", action="store_false", help="only look whether the image files exist"
+    )
+    parser.add_argument("--report", metavar="FILE", help="HTML page to write, with pictures of examples")
+    parser.add_argument("--fix", metavar="FILE", help="cleaned copy of the annotations to write")
 
 
-def define_flags() -> None:
-    """Define the options; only where this is the program, since other tools have options of the same names."""
-    base = Path(__file__).resolve().parent.parent / "configs" / "base.py"
-    config_flags.DEFINE_config_file("config", str(base), "What it is for: anchors, sizes, options of the data.")
-    flags.DEFINE_string("dataset", "", "Folder or annotation file; may be given as the first word.")
-    flags.DEFINE_string("train_split", None, "Instead of config.data.train_split.")
-    flags.DEFINE_string("val_split", None, "Instead of config.data.eval_split.")
-    flags.DEFINE_string("images", None, "Folder of the images, with an annotation file.")
-    flags.DEFINE_bool("open_images", True, "Also open the images; without, their files are only looked for.")
-    flags.DEFINE_string("report", None, "HTML page to write, with pictures of examples.")
-    flags.DEFINE_string("fix", None, "Cleaned copy of the annotations to write.")
-
-
-def check(config: ConfigDict, dataset: str, images: str | None, open_images: bool = True) -> list[Split]:
+def check(config: mr.Options, dataset: str, images: str | None, open_images: bool = True) -> list[Split]:
     """Check a dataset, or one annotation file with the images in ``images``.
 
     Raises:
       UserError: there is no such dataset.
     """
+    from maskrcnn_jax.training.check_data import anchors_of
+
     data = config.data
     options = Options(
         anchors=anchors_of(config),
@@ -78,7 +82,7 @@ def check(config: ConfigDict, dataset: str, images: str | None, open_images: boo
     return list(compare_splits(training, evaluated))
 
 
-def fix(config: ConfigDict, splits: list[Split], output: Path) -> None:
+def fix(config: mr.Options, splits: list[Split], output: Path, open_images: bool) -> None:
     """Write the cleaned copy of the first split, check it, and say what was done and what is left.
 
     Raises:
@@ -90,7 +94,7 @@ def fix(config: ConfigDict, splits: list[Split], output: Path) -> None:
     for _ in range(ROUNDS):
         for what, names in mend(split, output).items():
             print(plain(f"  {len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
-        (split,) = check(config, str(output), str(split.image_dir), FLAGS.open_images)
+        (split,) = check(config, str(output), str(split.image_dir), open_images)
         if not split.num_errors:
             break
     print(plain(f"{output} is written: {summary([split])}"))
@@ -98,12 +102,13 @@ def fix(config: ConfigDict, splits: list[Split], output: Path) -> None:
         print(plain(f"  {finding.sentence}"))
 
 
-def main() -> None:
-    config = FLAGS.config.unlock()
-    data = config.data
-    data.train_split = FLAGS.train_split or data.train_split
-    data.eval_split = FLAGS.val_split or data.eval_split
-    splits = check(config, FLAGS.dataset or data.coco_dir, FLAGS.images, FLAGS.open_images)
+def main(options: argparse.Namespace) -> None:
+    """Check the dataset."""
+    data = options.config.unlock().data
+    data.train_split = options.train_split or data.train_split
+    data.eval_split = options.val_split or data.eval_split
+    config = to_options(options.config)
+    splits = check(config, options.dataset or data.coco_dir, options.images, options.open_images)
     for split in splits:
         for finding in split.findings:
             kind = "error" if finding.is_error else "warning"
@@ -111,16 +116,9 @@ def main() -> None:
             for example in finding.examples:
                 print(plain(f"    {example}"))
     print(summary(splits))
-    if FLAGS.report:
-        write_report(Path(FLAGS.report), splits)
-    if FLAGS.fix:
-        fix(config, splits, Path(FLAGS.fix))
+    if options.report:
+        write_report(Path(options.report), splits)
+    if options.fix:
+        fix(config, splits, Path(options.fix), options.open_images)
     if any(split.num_errors for split in splits):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    define_flags()
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv[1] = f"--dataset={sys.argv[1]}"
-    run_app(main)

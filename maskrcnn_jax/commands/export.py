@@ -1,67 +1,78 @@
-"""Write a trained model into one file that runs without this package; docs/export.md says how.
+"""Write a model into one file that runs without this package.
 
-    python tools/export.py --workdir=runs/r50 --checkpoint=best --output=r50.mrcnn
-    python tools/export.py --weights=NAME --output=coco.mrcnn --sizes=800x1088,1088x800 --int8 --coco_dir=COCO
+    maskrcnn-jax export --workdir=runs/r50 --checkpoint=best --output=r50.mrcnn
+    maskrcnn-jax export --weights=torchvision:maskrcnn_resnet50_fpn_v2 --output=coco.mrcnn \\
+        --sizes=800x1088,1088x800 --int8 --coco_dir=COCO
 
-With --int8 the weights take a quarter of the size, with --prune=0.3 that share of the channels inside the backbone's
-blocks and the box head is left out; given a dataset, it also prints the AP that this costs.
+--int8 stores the weights in a quarter of the size. --prune=0.3 removes that share of the channels inside the
+backbone's blocks and the box head. With a dataset, the AP before and after is computed. docs/export.md explains more.
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
-
-from absl import flags
-from ml_collections import ConfigDict
-
-from maskrcnn_jax.commands.app import define_model_flags, find_config, load_model, run_app
-from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.commands.app import add_model_options, at_least, load
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.inference.export import export_model, quantized_network
-from maskrcnn_jax.inference.predictor import Predictor
-from maskrcnn_jax.inference.pruning import prune_channels
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 
-FLAGS = flags.FLAGS
-define_model_flags()
-flags.DEFINE_string("output", None, "File to write.", required=True)
-flags.DEFINE_list("sizes", [], "Padded sizes of images, HEIGHTxWIDTH; those of the config if not given.")
-flags.DEFINE_bool("int8", False, "Weights in eight bits.")
-flags.DEFINE_float("prune", 0, "Share of the channels inside blocks that is left out, below 1.")
-flags.DEFINE_string("coco_dir", None, "With these two: dataset on which AP before and after is computed.")
-flags.DEFINE_string("split", None, "Likewise: its split, config.data.eval_split if not given.")
-flags.DEFINE_integer("limit", 0, "Likewise: only its first images; 0 is all.", lower_bound=0)
+if TYPE_CHECKING:
+    from maskrcnn_jax.inference.predictor import Predictor
+    from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 
 
-def main() -> None:
-    wrong = [size for size in FLAGS.sizes if not re.fullmatch(r"\d+x\d+", size)]
-    if wrong:
-        raise UserError(f"--sizes={wrong[0]} is no size; write HEIGHTxWIDTH, such as 800x1088")
-    if FLAGS.coco_dir and not (FLAGS.int8 or FLAGS.prune):
-        raise UserError("--coco_dir is for the AP that --int8 and --prune cost; give one of them, or use eval.py")
-    config = find_config()
-    network, categories = load_model(config)
-    pruned = prune_channels(network, FLAGS.prune) if FLAGS.prune else network
-    sizes = [tuple(map(int, size.split("x"))) for size in FLAGS.sizes]
-    export_model(Predictor(pruned, categories, config), FLAGS.output, sizes=sizes, int8=FLAGS.int8)
-    print(f"{FLAGS.output} written, {Path(FLAGS.output).stat().st_size / 1e6:.1f} MB")
-    if FLAGS.coco_dir:
-        _print_cost(network, quantized_network(pruned) if FLAGS.int8 else pruned, categories, config)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_model_options(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        default=[],
+        metavar="HEIGHTxWIDTH,...",
+        help="padded sizes of images; those of the config if not given",
+    )
+    parser.add_argument("--int8", action="store_true", help="store the weights in eight bits")
+    parser.add_argument("--prune", type=float, default=0.0, metavar="SHARE", help="of the channels to remove, below 1")
+    parser.add_argument("--coco_dir", metavar="DIR", help="with these two: dataset on which AP is computed")
+    parser.add_argument("--split", help="of this dataset; data.eval_split of the config if not given")
+    parser.add_argument(
+        "--limit", type=at_least(0), default=0, metavar="N", help="evaluate only the first N images of the dataset"
+    )
 
 
-def _print_cost(network: MaskRCNN, exported: MaskRCNN, categories: Categories, config: ConfigDict) -> None:
+def main(options: argparse.Namespace) -> None:
+    """Write the file, and evaluate what it computes."""
+    if options.coco_dir and not (options.int8 or options.prune):
+        raise UserError("--coco_dir is for the AP that --int8 and --prune cost; give one of them, or use eval")
+    from maskrcnn_jax.inference.export import export_model, quantized_network
+    from maskrcnn_jax.inference.predictor import Predictor
+    from maskrcnn_jax.inference.pruning import prune_channels
+
+    model = load(options)
+    pruned = prune_channels(model.network, options.prune) if options.prune else model.network
+    export_model(
+        Predictor(pruned, model.categories, model.options), options.output, sizes=options.sizes, int8=options.int8
+    )
+    print(f"{options.output} written, {Path(options.output).stat().st_size / 1e6:.1f} MB")
+    if options.coco_dir:
+        _print_cost(model, quantized_network(pruned) if options.int8 else pruned, options)
+
+
+def _print_cost(model: "Predictor", exported: "MaskRCNN", options: argparse.Namespace) -> None:
     """Evaluate the model and what is left of it in the file."""
-    config.unlock().eval_train_limit = 0
-    config.data.update({"source": "coco", "coco_dir": FLAGS.coco_dir, "eval_limit": FLAGS.limit})
-    config.data.eval_split = FLAGS.split or config.data.eval_split
-    evaluate = Evaluator(config, categories)
-    before, after = evaluate(network).metrics, evaluate(exported).metrics
+    from maskrcnn_jax.api import evaluation_options
+    from maskrcnn_jax.evaluation.evaluator import Evaluator
+
+    chosen = evaluation_options(model.options, coco_dir=options.coco_dir, split=options.split, limit=options.limit)
+    evaluate = Evaluator(chosen, model.categories)
+    before, after = evaluate(model.network).metrics, evaluate(exported).metrics
     for name, metric in (("box", "bbox_AP"), ("mask", "segm_AP")):
         print(f"{name} AP {before[metric]:.4f}, as exported {after[metric]:.4f}")
 
 
-if __name__ == "__main__":
-    run_app(main)
+def _sizes(text: str) -> list[tuple[int, ...]]:
+    wrong = [size for size in text.split(",") if not re.fullmatch(r"\d+x\d+", size)]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not HEIGHTxWIDTH, such as 800x1088")
+    return [tuple(map(int, size.split("x"))) for size in text.split(",")]

@@ -1,41 +1,38 @@
-"""Write a trained model as a state dict of torchvision's MaskRCNN, for load_state_dict(..., strict=True).
+"""Write the model of a run as a state dict of torchvision's MaskRCNN.
 
-python tools/export_torchvision.py --workdir=runs/r50 --output=model.pth|model.safetensors [--checkpoint=best]
+    maskrcnn-jax export-torchvision --workdir=runs/r50 [--checkpoint=best] --output=model.pth|model.safetensors
 
-With --backbone_only it writes the backbone alone, for another training to start from: train.py --weights=FILE.
+torchvision reads it with load_state_dict(..., strict=True). With --backbone_only the file holds the backbone alone,
+for other trainings to start from: maskrcnn-jax train --weights=FILE.
 """
 
-import sys
-from pathlib import Path
+import argparse
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
-
-from absl import flags
-
-from configs import base
-from maskrcnn_jax.commands.app import run_app
-from maskrcnn_jax.training.checkpoint import load_config, restore_model
-from maskrcnn_jax.weights.convert import to_torchvision
-from maskrcnn_jax.weights.files import write_arrays
-from maskrcnn_jax.weights.torchvision import without_counterpart
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder that train.py wrote.", required=True)
-flags.DEFINE_string("checkpoint", "latest", "latest, best (by mask AP) or a step.")
-flags.DEFINE_bool("backbone_only", False, "Write the backbone alone, as torchvision's classifiers have it.")
-flags.DEFINE_string("output", None, "File to write, .pth or .safetensors.", required=True)
+from maskrcnn_jax.commands.app import add_run_options
 
 
-def main() -> None:
-    options = load_config(FLAGS.workdir, base.get_config()).model
-    model, _ = restore_model(FLAGS.workdir, options, which=FLAGS.checkpoint)
-    arrays = to_torchvision(model, backbone_only=FLAGS.backbone_only)
-    write_arrays(FLAGS.output, arrays)
-    print(f"{len(arrays)} arrays written to {FLAGS.output}")
-    others = without_counterpart(options)
-    if others and not FLAGS.backbone_only:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    add_run_options(parser, required=True)
+    parser.add_argument(
+        "--backbone_only", action="store_true", help="write the backbone alone, as torchvision's classifiers have it"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="file to write, .pth (needs torch) or .safetensors"
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Write the file."""
+    from maskrcnn_jax.run_folder import load_run
+    from maskrcnn_jax.weights.convert import to_torchvision
+    from maskrcnn_jax.weights.files import write_arrays
+    from maskrcnn_jax.weights.torchvision import without_counterpart
+
+    model, _, trained = load_run(options.workdir, checkpoint=options.checkpoint)
+    arrays = to_torchvision(model, backbone_only=options.backbone_only)
+    write_arrays(options.output, arrays)
+    print(f"{len(arrays)} arrays written to {options.output}")
+    others = without_counterpart(trained.model)
+    if others and not options.backbone_only:
         print(f"torchvision's own model refuses them or finds something else, because of {', '.join(others)}")
-
-
-if __name__ == "__main__":
-    run_app(main)
