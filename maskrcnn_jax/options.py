@@ -254,8 +254,8 @@ class OptimOptions(_Checked):
     )
     accumulate: int = _option(
         1,
-        "number of gradient-accumulation steps: the batch is split into this many parts, and memory is needed for one. "
-        "Losses and batch statistics are those of each part",
+        "number of gradient-accumulation steps: the batch is split into this many parts, and only one is in memory "
+        "at a time. Losses and batch statistics are those of each part",
         low=1,
     )
     frozen_stages: int = _option(
