@@ -96,11 +96,11 @@ COMPARISONS = {
                 for size in ("all", "few")
             ),
         ),
-        f'"Few images" are one in {_FEW}, seen {_FEW} times as often. With focal loss, a RoI is background unless a class\n'
-        "has a probability above one half, which focal loss rarely gives; this explains part of its lower accuracy.\n"
-        "Dice loss has squares in the denominator, as in V-Net. With plain sums, which are as common, masks could\n"
-        "collapse to whole boxes: mask AP 0.341, 0.080 and 0.071 with all images and seeds 0, 1 and 2. Those runs were\n"
-        "replaced.",
+        f'"Few images" are one in {_FEW}, seen {_FEW} times as often. With focal loss, a RoI is background unless a\n'
+        "class has a probability above one half, which focal loss rarely gives; this explains part of its lower\n"
+        "accuracy. Dice loss has squares in the denominator, as in V-Net. With plain sums, which are as common,\n"
+        "masks could collapse to whole boxes: mask AP 0.341, 0.080 and 0.071 with all images and seeds 0, 1 and 2.\n"
+        "Those runs were replaced.",
     ),
     "proposals": Comparison(
         "Sources of training proposals",
