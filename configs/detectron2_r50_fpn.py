@@ -1,7 +1,7 @@
 """detectron2's mask_rcnn_R_50_FPN, with its anchors, RoIAlign, mask targets, mask pasting and resizing.
 
 Command:
-    maskrcnn-jax eval --config=detectron2_r50_fpn --weights=detectron2:mask_rcnn_R_50_FPN_3x \
+    maskrcnn-jax eval --config=detectron2_r50_fpn --weights=detectron2:mask_rcnn_R_50_FPN_3x \\
         --coco_dir=COCO --output=runs/detectron2_r50_fpn
 
 Published result on val2017: box AP 41.0, mask AP 37.2 (3x schedule); 38.6, 35.2 (1x).

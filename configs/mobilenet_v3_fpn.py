@@ -1,7 +1,7 @@
 """MobileNetV3-Large-FPN for small devices: images of 320 pixels and fewer proposals.
 
 Command, from an ImageNet backbone:
-    maskrcnn-jax train --config=mobilenet_v3_fpn --weights=torchvision:mobilenet_v3_large_v2 \
+    maskrcnn-jax train --config=mobilenet_v3_fpn --weights=torchvision:mobilenet_v3_large_v2 \\
         --workdir=runs/mobilenet --config.data.coco_dir=COCO
 
 Cost and result: not run. Image sizes and numbers of proposals are those of torchvision's

@@ -1,9 +1,9 @@
 """Fine-tuning on a few hundred images of your own; docs/own_dataset.md is a tutorial.
 
 Commands, for a GPU, for a laptop, and for trying everything in minutes on a CPU:
-    maskrcnn-jax train --config=own_dataset --weights=torchvision:maskrcnn_resnet50_fpn_v2 --workdir=runs/own \
+    maskrcnn-jax train --config=own_dataset --weights=torchvision:maskrcnn_resnet50_fpn_v2 --workdir=runs/own \\
         --config.data.coco_dir=MINE
-    maskrcnn-jax train --config=own_dataset:laptop --weights=torchvision:maskrcnn_resnet50_fpn --workdir=runs/own \
+    maskrcnn-jax train --config=own_dataset:laptop --weights=torchvision:maskrcnn_resnet50_fpn --workdir=runs/own \\
         --config.data.coco_dir=MINE
     maskrcnn-jax train --config=own_dataset:small --workdir=runs/own --config.data.coco_dir=MINE
 

@@ -1,7 +1,7 @@
 """The paper's own network and recipe (Sec. 2 and 3): one row of its Table 1 or 2.
 
 Command:
-    maskrcnn-jax train --config=paper:table=1,row=3 --workdir=runs/paper_1_3 --config.data.coco_dir=COCO \
+    maskrcnn-jax train --config=paper:table=1,row=3 --workdir=runs/paper_1_3 --config.data.coco_dir=COCO \\
         --weights=torchvision:resnet50
 
 Differences from torchvision's network, which the other configs have: three anchor scales and a wider RPN (Sec. 2.6),

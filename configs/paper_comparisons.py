@@ -1,12 +1,13 @@
 """The paper's ablations (losses, RoI operators, proposals, ...), small enough for three seeds each on a CPU.
 
 Command:
-    python tools/reproduce_paper.py --comparisons=all --coco_dir=data/paper_shapes --weights=runs/shapes_backbone.safetensors
+    python tools/reproduce_paper.py --comparisons=all --coco_dir=data/paper_shapes \\
+        --weights=runs/shapes_backbone.safetensors
 
 Each training changes one or two options. The backbone comes from a network trained by ``make train`` on other shapes,
 as the paper's comes from ImageNet; tools/reproduce_paper.py explains how to write it.
 
-Cost: minutes a training on a CPU core. Result: docs/results.md.
+Cost: about five minutes per training on one CPU core. Result: docs/results.md.
 """
 
 from ml_collections import ConfigDict

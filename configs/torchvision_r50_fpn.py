@@ -1,7 +1,7 @@
 """torchvision's maskrcnn_resnet50_fpn: the same network, arithmetic and resizing.
 
 Command:
-    maskrcnn-jax eval --config=torchvision_r50_fpn --weights=torchvision:maskrcnn_resnet50_fpn \
+    maskrcnn-jax eval --config=torchvision_r50_fpn --weights=torchvision:maskrcnn_resnet50_fpn \\
         --coco_dir=COCO --output=runs/torchvision_r50_fpn
 
 Published result on val2017: box AP 37.9, mask AP 34.6. Result here: not run.

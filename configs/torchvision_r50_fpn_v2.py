@@ -1,7 +1,7 @@
 """torchvision's maskrcnn_resnet50_fpn_v2: batch norm everywhere, a deeper RPN, convolutions in the box head.
 
 Command:
-    maskrcnn-jax eval --config=torchvision_r50_fpn_v2 --weights=torchvision:maskrcnn_resnet50_fpn_v2 \
+    maskrcnn-jax eval --config=torchvision_r50_fpn_v2 --weights=torchvision:maskrcnn_resnet50_fpn_v2 \\
         --coco_dir=COCO --output=runs/torchvision_r50_fpn_v2
 
 Published result on val2017: box AP 47.4, mask AP 41.8. Result here: not run.
