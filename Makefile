@@ -36,9 +36,9 @@ lint: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-$(RUNTIME): requirements.txt
+$(RUNTIME): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -r requirements.txt
+	$(RUN) -m pip install --quiet --editable .
 	touch $@
 
 $(DEV): pyproject.toml $(RUNTIME)

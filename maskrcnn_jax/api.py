@@ -20,20 +20,12 @@ from maskrcnn_jax.run_folder import load_model, load_options
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.files import read_arrays
-from maskrcnn_jax.weights.published import BASE_URLS, resolve
+from maskrcnn_jax.weights.published import closest_names, find_published, is_name, resolve
 
 _log = logging.getLogger(__name__)
 
 # A config, its options, the name or path of a configuration file, or the folder of a run.
 Config = ConfigDict | Options | str | os.PathLike
-
-PUBLISHED = {  # named weights -> the config that they belong to
-    "torchvision:maskrcnn_resnet50_fpn": "torchvision_r50_fpn",
-    "torchvision:maskrcnn_resnet50_fpn_v2": "torchvision_r50_fpn_v2",
-    "detectron2:mask_rcnn_R_50_FPN_1x": "detectron2_r50_fpn",
-    "detectron2:mask_rcnn_R_50_FPN_3x": "detectron2_r50_fpn",
-    "detectron2:mask_rcnn_R_101_FPN_3x": "detectron2_r101_fpn",
-}
 
 
 def load(
@@ -64,15 +56,17 @@ def load(
         options = load_options(source) if config is None else find_options(config)
         network, categories = load_model(source, options, checkpoint=str(checkpoint))
         return Predictor(network, categories, options)
-    if not Path(source).suffix and source.partition(":")[0] not in BASE_URLS:
+    if not Path(source).suffix and not is_name(source):
         raise UserError(
-            f"{source} is neither the folder of a run, a file of weights nor the name of published weights"
+            f"{source} is neither the folder of a run, a file of weights nor the name of published weights; those are "
+            f"{', '.join(closest_names(source))}"
         )
-    if config is None and source not in PUBLISHED:
+    published = find_published(source).config if is_name(source) else None
+    if config is None and published is None:
         raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")
     if categories is None and isinstance(config, str | os.PathLike) and Path(config).is_dir():
         categories = Path(config) / "categories.json"
-    options = find_options(PUBLISHED[source] if config is None else config)
+    options = find_options(published if config is None else config)
     return Predictor(*_load_weights(source, options, categories), options)
 
 
@@ -161,9 +155,8 @@ def evaluation_options(
     if limit is not None:
         changes["eval_limit"] = limit
     data = dataclasses.replace(options.data, **changes)
-    return dataclasses.replace(
-        options, data=data, eval_train_limit=0
-    )  # training images are for evaluations in training
+    # Training images are measured only by evaluations during training.
+    return dataclasses.replace(options, data=data, eval_train_limit=0)
 
 
 def find_options(config: Config) -> Options:

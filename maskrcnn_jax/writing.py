@@ -1,15 +1,17 @@
-"""Writing the files of a run: each whole or not at all, and a sentence where the disk refuses."""
+"""Atomic writes: a file or folder appears complete or not at all, and a disk that refuses is a UserError."""
 
 import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from maskrcnn_jax.errors import UserError
 
-# What a full, broken or read-only disk answers. Libraries that write in C++ tell of it in a text only.
+# What a full, broken or read-only disk answers. Libraries in C++ pass it on as part of a text only.
 _ANSWERS = [
     os.strerror(number)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
@@ -18,7 +20,7 @@ _ANSWERS = [
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the refusal of a disk to write below this path into a UserError; other errors pass."""
+    """Turn a disk's refusal to write below this path into a UserError; other errors pass."""
     try:
         yield
     except UserError:
@@ -28,41 +30,48 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         if answer is None:
             raise
         raise UserError(
-            f"{path} cannot be written ({answer}); make room there or let it be written, then the same command goes "
-            "on from what is there"
+            f"{path} cannot be written ({answer}); make room or change the permissions, then run it again"
         ) from None
 
 
 def _answer(error: BaseException) -> str | None:
-    """Return what the disk said, if that is what went wrong."""
+    """Return what the disk answered, or None for an error of another kind."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next((answer for answer in _ANSWERS if answer in str(error)), None)
 
 
-def replace_file(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file beside its final name and rename it, so that a reader never meets half of one.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path to write a file or folder to, and rename that to ``path`` when the block ends.
 
-    Args:
-        path: in a folder that exists.
-        content: text is written as UTF-8.
+    A reader never finds an incomplete file. If the block fails, what is at ``path`` stays as it was. Missing parent
+    folders are created.
 
     Raises:
-        UserError: the disk refuses; an older file is left as it was.
+        UserError: The disk refuses.
     """
     path = Path(path)
-    # The process number keeps two runs that write to one directory from sharing the unfinished file.
+    # The process number keeps two runs that write to one folder from sharing the unfinished file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield unfinished
             unfinished.replace(path)
         finally:
-            unfinished.unlink(missing_ok=True)
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            else:
+                unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content, *, indent: int | None = None) -> None:
-    """Write JSON into a file, whose folder is made if it does not exist; a reader never meets half of it."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+def replace_file(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file as :func:`replacing` does; text is encoded as UTF-8."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:
+    """Write JSON to a file as :func:`replacing` does."""
     replace_file(path, json.dumps(content, indent=indent) + "\n")

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,15 +29,6 @@ def commands(path: Path) -> list[list[str]]:
         texts += [" ".join(item.split()) for language, text in found if language == "yaml" for item in _strings(text)]
     lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
     return [words for line in lines if _mentions_program(line) for words in _programs(_split(line))]
-
-
-def install_command(folder: Path) -> None:
-    """Write the console command into a folder; it runs the package of the folder that it is called in."""
-    script = folder / "maskrcnn-jax"
-    folder.mkdir(parents=True, exist_ok=True)
-    start = "from maskrcnn_jax.commands.main import main; main()"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{start}" "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
 def _split(line: str) -> list[str]:

@@ -26,7 +26,7 @@ from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
 from maskrcnn_jax.training.step import create_train_state
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.files import write_arrays
-from maskrcnn_jax.weights.published import FILES
+from maskrcnn_jax.weights.published import PUBLISHED
 from tests.models.tiny import OPTIONS, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -187,12 +187,17 @@ def test_a_checkpoint_is_chosen_by_its_step(model, place, paths):
 
 
 def test_what_cannot_be_loaded_is_one_sentence(place):
-    with pytest.raises(UserError, match="nowhere is no folder of a run, no file of weights and no name"):
+    with pytest.raises(UserError, match="nowhere is neither the folder of a run nor a file of weights nor"):
         mr.load(place / "nowhere")
     with pytest.raises(UserError, match="holds no trained model"):
         mr.load(place / "own")
-    with pytest.raises(UserError, match="no weights named torchvision:fcos"):
-        mr.load("torchvision:fcos", config="shapes")
+    with pytest.raises(UserError, match="name of published ones; those are torchvision:maskrcnn_resnet50_fpn_v2, "):
+        mr.load("maskrcnn_resnet50_fpn_v2")
+    for config in ("shapes", None):
+        with pytest.raises(UserError, match="no weights named torchvision:fcos"):
+            mr.load("torchvision:fcos", config=config)
+    with pytest.raises(UserError, match="torchvision:resnet50 need the config that they belong to"):
+        mr.load("torchvision:resnet50")
     with pytest.raises(UserError, match="need the config that they belong to"):
         mr.load(place / "weights.safetensors")
     with pytest.raises(UserError, match="there is no config 'shape'; .*shapes"):
@@ -202,8 +207,8 @@ def test_what_cannot_be_loaded_is_one_sentence(place):
 
 
 def test_published_weights_have_their_configs():
-    assert {name for name in FILES if "mask" in name} == set(api.PUBLISHED)
-    known = {name: api.find_config(weights=name).model for name in api.PUBLISHED}
+    assert {name for name in PUBLISHED if "mask" in name} == {name for name in PUBLISHED if PUBLISHED[name].config}
+    known = {name: api.find_config(weights=name).model for name in PUBLISHED if PUBLISHED[name].config}
     assert known["torchvision:maskrcnn_resnet50_fpn_v2"].box_conv_channels == (256,) * 4
     assert known["torchvision:maskrcnn_resnet50_fpn"].norm == "frozen"
     assert known["detectron2:mask_rcnn_R_101_FPN_3x"].backbone == "resnet101"

@@ -17,7 +17,7 @@ import maskrcnn_jax as mr
 from maskrcnn_jax import ops
 from maskrcnn_jax.commands.app import parse
 from maskrcnn_jax.config import config_names, to_options
-from maskrcnn_jax.weights import published
+from maskrcnn_jax.weights.published import PUBLISHED
 from tests.documents import CONFIGS, DOCUMENTS, PROGRAMS, ROOT, blocks, commands
 from tools import options_page
 
@@ -129,7 +129,7 @@ def test_the_page_of_options_is_current():
 
 def test_the_page_of_options_names_every_config_and_published_weights():
     page = options_page.PAGE.read_text()
-    names = [*config_names(), *published.FILES]
+    names = [*config_names(), *PUBLISHED]
     assert [name for name in names if not re.search(rf"`{name}[`:]", page)] == []
 
 

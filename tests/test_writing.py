@@ -5,7 +5,7 @@ import pytest
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.metrics import MetricWriter
-from maskrcnn_jax.writing import replace_file, writing
+from maskrcnn_jax.writing import replace_file, replacing, writing
 
 
 def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path):
@@ -38,3 +38,18 @@ def test_a_full_disk_under_the_metrics_is_a_sentence(tmp_path):
     ):
         writer.scalars(2, {"loss": 1.0})
     writer._board.close()
+
+
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    with pytest.raises(KeyError), replacing(path) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "a").write_text("1")
+        raise KeyError("a bug")
+    assert os.listdir(path.parent) == []
+    path.mkdir()  # an empty folder may be there
+    with replacing(path) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "a").write_text("1")
+        assert os.listdir(path) == []
+    assert os.listdir(path) == ["a"] and os.listdir(path.parent) == ["folder"]

@@ -4,6 +4,7 @@ Subjects: inference, train, ops, data, eval, compile, memory, scaling; docs/benc
 Both sides get the same weights and images and take turns in one process. Prints a table; --json and --docs keep it.
 """
 
+import argparse
 import importlib
 import os
 import signal
@@ -17,9 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the reference runs on one
 
-from absl import flags
-
-from maskrcnn_jax.commands.app import run_app
+from maskrcnn_jax.commands.app import at_least, run_command
 from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.tables import write_docs
 from tools.benchmarks.timing import Row, cell, environment, table, write_json
@@ -46,56 +45,61 @@ def collect(rows: Iterable[Row]) -> tuple[list[Row], bool]:
     return found, False
 
 
-FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Define the options; only where this is the program, since other tools have options of the same names."""
-    flags.DEFINE_enum("against", None, ["torchvision"], "Measure the reference too, in turns.")
-    flags.DEFINE_string("json", None, "File for all rows.")
-    flags.DEFINE_string("docs", None, "Document whose rows of this subject and device these replace.")
-    flags.DEFINE_string("html", None, "File for the plots of scaling.")
-    flags.DEFINE_string("images", "", "Folder of images; synthetic shapes if not given.")
-    flags.DEFINE_string("coco_dir", os.environ.get("COCO_DIR", ""), "COCO-format dataset with val2017, for data.")
-    flags.DEFINE_integer("num_images", 0, "Images of data and eval; 0 means the subject's own number.", lower_bound=0)
-    flags.DEFINE_integer(
-        "height", 0, "Of the resized images before padding; 0 means the subject's own.", lower_bound=0
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this tool."""
+    parser.add_argument("subject", choices=SUBJECTS, metavar="SUBJECT", help=", ".join(SUBJECTS))
+    parser.add_argument("--against", choices=["torchvision"], help="measure the reference too, in turns")
+    parser.add_argument("--json", metavar="FILE", help="file for all rows")
+    parser.add_argument("--docs", metavar="FILE", help="document whose rows of this subject and device these replace")
+    parser.add_argument("--html", metavar="FILE", help="file for the plots of scaling")
+    parser.add_argument("--images", default="", metavar="DIR", help="images; synthetic shapes if not given")
+    parser.add_argument(
+        "--coco_dir",
+        default=os.environ.get("COCO_DIR", ""),
+        metavar="DIR",
+        help="COCO-format dataset with val2017, for data",
     )
-    flags.DEFINE_integer("width", 0, "Likewise.", lower_bound=0)
-    flags.DEFINE_integer("batch_size", 0, "Images in each pass; 0 means the subject's own.", lower_bound=0)
-    flags.DEFINE_integer("rounds", 0, "Timed calls of each side; 0 means the subject's own number.", lower_bound=0)
-    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "Default: float32 on a CPU, bfloat16 on a GPU.")
-    flags.DEFINE_integer("seed", 0, "Of weights, images and objects.")
-    flags.DEFINE_bool("narrow", False, "A network a hundredth of the size, to try the tool.")
-    # run_app takes options only, so that the subject becomes one.
-    flags.DEFINE_enum("subject", None, SUBJECTS, "What to measure; may be given as the first word.", required=True)
+    numbers = {
+        "num_images": "images of data and eval",
+        "height": "of the resized images before padding, pixels",
+        "width": "of the resized images before padding, pixels",
+        "batch_size": "images in each pass",
+        "rounds": "timed calls of each side",
+    }
+    for name, meaning in numbers.items():
+        parser.add_argument(
+            f"--{name}", type=at_least(0), default=0, metavar="N", help=f"{meaning}; 0: the subject's own"
+        )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="", help="float32 on a CPU, bfloat16 on a GPU if not given"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, images and objects")
+    parser.add_argument("--narrow", action="store_true", help="a network a hundredth of the size, to try the tool")
 
 
-def main() -> None:
-    subject = FLAGS.subject
+def main(options: argparse.Namespace) -> None:
+    """Measure the subject."""
+    subject = options.subject
     common = ("images", "coco_dir", "num_images", "height", "width", "batch_size", "rounds", "dtype", "seed")
     settings = Settings(
-        against=FLAGS.against is not None,
-        options=NARROW if FLAGS.narrow else {},
-        **{name: FLAGS[name].value for name in common},
+        against=options.against is not None,
+        options=NARROW if options.narrow else {},
+        **{name: getattr(options, name) for name in common},
     )
     rows, interrupted = collect(run(subject, settings))
     print(table(rows))
-    if FLAGS.json:
-        write_json(FLAGS.json, subject, rows)
-    if FLAGS.docs and not interrupted:  # its rows would take the place of all that the document has
-        write_docs(FLAGS.docs, subject, rows, environment())
-    if FLAGS.html and subject == "scaling":
+    if options.json:
+        write_json(options.json, subject, rows)
+    if options.docs and not interrupted:  # its rows would take the place of all that the document has
+        write_docs(options.docs, subject, rows, environment())
+    if options.html and subject == "scaling":
         from tools.benchmarks.scaling import write_html
 
-        write_html(FLAGS.html, rows, environment())
+        write_html(options.html, rows, environment())
     if interrupted:
         print("interrupted: these are the rows so far", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
-    define_flags()
-    if len(sys.argv) > 1 and sys.argv[1] in SUBJECTS:
-        sys.argv[1] = f"--subject={sys.argv[1]}"
-    run_app(main)
+    run_command(sys.modules[__name__])

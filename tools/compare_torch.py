@@ -8,6 +8,7 @@ AP is compared too. Prints a table, writes it as --json and --html, and exits wi
 away than its tolerance.
 """
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
@@ -18,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 import jax
 import numpy as np
 import torch
-from absl import flags
 
 from maskrcnn_jax.api import find_options
-from maskrcnn_jax.commands.app import run_app
+from maskrcnn_jax.commands.app import at_least, run_command
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.run_folder import load_model, load_options
@@ -90,58 +90,75 @@ def compare(
     return result
 
 
-FLAGS = flags.FLAGS
-flags.DEFINE_enum("model", "maskrcnn_resnet50_fpn", sorted(CONFIGS), "Which of torchvision's models.")
-flags.DEFINE_string("weights", None, "State dict (.pth, .safetensors) or a name; seeded random weights if not given.")
-flags.DEFINE_string("workdir", None, "Compare the model of this run of train.py instead, and its AP.")
-flags.DEFINE_string("images", None, "Folder of images.", required=True)
-flags.DEFINE_enum("dtype", "float32", sorted(TOLERANCES), "Of both sides.")
-flags.DEFINE_integer("num_images", 2, "Images to compare on.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 2, "Images in each forward pass.", lower_bound=1)
-flags.DEFINE_integer("min_size", 256, "Shorter side after resizing, pixels; of a run, its own.", lower_bound=32)
-flags.DEFINE_integer("max_size", 416, "Longer side after resizing, pixels, at most; likewise.", lower_bound=32)
-flags.DEFINE_integer("steps", 10, "Of SGD and AdamW (float64); 0 leaves losses and gradients out too.", lower_bound=0)
-flags.DEFINE_integer("seed", 0, "Of weights, objects and sampling.")
-flags.DEFINE_string("json", None, "File for all rows.")
-flags.DEFINE_string("html", None, "File for a page with plots.")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this tool."""
+    parser.add_argument(
+        "--model", choices=sorted(CONFIGS), default="maskrcnn_resnet50_fpn", help="which of torchvision's models"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE|NAME", help="state dict (.pth, .safetensors); seeded random weights if not given"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="compare the model of this training run instead, and its AP")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32", help="of both sides")
+    numbers = {  # name -> default, lowest value, meaning
+        "num_images": (2, 1, "images to compare on"),
+        "batch_size": (2, 1, "images in each forward pass"),
+        "min_size": (256, 32, "shorter side after resizing, pixels; a run has its own"),
+        "max_size": (416, 32, "longest side after resizing, pixels; a run has its own"),
+        "steps": (10, 0, "of SGD and AdamW (float64); 0 also leaves out losses and gradients"),
+        "seed": (0, 0, "of weights, objects and sampling"),
+    }
+    for name, (default, low, meaning) in numbers.items():
+        parser.add_argument(f"--{name}", type=at_least(low), default=default, metavar="N", help=meaning)
+    parser.add_argument("--json", metavar="FILE", help="file for all rows")
+    parser.add_argument("--html", metavar="FILE", help="file for a page with plots")
 
 
-def main() -> None:
-    jax.config.update("jax_enable_x64", FLAGS.dtype == "float64")
-    images = read_images(FLAGS.images, FLAGS.num_images)
-    common = {"dtype": FLAGS.dtype, "batch_size": FLAGS.batch_size, "num_steps": FLAGS.steps, "seed": FLAGS.seed}
-    if FLAGS.workdir:
-        options = load_options(FLAGS.workdir)
-        others = without_counterpart(options.model)
+def main(options: argparse.Namespace) -> None:
+    """Compare."""
+    jax.config.update("jax_enable_x64", options.dtype == "float64")
+    images = read_images(options.images, options.num_images)
+    common = {
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+        "num_steps": options.steps,
+        "seed": options.seed,
+    }
+    if options.workdir:
+        trained = load_options(options.workdir)
+        others = without_counterpart(trained.model)
         if others:
-            raise UserError(f"{FLAGS.workdir} has {', '.join(others)}, which torchvision lacks; compare another run")
-        options = dataclasses.replace(options, model=dataclasses.replace(options.model, dtype="float32"))
-        model, categories = load_model(FLAGS.workdir, options)
+            raise UserError(f"{options.workdir} has {', '.join(others)}, which torchvision lacks; compare another run")
+        trained = dataclasses.replace(trained, model=dataclasses.replace(trained.model, dtype="float32"))
+        model, categories = load_model(options.workdir, trained)
         arrays, count = to_torchvision(model), categories.num_classes
-        sizes = {"min_size": options.data.short_side, "max_size": options.data.long_side}
-        result = compare(options.model, images, num_classes=count, weights=arrays, **sizes, **common)
-        if FLAGS.dtype == "float32":
-            reference = build_reference(options.model, count, **sizes)
+        sizes = {"min_size": trained.data.short_side, "max_size": trained.data.long_side}
+        result = compare(trained.model, images, num_classes=count, weights=arrays, **sizes, **common)
+        if options.dtype == "float32":
+            reference = build_reference(trained.model, count, **sizes)
             load_reference(reference, arrays)
-            compare_ap(result, reference, model, options, categories)
+            compare_ap(result, reference, model, trained, categories)
     else:
-        options, weights = find_options(CONFIGS[FLAGS.model]).model, None
-        if FLAGS.weights:
-            weights = modern_names(read_arrays(resolve(FLAGS.weights)))
+        network, weights = find_options(CONFIGS[options.model]).model, None
+        if options.weights:
+            weights = modern_names(read_arrays(resolve(options.weights)))
         else:
             # The 0 of the published weights would divide by the variance of a dead channel.
-            options = dataclasses.replace(options, norm_eps=1e-5)
-        result = compare(options, images, weights=weights, min_size=FLAGS.min_size, max_size=FLAGS.max_size, **common)
+            network = dataclasses.replace(network, norm_eps=1e-5)
+        result = compare(
+            network, images, weights=weights, min_size=options.min_size, max_size=options.max_size, **common
+        )
     print(result.table())
-    if FLAGS.json:
-        result.write_json(FLAGS.json)
-    if FLAGS.html:
+    if options.json:
+        result.write_json(options.json)
+    if options.html:
         versions = f"jax {jax.__version__}, torch {torch.__version__}"
-        name = FLAGS.workdir or FLAGS.model
-        result.write_html(FLAGS.html, f"{name}, {FLAGS.dtype}: maskrcnn_jax beside torchvision ({versions})")
+        name = options.workdir or options.model
+        result.write_html(options.html, f"{name}, {options.dtype}: maskrcnn_jax beside torchvision ({versions})")
     if not result.ok:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run_app(main)
+    run_command(sys.modules[__name__])

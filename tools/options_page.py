@@ -1,4 +1,4 @@
-"""Write docs/options.md, the page of all options, from maskrcnn_jax/options.py: python tools/options_page.py.
+"""Write docs/options.md, the page of all options and published weights: python tools/options_page.py.
 
 The template beside this file holds what is written by hand.
 """
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 import jinja2
 
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.weights.published import PUBLISHED
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 
@@ -58,7 +59,7 @@ def render() -> str:
     options = Options()
     parts = {"Run": options, "Data": options.data, "Model": options.model, "Optimizer": options.optim}
     return environment.get_template("options_page.md.j2").render(
-        parts={title: (type(part).__doc__, rows(part)) for title, part in parts.items()}
+        parts={title: (type(part).__doc__, rows(part)) for title, part in parts.items()}, published=PUBLISHED
     )
 
 

@@ -17,6 +17,7 @@ from maskrcnn_jax.data.annotation_file import polygon_problem, short
 from maskrcnn_jax.data.coco import find_alike
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.writing import replace_file
 
 _DROPPED_ENTRIES = {
     "images": (faults.MALFORMED_IMAGE, faults.IMAGE_IDS_TWICE, check_annotations.SAME_FILE),
@@ -76,12 +77,7 @@ def mend(split: Split, output: Path) -> dict[str, list[str]]:
     parts = (
         f"{json.dumps(name)}: " + (f"[{', '.join(kept[name])}]" if name in kept else values[name]) for name in rest
     )
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("{" + ",\n".join(parts) + "}\n")
-        partial.rename(output)
-    except OSError as e:
-        raise UserError(f"cannot write {output}: {e.strerror}; choose another place") from None
+    replace_file(output, "{" + ",\n".join(parts) + "}\n")
     return mender.done
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from maskrcnn_jax.inference.predictor import Predictor
 
 
-def run(command: ModuleType, arguments: Sequence[str] | None = None, *, name: str | None = None) -> None:
+def run_command(command: ModuleType, arguments: Sequence[str] | None = None, *, name: str | None = None) -> None:
     """Run a command; exit with status 1 and one line on stderr if it raises UserError.
 
     Args:
@@ -42,8 +42,6 @@ def run(command: ModuleType, arguments: Sequence[str] | None = None, *, name: st
             join(options.coordinator_address, options.num_processes, options.process_id, search=options.distributed)
         set_up_logging()
         _keep_compiled_programs()
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # the loader's processes read flags of Grain
         command.main(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -160,6 +158,11 @@ def at_least(low: int):
         return int(text)
 
     return number
+
+
+def comma_separated(text: str) -> list[str]:
+    """Return the parts of an option such as ``train2017,val2017``."""
+    return text.split(",")
 
 
 def load(options: argparse.Namespace) -> "Predictor":

@@ -9,6 +9,8 @@ once, so that broken images are found now instead of in training.
 
 import argparse
 
+from maskrcnn_jax.commands.app import comma_separated
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
@@ -18,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tfds_dir", required=True, metavar="DIR", help="where the dataset goes (TFDS's data_dir)")
     parser.add_argument(
         "--splits",
-        type=lambda text: text.split(","),
+        type=comma_separated,
         metavar="SPLIT,...",
         help="splits to write; all that have annotations if not given",
     )

@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 from maskrcnn_jax import __version__
-from maskrcnn_jax.commands.app import run
+from maskrcnn_jax.commands.app import run_command
 
 COMMANDS = ("train", "eval", "predict", "check", "export", "export-torchvision", "build-tfds")
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"maskrcnn-jax {__version__}")
     elif name in COMMANDS:
-        run(_find(name), rest, name=f"maskrcnn-jax {name}")
+        run_command(_find(name), rest, name=f"maskrcnn-jax {name}")
     else:
         close = difflib.get_close_matches(name, COMMANDS) or COMMANDS
         print(f"error: there is no command {name!r}; did you mean {' or '.join(close)}?", file=sys.stderr)
@@ -41,3 +41,7 @@ def _help() -> str:
     return "\n".join(
         ["usage: maskrcnn-jax COMMAND [OPTIONS]", "", *lines, "", "maskrcnn-jax COMMAND --help explains a command."]
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import CocoIndex
@@ -258,6 +259,8 @@ class Loader:
             grain.ReadOptions(num_threads=options.threads, prefetch_buffer_size=max(options.prefetch, options.threads))
         )
         if options.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads its flags, which only absl's app.run parses
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=1)
             )

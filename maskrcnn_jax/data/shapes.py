@@ -16,7 +16,6 @@ Few classes, with ids as an annotation tool may give them, in folders that are c
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.writing import replacing
 
 NAMES = ("circle", "rectangle", "triangle", "star", "ring", "cross", "crescent", "heart")
 CATEGORIES = {name: i for i, name in enumerate(NAMES, start=1)}  # name -> category id
@@ -325,15 +325,11 @@ def write_dataset(
         )
     if _is_finished(output_dir, recipe):
         return
-    partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
-    try:
-        (partial / "annotations").mkdir(parents=True)
+    with replacing(output_dir) as unfinished:
+        (unfinished / "annotations").mkdir(parents=True)
         for split, (name, num) in enumerate(zip(splits, (num_train, num_val), strict=True)):
-            _write_split(partial, name, num, image_size, [seed, split], categories)
-        (partial / "shapes.json").write_text(json.dumps(recipe) + "\n")
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _write_split(unfinished, name, num, image_size, [seed, split], categories)
+        (unfinished / "shapes.json").write_text(json.dumps(recipe) + "\n")
 
 
 def _is_finished(output_dir: Path, recipe: dict) -> bool:

@@ -18,7 +18,6 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -32,7 +31,7 @@ from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.structures import Detections
-from maskrcnn_jax.writing import replace_file, writing
+from maskrcnn_jax.writing import replace_file
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda")
@@ -116,9 +115,6 @@ def export_model(
                 np.save(entry, array, allow_pickle=False)
         for height, width in sizes:
             file.writestr(f"{height}x{width}.stablehlo", _program(detect, weights, (height, width), predictor))
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, content.getvalue())
 
 

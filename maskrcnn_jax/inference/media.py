@@ -16,7 +16,8 @@ from tqdm import tqdm
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import write_picture
-from maskrcnn_jax.inference.predictor import Predictor, read_image
+from maskrcnn_jax.inference.inputs import read_image
+from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.writing import write_json
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})

@@ -9,20 +9,18 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.images import decode_image, too_few_channels
 from maskrcnn_jax.data.loader import buckets_for, padded_size
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
-from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detect import detect_ahead, make_detect
-from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances
+from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances, write_picture
+from maskrcnn_jax.inference.inputs import Image, is_image, to_array
 from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.structures import Batch
+from maskrcnn_jax.writing import writing
 
 MIN_SCORE = 0.5  # detections below are left out unless others are asked for
-
-Image = np.ndarray | str | os.PathLike  # [h, w, I] uint8, RGB first, or the path of an image file
 
 
 class ImageDetections:
@@ -78,18 +76,35 @@ class ImageDetections:
             mask[...] = coco_mask.decode(result["segmentation"])
         return masks
 
-    def draw(self, *, min_side: int = MIN_SIDE) -> np.ndarray:
+    def draw(self, *, min_score: float = 0.0, min_side: int = MIN_SIDE) -> np.ndarray:
         """Draw the masks, boxes, names and scores over the image.
 
         Args:
-            min_side: images whose longer side is below are enlarged by a whole factor, so that the captions can be
+            min_score: Objects with lower scores are left out.
+            min_side: Images whose longer side is below are enlarged by a whole factor, so that the captions can be
                 read; 0 keeps the size.
 
         Returns:
             [h * factor, w * factor, 3] uint8 RGB.
         """
-        masks = [result["segmentation"] for result in self._results]
-        return draw_instances(self.image, self.boxes, self.names, self.scores, masks, min_side=min_side)
+        found = self if not min_score else self[self.scores >= min_score]
+        masks = [result["segmentation"] for result in found._results]
+        return draw_instances(self.image, found.boxes, found.names, found.scores, masks, min_side=min_side)
+
+    def save(self, path: str | os.PathLike, *, min_score: float = 0.0) -> None:
+        """Write the picture that :meth:`draw` returns.
+
+        Args:
+            path: Of the file, whose ending tells the format, such as .jpg or .png. Its folder is created.
+            min_score: Objects with lower scores are left out.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        path = Path(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(path, self.draw(min_score=min_score))
 
     def to_coco(self, image_id: int) -> list[dict]:
         """Return COCO results, fit for JSON.
@@ -143,8 +158,9 @@ class Predictor:
         ``data.buckets``.
 
         Args:
-            images: an array [h, w, 3] uint8 in RGB (OpenCV reads BGR), the path of an image file, or several of these.
-                With ``model.in_channels`` above 3, so many channels, RGB first.
+            images: An image, or several: a path or URL, the content of an image file as bytes, a Pillow image, a
+                NumPy or JAX array [h, w, 3] uint8 in RGB (OpenCV reads BGR), or a torch tensor [3, h, w]. With
+                ``model.in_channels`` above 3 images have so many channels, RGB first.
             min_score: objects of lower scores are left out; the model itself leaves out those below
                 ``model.box_score_thresh``.
 
@@ -154,7 +170,7 @@ class Predictor:
         Raises:
             UserError: an image cannot be read, or an array is of another shape or dtype.
         """
-        if isinstance(images, Image):
+        if is_image(images):
             return next(self.stream([images], min_score=min_score))
         return list(self.stream(images, min_score=min_score))
 
@@ -164,27 +180,14 @@ class Predictor:
         The device works on the next image while the caller works on this one, so one image more is taken than results
         have been yielded.
         """
-        items = ((self._prepare(image), image) for image in map(self._read, images))
+        arrays = (to_array(image, self.options.model.in_channels) for image in images)
+        items = ((self._prepare(array), array) for array in arrays)
         for batch, image, detections in detect_ahead(self._detect, items):
             found = unpad(detections, batch.sizes, batch.original_sizes)[0]
             # torchvision's 91 classes contain labels that stand for no category.
             keep = (found.scores >= min_score) & np.isin(found.labels, self.categories.labels)
             found = Instances(*(values[keep] for values in found))
             yield ImageDetections(image, found, self.categories, aligned_masks=self.options.model.roi_aligned)
-
-    def _read(self, image: Image) -> np.ndarray:
-        channels = self.options.model.in_channels
-        if not isinstance(image, np.ndarray):
-            read = read_image(Path(image), channels)
-            if read is None:
-                raise UserError(f"{image} cannot be read as an image; give a file that can, or an array")
-            return read
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
-            raise UserError(
-                f"an array of {image.dtype} {image.shape} is no image for this model; give uint8 "
-                f"(height, width, {channels}), in RGB, 0..255"
-            )
-        return image
 
     def _prepare(self, image: np.ndarray) -> Batch:
         """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
@@ -201,18 +204,3 @@ class Predictor:
             valid=np.ones(1, bool),
             gt=None,
         )
-
-
-def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
-    """Read a file as uint8 [h, w, channels], RGB turned upright as its EXIF entry says; None if it is no image.
-
-    Raises:
-        UserError: if it has fewer channels.
-    """
-    try:
-        image = decode_image(path.read_bytes(), channels, upright=True)
-    except OSError:
-        return None
-    if image is not None and image.shape[2] < channels:
-        raise UserError(f"image {path} {too_few_channels(image, channels)}; give files like those of the training")
-    return image

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
-from maskrcnn_jax.models.layers import ConvNorm, Linear, parameter_dtype, relu
+from maskrcnn_jax.models.layers import ConvNorm, Linear, relu
+from maskrcnn_jax.ops.dtypes import at_least_float32
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
@@ -37,7 +38,7 @@ class BoxHead(nnx.Module):
                 kernel_init=kernel_init,
                 bias_init=nnx.initializers.constant(bias),
                 dtype=dtype,
-                param_dtype=parameter_dtype(dtype),
+                param_dtype=at_least_float32(dtype),
                 rngs=rngs,
             )
 
@@ -77,6 +78,6 @@ class BoxHead(nnx.Module):
         x = x.reshape(*leading, -1)
         for linear in self.fcs:
             x = relu(linear(x))
-        wide = parameter_dtype(x.dtype)
+        wide = at_least_float32(x.dtype)
         logits = self.cls_score(x).astype(wide)
         return logits, self.bbox_pred(x).astype(wide).reshape(*logits.shape, 4)

@@ -8,13 +8,9 @@ from flax import nnx
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
+from maskrcnn_jax.ops.dtypes import at_least_float32
 
 default_init = kaiming_uniform(1.0)
-
-
-def parameter_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the dtype that parameters are kept in: float32, or float64 when the network computes in it."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 @jax.custom_jvp
@@ -67,7 +63,7 @@ class Conv(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        kept = parameter_dtype(dtype)
+        kept = at_least_float32(dtype)
         shape = (kernel_size, kernel_size, 1 if depthwise else in_channels, out_channels)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, kept))
         self.bias = nnx.Param(jnp.zeros(out_channels, kept)) if use_bias else None
@@ -109,7 +105,7 @@ class BatchNorm(nnx.Module):
     def __init__(
         self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0
     ):
-        kept = parameter_dtype(dtype)
+        kept = at_least_float32(dtype)
         self.scale = nnx.Param(jnp.full(channels, gain, kept))
         self.bias = nnx.Param(jnp.zeros(channels, kept))
         self.mean = BatchStatistics(jnp.zeros(channels, kept))
@@ -137,7 +133,7 @@ class FrozenBatchNorm(nnx.Module):
     """Batch normalisation with fixed statistics and affine parameters, for fine-tuning pretrained backbones."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, gain: float = 1.0):
-        kept = parameter_dtype(dtype)
+        kept = at_least_float32(dtype)
         self.scale = FrozenStatistics(jnp.full(channels, gain, kept))
         self.bias = FrozenStatistics(jnp.zeros(channels, kept))
         self.mean = FrozenStatistics(jnp.zeros(channels, kept))

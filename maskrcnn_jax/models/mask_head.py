@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal, normal
-from maskrcnn_jax.models.layers import ConvNorm, parameter_dtype, relu
+from maskrcnn_jax.models.layers import ConvNorm, relu
+from maskrcnn_jax.ops.dtypes import at_least_float32
 
 
 class MaskHead(nnx.Module):
@@ -28,7 +29,7 @@ class MaskHead(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        kept = parameter_dtype(dtype)
+        kept = at_least_float32(dtype)
         inputs = (in_channels, channels, channels, channels)
         self.convs = nnx.List(
             ConvNorm(
@@ -131,7 +132,7 @@ def _enlarged_logits_backward(residuals, gradient):
         by_x = _product("brhwijk,lijk->brhwl", inner, kernel)
         return (by_kernel, by_bias), (by_x.astype(x.dtype), by_filters.astype(x.dtype))
 
-    wide = parameter_dtype(x.dtype)
+    wide = at_least_float32(x.dtype)
     sums = jnp.zeros((batch, *kernel.shape), wide), jnp.zeros((batch, *bias.shape), wide)
     (by_kernel, by_bias), (by_x, by_filters) = jax.lax.scan(visit, sums, (_cut(x), _cut(filters), _cut(gradient)))
     return (
@@ -147,7 +148,7 @@ _enlarged_logits.defvjp(_enlarged_logits_forward, _enlarged_logits_backward)
 
 def _product(equation: str, *arrays: jax.Array) -> jax.Array:
     """Return an einsum that is accumulated and returned in float32 at least."""
-    return jnp.einsum(equation, *arrays, preferred_element_type=parameter_dtype(arrays[0].dtype))
+    return jnp.einsum(equation, *arrays, preferred_element_type=at_least_float32(arrays[0].dtype))
 
 
 def _enlarge(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:

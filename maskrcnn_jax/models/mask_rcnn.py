@@ -27,6 +27,7 @@ from maskrcnn_jax.models.proposals import (
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
+from maskrcnn_jax.ops.dtypes import at_least_float32
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, ignore_covered, match, sample_balanced
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
@@ -119,7 +120,7 @@ class MaskRCNN(nnx.Module):
         channels = self.options.in_channels
         if images.shape[-1] != channels:
             raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {channels}")
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = at_least_float32(self.dtype)
         extra = channels - 3
         values = (*IMAGE_MEAN, *[EXTRA_MEAN] * extra), (*IMAGE_STD, *[EXTRA_STD] * extra)
         mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in values)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskrcnn_jax.models.initializers import kaiming_normal
-from maskrcnn_jax.models.layers import Conv, ConvNorm, parameter_dtype, relu
+from maskrcnn_jax.models.layers import Conv, ConvNorm, relu
+from maskrcnn_jax.ops.dtypes import at_least_float32
 
 STEM_CHANNELS = 16
 LAST_CHANNELS = 960  # of the 1x1 convolution at the end
@@ -82,7 +83,7 @@ class SqueezeExcitation(nnx.Module):
         self.fc2 = Conv(squeezed, channels, 1, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        means = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=parameter_dtype(x.dtype))
+        means = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=at_least_float32(x.dtype))
         return x * jax.nn.hard_sigmoid(self.fc2(relu(self.fc1(means))))
 
 

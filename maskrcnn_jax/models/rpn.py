@@ -6,6 +6,7 @@ from flax import nnx
 
 from maskrcnn_jax.models.initializers import normal
 from maskrcnn_jax.models.layers import Conv, ConvNorm, apply_together, relu
+from maskrcnn_jax.ops.dtypes import at_least_float32
 
 _small_normal = normal(0.01)
 
@@ -39,7 +40,7 @@ class RPNHead(nnx.Module):
             for convolution in self.convs:
                 hidden = relu(convolution(hidden))
             logits, offsets = apply_together([self.cls_logits, self.bbox_pred], hidden)
-            batch, wide = feature.shape[0], jnp.promote_types(hidden.dtype, jnp.float32)
+            batch, wide = feature.shape[0], at_least_float32(hidden.dtype)
             objectness.append(logits.reshape(batch, -1).astype(wide))
             deltas.append(offsets.reshape(batch, -1, 4).astype(wide))
         return objectness, deltas

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrcnn_jax.ops.cpu.winograd import conv3x3
+from maskrcnn_jax.ops.dtypes import at_least_float32
 
 # Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
 _WINOGRAD_CHANNELS = 128
@@ -157,7 +158,7 @@ def _depthwise_shifted(x, kernel, stride):
 
 def _sum_of_shifts(x, kernel, shape, stride=1):
     """Return [N, *shape, K], the depthwise convolution of x [N, H, W, K] without any padding."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the sum
+    dtype = at_least_float32(x.dtype)  # of the sum
     height, width = ((size - 1) * stride + 1 for size in shape)
     total = 0
     for i, j in np.ndindex(kernel.shape[:2]):
@@ -177,7 +178,7 @@ def _depthwise_shifted_gradients(x, kernel, gradient, stride):
     ]
     spread = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
 
     # A loop, for S * S reductions compile slowly; devices that share the batch meet after it, in the sum over images.
     def of_cell(index):

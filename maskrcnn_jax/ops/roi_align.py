@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maskrcnn_jax.ops.dtypes import at_least_float32
 from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
 
 # RoIs whose gradient is scattered at once: few enough that the updates stay in cache. Also those that share the
@@ -172,15 +173,11 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
 @functools.partial(jax.custom_vjp)
 def _weighted_rows(table, index, weight):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
-    total = jnp.zeros((*index.shape[1:], table.shape[1]), _wide(table.dtype))
+    total = jnp.zeros((*index.shape[1:], table.shape[1]), at_least_float32(table.dtype))
     # In two steps of a loop: XLA would merge the sum into what uses it, with all T arrays of rows waiting in memory.
     halves = [array.reshape(2, len(array) // 2, *array.shape[1:]) for array in (index, weight)]
     total, _ = jax.lax.scan(lambda total, half: (_add_rows(total, table, *half), None), total, halves)
     return total.astype(table.dtype)
-
-
-def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _add_rows(total, table, index, weight):
@@ -216,7 +213,9 @@ def _weighted_rows_backward(residuals, gradient):
         return _scatter_rows(total, *chunk_inputs), None  # [T, chunk, P], the same, [chunk, P, K]
 
     total, _ = jax.lax.scan(
-        scatter, jnp.zeros(table.shape, _wide(table.dtype)), (index.swapaxes(0, 1), weight.swapaxes(0, 1), gradient)
+        scatter,
+        jnp.zeros(table.shape, at_least_float32(table.dtype)),
+        (index.swapaxes(0, 1), weight.swapaxes(0, 1), gradient),
     )
     return total.astype(table.dtype), None, jnp.zeros_like(residuals[2])
 
@@ -302,7 +301,7 @@ def _average_samples(table, rois, output_size):
             index, weight = _sample_rows(chunk, sample, output_size)
             return jax.vmap(_add_rows)(total, table, index, weight)
 
-        total = jnp.zeros((*chunk.x.shape, output_size**2, table.shape[-1]), _wide(table.dtype))
+        total = jnp.zeros((*chunk.x.shape, output_size**2, table.shape[-1]), at_least_float32(table.dtype))
         return None, jax.lax.fori_loop(0, num_steps, add_sample, total).astype(table.dtype)
 
     _, pooled = jax.lax.scan(average, None, (chunks, num_steps))
@@ -327,7 +326,7 @@ def _scatter_samples(gradient, rois, num_rows, output_size):
 
         return jax.lax.fori_loop(0, num_steps, add_sample, total), None
 
-    total = jnp.zeros((gradient.shape[0], num_rows, gradient.shape[-1]), _wide(gradient.dtype))
+    total = jnp.zeros((gradient.shape[0], num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype))
     return jax.lax.scan(scatter, total, (chunks, num_steps, _cut(gradient, order)))[0]
 
 

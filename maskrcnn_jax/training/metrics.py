@@ -48,19 +48,21 @@ class MetricWriter:
         self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers under their names."""
+        """Write numbers: in TensorBoard under ``train/`` those of steps, under ``val/`` those of evaluations."""
         if not self._active:
             return
         with writing(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
+        # Steps of training have a loss, evaluations have none under this name.
+        group = "train" if "loss" in values or "skipped" in values else "val"
         for name, value in values.items():
-            self._add(step, summary=summary.scalar(name, value))
+            self._add(step, summary=summary.scalar(f"{group}/{name}", value))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an RGB image [h, w, 3] uint8."""
         if self._active:
-            self._add(step, summary=summary.image(name, image, dataformats="HWC"))
+            self._add(step, summary=summary.image(f"val/{name}", image, dataformats="HWC"))
 
     def close(self) -> None:
         """Close the files."""

@@ -1,4 +1,4 @@
-"""Foreign arrays into a model and out of it, strictly: everything has its place or is named."""
+"""Fills models with foreign arrays and exports them. Every array that does not fit is reported by name."""
 
 import fnmatch
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.weights import detectron2, torchvision
 from maskrcnn_jax.weights.layouts import Entry
 
-# Keys that checkpoints carry and no model needs: counters of frozen norms, the classifier of an ImageNet network, and
-# what detectron2 computes anew (as ours does).
+# Keys of checkpoints that no model needs: counters of frozen norms, the classifier of an ImageNet network, and
+# constants that detectron2 computes itself (as we do).
 IGNORED = (
     "*.num_batches_tracked",
     "fc.weight",
@@ -24,22 +24,22 @@ IGNORED = (
     "pixel_std",
     "proposal_generator.anchor_generator.cell_anchors.*",
 )
-BACKBONES = {  # families of mere backbones -> two arrays by which they are known
+BACKBONES = {  # families of backbones without a detector -> two arrays that identify them
     "a ResNet, for the backbone": {"conv1.weight", "layer1.0.conv1.weight"},
     "a MobileNetV3, for the backbone": {"features.0.0.weight", "features.1.block.0.0.weight"},
 }
-# The convolutions that see the image.
+# The convolutions whose input is the image.
 _STEMS = {("backbone", "stem", "conv", "kernel"), ("backbone", "stem", 0, "conv", "kernel")}
 
 
 class Report(NamedTuple):
-    """What became of every array, by the names of the file; ``untouched`` by those of the model."""
+    """What was done with each array. Names are those of the file, in ``untouched`` those of the model."""
 
-    family: str  # what the file was taken for
+    family: str  # the kind of checkpoint that was recognised
     loaded: list[str]
-    widened: list[str]  # loaded for RGB; what the model sees beside it begins with the mean of these three
+    widened: list[str]  # loaded into the RGB channels; the other channels got the mean of these three
     reinitialised: list[str]  # in the file, but for other classes: the model keeps its initial values
-    untouched: list[str]  # not in a file that holds only a backbone: likewise
+    untouched: list[str]  # not in the file, which holds only a backbone: the model keeps its initial values
     ignored: list[str]
 
     def __str__(self) -> str:
@@ -64,35 +64,39 @@ def load_weights(
     """Fill a model with the arrays of a foreign checkpoint.
 
     Args:
-      model: changed in place, only if everything fits.
-      arrays: of torchvision's Mask R-CNN (version 1, with old or new names, or 2), of detectron2's, or of a ResNet
-        (torchvision's or timm's) or MobileNetV3 that was trained on ImageNet, which fills the backbone alone.
-      source: what errors call the arrays.
-      partial: allow, for training to go on from, a mere backbone, another number of classes, and RGB where the model
-        has more channels. The rest of the model, or its predictors of classes, boxes and masks, then keep their
-        initial values, and the weights of a further channel are the mean of the three. Otherwise these are errors.
+        model: Changed in place, and only if everything fits.
+        arrays: State dict of torchvision's Mask R-CNN (version 1, with old or new names, or version 2), of
+            detectron2's, or of a ResNet (torchvision's or timm's) or MobileNetV3 trained on ImageNet, which fills the
+            backbone only.
+        source: What errors call the arrays.
+        partial: For fine-tuning: accept a backbone alone, another number of classes, and RGB weights for a model with
+            more channels. The rest of the model, or the predictors of classes, boxes and masks, then keep their
+            initial values, and the weights of each further channel are the mean of the three. Without it, these are
+            errors.
 
     Returns:
-      What became of every array.
+        What was done with each array.
 
     Raises:
-      UserError: naming every array that is missing, unknown, of another shape or kind, or not finite.
+        UserError: Arrays are missing, unknown, of another shape or kind, or not finite; the message lists all of them.
     """
     family, arrays, entries = _recognise(model, arrays, source)
-    state = dict(nnx.to_flat_state(nnx.state(model)))
-    reinitialised = []
     if not partial and family in BACKBONES:
-        raise UserError(f"{source} holds only a backbone, which finds nothing; train with it first")
-    more_classes = _more_classes(entries, arrays, state)
+        raise UserError(f"{source} holds only a backbone, which detects nothing; train with it first")
+    state = dict(nnx.to_flat_state(nnx.state(model)))
     known = {entry.key for entry in entries}
     ignored = [key for key in arrays if key not in known and _is_ignored(key)]
+    more_classes = _more_classes(entries, arrays, state)
+    widened = [
+        entry.key
+        for entry in entries
+        if entry.path in _STEMS and model.options.in_channels > 3 and _num_inputs(arrays.get(entry.key)) == 3
+    ]
     problems = [f"{key} is unknown" for key in arrays if key not in known and key not in ignored]
-    widened = []
     for entry in entries:
         shape = state[entry.path].shape
-        if entry.path in _STEMS and model.options.in_channels > 3 and _num_inputs(arrays.get(entry.key)) == 3:
+        if entry.key in widened:
             shape = (*shape[:2], 3, shape[3])
-            widened.append(entry.key)
         wanted = _foreign_shape(entry, shape)
         if partial and entry.rows_per_class:
             wanted = (wanted[0] + entry.rows_per_class * more_classes, *wanted[1:])
@@ -108,34 +112,27 @@ def load_weights(
         listed = "\n  ".join(problems)
         raise UserError(f"{source}: {len(problems)} arrays do not fit the model; {advice}\n  {listed}")
 
-    if more_classes:
-        reinitialised = [entry for entry in entries if entry.rows_per_class]
-        entries = [entry for entry in entries if not entry.rows_per_class]
-    entries = [entry for entry in entries if entry.key in arrays]
-    for entry in entries:
-        variable, array = state[entry.path], entry.layout.read(arrays[entry.key])
-        if entry.key in widened:
-            mean = np.mean(array, axis=2, keepdims=True)  # [S, S, 1, O]
-            array = np.concatenate([array, *[mean] * (model.options.in_channels - 3)], axis=2)
-        # A copy: on CPUs jnp.asarray may share the memory of what it is given, which its owner may change.
-        variable[...] = jnp.array(array, variable.dtype, copy=True)
-    filled = {entry.path for entry in (*entries, *reinitialised)}
+    reinitialised = [entry for entry in entries if entry.rows_per_class and more_classes]
+    filled = [entry for entry in entries if entry.key in arrays and entry not in reinitialised]
+    for entry in filled:
+        _fill(state[entry.path], entry.layout.read(arrays[entry.key]))
+    touched = {entry.path for entry in (*filled, *reinitialised)}
     return Report(
         family,
-        [entry.key for entry in entries if entry.key not in widened],
+        [entry.key for entry in filled if entry.key not in widened],
         widened,
         [entry.key for entry in reinitialised],
-        ["/".join(map(str, path)) for path in state if path not in filled],
+        ["/".join(map(str, path)) for path in state if path not in touched],
         ignored,
     )
 
 
 def to_torchvision(model: MaskRCNN, *, backbone_only: bool = False) -> dict[str, np.ndarray]:
-    """Return a model as a state dict of torchvision's MaskRCNN, the inverse of loading one.
+    """Return a model as a state dict of torchvision's MaskRCNN, the inverse of ``load_weights``.
 
     Args:
-      model: to be written.
-      backbone_only: return that of its backbone instead, as torchvision's classifiers of ImageNet have it.
+        model: The model to convert.
+        backbone_only: Return the state dict of the backbone instead, with the names of torchvision's classifiers.
     """
     state = dict(nnx.to_flat_state(nnx.state(model)))
     arrays = {}
@@ -146,8 +143,17 @@ def to_torchvision(model: MaskRCNN, *, backbone_only: bool = False) -> dict[str,
     return arrays
 
 
+def _fill(variable: nnx.Variable, array: np.ndarray) -> None:
+    """Copy an array into a variable; a kernel that lacks input channels gets the mean of those it has."""
+    if array.shape != variable.shape:
+        mean = np.mean(array, axis=2, keepdims=True)  # [S, S, 1, O]
+        array = np.concatenate([array, *[mean] * (variable.shape[2] - array.shape[2])], axis=2)
+    # On CPUs jnp.asarray may share the memory of its argument, which its owner may change.
+    variable[...] = jnp.array(array, variable.dtype, copy=True)
+
+
 def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[Entry]]:
-    """Return the family of a checkpoint, its arrays by today's names, and the entries that they are to fill."""
+    """Return the family of a checkpoint, its arrays under current names, and the entries that they fill."""
     if any(key.startswith("backbone.bottom_up.") for key in arrays):
         return "detectron2's Mask R-CNN", arrays, detectron2.entries(model)
     if any(key.startswith(torchvision.BACKBONE) for key in arrays):
@@ -162,7 +168,7 @@ def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[
 
 
 def _more_classes(entries: list[Entry], arrays: dict[str, np.ndarray], state: dict) -> int:
-    """Return how many classes more than the model's those of the file are, as its class scores say."""
+    """Return how many classes the file has beyond the model's, by the size of the class scores."""
     for entry in entries:
         if entry.path == ("box_head", "cls_score", "bias") and entry.key in arrays and arrays[entry.key].ndim == 1:
             return len(arrays[entry.key]) - len(state[entry.path])
@@ -170,9 +176,9 @@ def _more_classes(entries: list[Entry], arrays: dict[str, np.ndarray], state: di
 
 
 def _problems_of(key: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> list[str]:
-    """Say why an array of a file, or its absence, does not fit one of the model's."""
+    """Return why an array of a file, or its absence, does not fit an array of the model."""
     if array is None:
-        # Files of a torch without counters, and those of frozen norms, lack them.
+        # Files of old versions of torch and of frozen norms lack the counters of batches.
         return [] if _is_ignored(key) else [f"{key} is missing"]
     if array.shape != shape:
         return [f"{key} has shape {array.shape} instead of {shape}"]
@@ -190,7 +196,7 @@ def _problems_of(key: str, array: np.ndarray | None, shape: tuple[int, ...], dty
 
 
 def _num_inputs(array: np.ndarray | None) -> int:
-    """Return the input channels of a foreign convolution, 0 of anything else."""
+    """Return the number of input channels of a foreign convolution, or 0 for any other array."""
     return array.shape[1] if array is not None and array.ndim == 4 else 0
 
 

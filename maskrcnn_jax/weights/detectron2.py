@@ -1,8 +1,8 @@
-"""Names and conventions of detectron2's model zoo (R50-FPN, R101-FPN), brought to ours.
+"""Maps names and conventions of detectron2's model zoo (R50-FPN, R101-FPN) to ours.
 
-detectron2 feeds BGR images in 0..255 less their mean, which here becomes a change of the first convolution; it puts
-the background last among the classes and gives it neither box offsets nor a mask, where ours are zero and never read.
-What is no matter of weights (anchors, RoIAlign, resizing) is in configs/detectron2_r50_fpn.py.
+detectron2 feeds BGR images in 0..255 minus their mean; the first convolution is changed accordingly. The background is
+its last class and has neither box deltas nor a mask; ours are zero and never read. Differences outside the weights
+(anchors, RoIAlign, resizing) are in configs/detectron2_r50_fpn.py.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.weights.layouts import Entry, Layout, Path, module_and_leaf, module_layout, then
 
 _STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
-# Ours divides the image by its deviation; detectron2's weights expect it undivided, blue first, and nothing but RGB.
+# We divide the image by its standard deviation; detectron2 does not, and its channels are blue, green, red.
 _STEM = Layout(lambda x: x[:, ::-1] * _STD, lambda x: (x[:, :3] / _STD)[:, ::-1])  # [O, 3, 7, 7]
 _BACKGROUND_FIRST = Layout(lambda x: np.roll(x, 1, axis=0), lambda x: np.roll(x, -1, axis=0))
 
 
 def _without_background(rows: int) -> Layout:
-    """Return the layout of arrays with ``rows`` rows per class but none for the background."""
+    """Return the layout of arrays that have ``rows`` rows per class and none for the background."""
 
     def read(x):
         return np.concatenate([np.zeros((rows, *x.shape[1:]), x.dtype), x])
@@ -28,7 +28,7 @@ def _without_background(rows: int) -> Layout:
     return Layout(read, lambda x: x[rows:])
 
 
-# Rows per class, and how the background lies among them.
+# Rows per class, and the layout that moves or adds the background.
 _PREDICTORS = {
     "cls_score": (1, _BACKGROUND_FIRST),
     "bbox_pred": (4, _without_background(4)),
@@ -40,7 +40,7 @@ def entries(model: MaskRCNN) -> list[Entry]:
     """Return the counterpart of every array of a model with frozen norms.
 
     Raises:
-      UserError: when the backbone is no ResNet.
+        UserError: The backbone is not a ResNet.
     """
     if not isinstance(model.backbone, ResNet):
         raise UserError(

@@ -1,17 +1,11 @@
-"""Reads and writes the weight files of other frameworks, as arrays by name, without ever running code from them.
+"""Reads and writes the weight files of other frameworks as arrays by name, without running code from them.
 
-Three kinds of files: ``.safetensors``; ``.pth`` of torch, through torch's own restricted loader; ``.pkl`` of
-detectron2's model zoo, see pickles.py. torch's loader runs no code of a file, but nested keys can hang or crash it:
-from strangers, prefer ``.safetensors``.
+Three kinds of files: ``.safetensors``; ``.pth`` and ``.pt`` of torch; ``.pkl`` of detectron2's model zoo. Only writing
+``.pth`` needs torch.
 """
 
-import argparse
-import contextlib
+import io
 import os
-import re
-import types
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,11 +16,12 @@ import numpy as np
 import safetensors.numpy
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.weights.pickles import Budget, PickledArray, read_pickle
+from maskrcnn_jax.weights.pickles import ArrayUnpickler, Budget, PickledArray
+from maskrcnn_jax.weights.torch_files import read_torch
+from maskrcnn_jax.writing import replace_file
 
 _STATE_DICT_KEYS = ("model", "state_dict")
 _PLAIN_KINDS = "biuf"  # of dtypes: bool, int, unsigned, float
-_MAX_GROWTH = 4  # arrays may take this many times the bytes of their file; bfloat16 takes 2
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -45,19 +40,19 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         with path.open("rb"):
             size = path.stat().st_size
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; check the path and its permissions") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{path} is no weight file that can be read; give a file with {', '.join(sorted(_READERS))}")
     read = _READERS[path.suffix.lower()]
     try:
-        return read(path, Budget(_MAX_GROWTH * size))
+        return read(path, Budget(size))
     except UserError:
         raise
-    except ValueError as e:
+    except ValueError as error:
         raise UserError(
-            f"{path} cannot be read as weights: {e}; fetch it again if it came over a network, or save its state dict "
-            "alone, where it was made, as .safetensors"
+            f"{path} cannot be read as weights: {error}; download it again, or save its state dict alone as "
+            ".safetensors where it was made"
         ) from None
 
 
@@ -72,21 +67,9 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
         raise UserError(f"{path} cannot be written as weights; give a name with {' or '.join(sorted(_WRITERS))}")
     try:
         plain = _collect(arrays, lambda value: _to_plain(np.asarray(value)))
-    except ValueError as e:
-        raise UserError(f"{path} cannot be written: {e}; give arrays of numbers by name") from None
-    write = _WRITERS[path.suffix.lower()](plain)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()  # an OSError, where the libraries raise their own
-        write(partial)
-        partial.replace(path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # a full disk raises any of them
-        reason = getattr(e, "strerror", None) or _first_line(e)
-        raise UserError(f"cannot write {path}: {reason}; check the folder, its permissions and free space") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    except ValueError as error:
+        raise UserError(f"{path} cannot be written: {error}; give arrays of numbers by name") from None
+    replace_file(path, _WRITERS[path.suffix.lower()](plain))
 
 
 def _collect(tree: Any, convert: Callable[[Any], np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -121,89 +104,42 @@ def _to_plain(array: np.ndarray) -> np.ndarray | None:
     return array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-
-
 def _read_safetensors(path: Path, budget: Budget) -> dict[str, np.ndarray]:
     try:
         arrays = safetensors.numpy.load_file(path)
-    except Exception as e:  # a SafetensorError, but also what NumPy makes of an odd shape or dtype
-        raise ValueError(_first_line(e)) from None
+    except Exception as error:  # a SafetensorError, but also what NumPy makes of an odd shape or dtype
+        raise ValueError((str(error).splitlines() or [""])[0][:200] or type(error).__name__) from None
     return _collect(arrays, _to_plain)
 
 
-def _write_safetensors(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
-    return lambda path: safetensors.numpy.save_file(arrays, path)
+def _read_torch(path: Path, budget: Budget) -> dict[str, np.ndarray]:
+    tree, to_array = read_torch(path.read_bytes(), budget)
+
+    def convert(value: Any) -> np.ndarray | None:
+        array = to_array(value)
+        return None if array is None else _to_plain(array)
+
+    return _collect(_select_state_dict(tree), convert)
 
 
-def _import_torch() -> types.ModuleType:
+def _to_torch(arrays: dict[str, np.ndarray]) -> bytes:
     try:
         import torch
     except ImportError:
         raise UserError(
-            "torch, which .pth and .pt files need, is not installed; install it (pip install torch) or convert the "
-            "file to .safetensors"
+            "torch, which writes .pth files, is not installed; install it (pip install torch) or write .safetensors"
         ) from None
-    return torch
-
-
-def _read_torch(path: Path, budget: Budget) -> dict[str, np.ndarray]:
-    torch = _import_torch()
-    _check_zip(path)
-
-    def convert(value: Any) -> np.ndarray | None:
-        if not isinstance(value, torch.Tensor):
-            return None
-        narrow = value.is_floating_point() and value.dtype not in (torch.float16, torch.float32, torch.float64)
-        budget.charge(value.numel() * (4 if narrow else value.element_size()))  # an expanded tensor has few bytes
-        try:
-            return _to_plain((value.detach().float() if narrow else value.detach()).numpy())
-        except (TypeError, RuntimeError):  # sparse, quantized, without data
-            return None
-
-    # The references of torchvision keep their command line in the checkpoint; a Namespace only holds attributes.
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-        warnings.simplefilter("ignore")  # about protocols and storages of old files
-        try:
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # which ones torch does not say; RuntimeError, EOFError and KeyError are among them
-            refused = re.search(r"GLOBAL (\S+)", str(e))
-            if refused:
-                raise ValueError(f"it refers to {refused[1][:80]!r}, which no array needs") from None
-            raise ValueError("it is no checkpoint of torch, or a damaged one") from None
-    return _collect(_select_state_dict(tree), convert)
-
-
-def _check_zip(path: Path) -> None:
-    """Refuse compressed parts, which torch reads but never writes, and which can be a thousand times their size."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return  # torch's older format
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as e:
-        raise ValueError(_first_line(e)) from None
-    if len({part.filename for part in parts}) < len(parts):
-        raise ValueError("it holds two parts of one name")
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-        raise ValueError("it holds compressed parts")
-    if sum(part.file_size for part in parts) > path.stat().st_size:
-        raise ValueError("its parts are said to be larger than the file")
-
-
-def _write_torch(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
-    torch = _import_torch()
     writable = {name: np.require(array, requirements="W") for name, array in arrays.items()}  # torch warns otherwise
     tensors = OrderedDict((name, torch.from_numpy(array)) for name, array in writable.items())
-    return lambda path: torch.save(tensors, path)
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    return content.getvalue()
 
 
 def _read_pickle(path: Path, budget: Budget) -> dict[str, np.ndarray]:
-    tree = read_pickle(path.read_bytes(), budget)
+    tree = ArrayUnpickler(io.BytesIO(path.read_bytes()), budget).load()
     return _collect(_select_state_dict(tree), lambda value: value.value if isinstance(value, PickledArray) else None)
 
 
 _READERS = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".pkl": _read_pickle}
-_WRITERS = {".safetensors": _write_safetensors, ".pth": _write_torch}
+_WRITERS = {".safetensors": safetensors.numpy.save, ".pth": _to_torch}

@@ -1,4 +1,4 @@
-"""How arrays of foreign checkpoints lie in memory beside ours, and which of ours each of them is."""
+"""Correspondence between our arrays and those of PyTorch checkpoints: memory layouts and names."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,7 @@ Path = tuple[str | int, ...]  # of an array in the state of a model
 
 
 class Layout(NamedTuple):
-    """Two functions, each the inverse of the other."""
+    """A conversion between a foreign layout and ours, in both directions."""
 
     read: Callable[[np.ndarray], np.ndarray]  # foreign to ours
     write: Callable[[np.ndarray], np.ndarray]  # ours to foreign
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     path: Path
     key: str  # in the foreign checkpoint
     layout: Layout
-    rows_per_class: int = 0  # along the first axis of the foreign array; with any, it is of no use for other classes
+    rows_per_class: int = 0  # along the first axis of the foreign array; 0 if it does not depend on the classes
 
 
 SAME = Layout(lambda x: x, lambda x: x)
@@ -32,7 +32,7 @@ POINTWISE = Layout(lambda x: x[:, :, 0, 0], lambda x: x[:, :, None, None])  # [o
 
 
 def flattened_maps(side: int) -> Layout:
-    """Return the layout of a linear layer whose inputs are maps of side x side: channels first there, last here."""
+    """Return the layout of a linear layer on flattened side x side maps: channels first there, last here."""
 
     def read(x):  # [out, K * side * side] to [side * side * K, out]
         return x.reshape(len(x), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(x))
@@ -49,12 +49,12 @@ def then(first: Layout, second: Layout) -> Layout:
 
 
 def module_layout(path: Path, ndim: int, pool_size: int) -> Layout:
-    """Return the layout of an array of MaskRCNN that PyTorch's modules give it.
+    """Return the layout that an array of MaskRCNN has in PyTorch's modules.
 
     Args:
-      path: of the array.
-      ndim: its number of axes.
-      pool_size: side of the maps that the first fully connected layer flattens.
+        path: Path of the array.
+        ndim: Its number of axes.
+        pool_size: Side of the maps that the first fully connected layer flattens.
     """
     if path == ("mask_head", "deconv", "kernel"):
         return DECONV
@@ -65,7 +65,7 @@ def module_layout(path: Path, ndim: int, pool_size: int) -> Layout:
     return {4: CONV, 2: LINEAR}.get(ndim, SAME)
 
 
-# What PyTorch calls the arrays of a module.
+# Our names of a module's arrays -> PyTorch's.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -77,9 +77,9 @@ _LEAVES = {
 
 
 def module_and_leaf(path: Path) -> tuple[list[str | int], str]:
-    """Return the path of the module that an array belongs to, and what PyTorch calls the array in it."""
+    """Return the path of the module that an array belongs to, and PyTorch's name of the array."""
     *module, leaf = path
-    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):  # ours has no module of their own for them
+    if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):  # we have no module for these
         name, leaf = leaf.split("_")
         module.append(name)
     return module, _LEAVES[leaf]

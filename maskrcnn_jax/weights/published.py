@@ -1,139 +1,158 @@
-"""Weights by name: fetches the published files of torchvision and detectron2 once, checks them, and keeps them.
+"""Published weights by name: one table of them, and their files, each downloaded once, checked and kept.
 
-A name is ``family:model``, such as ``torchvision:maskrcnn_resnet50_fpn``. Both families put the start of a digest in
-the name of each file, which is checked before anything is kept.
+A name is ``family:model``, such as ``torchvision:maskrcnn_resnet50_fpn``.
 """
 
-import contextlib
-import hashlib
-import http.client
+import difflib
 import os
-import re
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 
-from tqdm import tqdm
+import pooch
 
 from maskrcnn_jax.errors import UserError
 
-BASE_URLS = {
-    "torchvision": "https://download.pytorch.org/models/",
-    "detectron2": "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/",
-}
-FILES = {
-    "torchvision:maskrcnn_resnet50_fpn": "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
-    "torchvision:maskrcnn_resnet50_fpn_v2": "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
-    "torchvision:resnet18": "resnet18-f37072fd.pth",
-    "torchvision:resnet34": "resnet34-b627a593.pth",
-    "torchvision:resnet50": "resnet50-0676ba61.pth",
-    "torchvision:resnet50_v2": "resnet50-11ad3fa6.pth",
-    "torchvision:resnet101": "resnet101-63fe2227.pth",
-    "torchvision:resnet101_v2": "resnet101-cd907fc2.pth",
-    "torchvision:mobilenet_v3_large": "mobilenet_v3_large-8738ca79.pth",
-    "torchvision:mobilenet_v3_large_v2": "mobilenet_v3_large-5c1a4163.pth",
-    "detectron2:mask_rcnn_R_50_FPN_1x": "mask_rcnn_R_50_FPN_1x/137260431/model_final_a54504.pkl",
-    "detectron2:mask_rcnn_R_50_FPN_3x": "mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl",
-    "detectron2:mask_rcnn_R_101_FPN_3x": "mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72.pkl",
-}
-# torch.hub checks the former; detectron2's MODEL_ZOO.md says that each file's name contains its md5 prefix.
-DIGESTS = {"torchvision": "sha256", "detectron2": "md5"}
+_TORCHVISION = "https://download.pytorch.org/models/"
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/"
 
-_DIGEST_IN_NAME = re.compile(r"[-_]([0-9a-f]{6,})\.\w+$")
-_CHUNK = 1 << 20  # bytes
+
+@dataclass(frozen=True)
+class Published:
+    """A file of weights that its authors publish."""
+
+    url: str
+    digest: str  # "algorithm:the first digits"; the authors publish no more, as part of the name of the file
+    config: str | None = None  # of maskrcnn_jax.configs, for these weights; None for the backbone of a classifier
+
+
+PUBLISHED = {
+    "torchvision:maskrcnn_resnet50_fpn": Published(
+        _TORCHVISION + "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth", "sha256:bf2d0c1e", "torchvision_r50_fpn"
+    ),
+    "torchvision:maskrcnn_resnet50_fpn_v2": Published(
+        _TORCHVISION + "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth", "sha256:73cbd019", "torchvision_r50_fpn_v2"
+    ),
+    "detectron2:mask_rcnn_R_50_FPN_1x": Published(
+        _DETECTRON2 + "mask_rcnn_R_50_FPN_1x/137260431/model_final_a54504.pkl", "md5:a54504", "detectron2_r50_fpn"
+    ),
+    "detectron2:mask_rcnn_R_50_FPN_3x": Published(
+        _DETECTRON2 + "mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl", "md5:f10217", "detectron2_r50_fpn"
+    ),
+    "detectron2:mask_rcnn_R_101_FPN_3x": Published(
+        _DETECTRON2 + "mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72.pkl", "md5:a3ec72", "detectron2_r101_fpn"
+    ),
+    "torchvision:resnet18": Published(_TORCHVISION + "resnet18-f37072fd.pth", "sha256:f37072fd"),
+    "torchvision:resnet34": Published(_TORCHVISION + "resnet34-b627a593.pth", "sha256:b627a593"),
+    "torchvision:resnet50": Published(_TORCHVISION + "resnet50-0676ba61.pth", "sha256:0676ba61"),
+    "torchvision:resnet50_v2": Published(_TORCHVISION + "resnet50-11ad3fa6.pth", "sha256:11ad3fa6"),
+    "torchvision:resnet101": Published(_TORCHVISION + "resnet101-63fe2227.pth", "sha256:63fe2227"),
+    "torchvision:resnet101_v2": Published(_TORCHVISION + "resnet101-cd907fc2.pth", "sha256:cd907fc2"),
+    "torchvision:mobilenet_v3_large": Published(_TORCHVISION + "mobilenet_v3_large-8738ca79.pth", "sha256:8738ca79"),
+    "torchvision:mobilenet_v3_large_v2": Published(
+        _TORCHVISION + "mobilenet_v3_large-5c1a4163.pth", "sha256:5c1a4163"
+    ),
+}
+_FAMILIES = frozenset(name.partition(":")[0] for name in PUBLISHED)
+
 _TIMEOUT = 30  # seconds without a byte
+_RETRIES = 2  # after 1 and 2 seconds
 
 
-def resolve(
-    name_or_path: str | os.PathLike,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    base_urls: Mapping[str, str] | None = None,
-) -> Path:
-    """Return the file of named weights, downloading it where it is not yet there, or a path as it is.
+def is_name(source: str | os.PathLike) -> bool:
+    """Return whether a source of weights has the form of a name of published ones, rather than of a path."""
+    family, colon, _ = os.fspath(source).partition(":")
+    return bool(colon) and family in _FAMILIES
 
-    Args:
-        name_or_path: a key of ``FILES``; anything that does not begin with a family of ``BASE_URLS`` and a colon is
-            taken as a path, which need not exist.
-        cache_dir: folder of the downloaded files; by default ``weights`` in the folder that the environment variable
-            MASKRCNN_JAX_CACHE names, else in ``~/.cache/maskrcnn_jax``.
-        base_urls: family -> address that its files lie below, for those that come from a mirror.
+
+def closest_names(name: str) -> list[str]:
+    """Return all names of published weights, those most similar to ``name`` first."""
+    return difflib.get_close_matches(name, PUBLISHED, n=len(PUBLISHED), cutoff=0)
+
+
+def find_published(name: str) -> Published:
+    """Return the published weights of a name.
 
     Raises:
-        UserError: there are no weights of this name, they cannot be downloaded, or the file is not the published one.
+        UserError: No weights have this name; the message lists those that exist.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"there are no weights named {name}; give a path or one of {', '.join(closest_names(name))}")
+    return PUBLISHED[name]
+
+
+def resolve(name_or_path: str | os.PathLike) -> Path:
+    """Return the file of named weights, which is downloaded if it is not yet there, or a path as it is.
+
+    Files are kept in ``weights`` in the folder that the environment variable MASKRCNN_JAX_CACHE names, by default in
+    ``~/.cache/maskrcnn_jax``.
+
+    Args:
+        name_or_path: A key of ``PUBLISHED``. Anything that does not begin with a family and a colon is taken as a
+            path, which need not exist.
+
+    Raises:
+        UserError: No weights have this name, they cannot be downloaded, or the file is not the published one.
     """
     name = os.fspath(name_or_path)
-    family, colon, _ = name.partition(":")
-    if not colon or family not in BASE_URLS:
+    if not is_name(name):
         return Path(name)
-    if name not in FILES:
-        raise UserError(f"there are no weights named {name}; give a path or one of {', '.join(FILES)}")
-    file = FILES[name]
-    path = (_default_cache_dir() if cache_dir is None else Path(cache_dir)) / PurePosixPath(file).name
-    algorithm, wanted = DIGESTS[family], _DIGEST_IN_NAME.search(file)[1]
-    if path.is_file():
-        with path.open("rb") as kept:
-            digest = hashlib.file_digest(kept, lambda: _new_hash(algorithm)).hexdigest()
-        if not digest.startswith(wanted):
-            raise UserError(
-                f"{path} is not the published file, as its {algorithm} begins with {digest[: len(wanted)]} and not "
-                f"{wanted}; delete it to download it again"
-            )
-        return path
-    _download({**BASE_URLS, **(base_urls or {})}[family] + file, path, algorithm, wanted)
+    published = find_published(name)
+    path = _cache_dir() / published.url.rpartition("/")[2]
+    if not path.is_file():
+        _download(published, path)
+    elif problem := _problem(path, published.digest):
+        raise UserError(f"{path} is not the published file: {problem}; delete it to download it again")
     return path
 
 
-def _default_cache_dir() -> Path:
+def _cache_dir() -> Path:
     parent = os.environ.get("MASKRCNN_JAX_CACHE")
     return (Path(parent) if parent else Path.home() / ".cache" / "maskrcnn_jax") / "weights"
 
 
-def _new_hash(algorithm: str):
-    return hashlib.new(algorithm, usedforsecurity=False)  # hardened systems refuse md5 otherwise
+def _problem(path: str | os.PathLike, digest: str) -> str | None:
+    """Return how the digest of a file differs from the published one, or None where it does not."""
+    algorithm, _, wanted = digest.partition(":")
+    found = pooch.file_hash(path, alg=algorithm)[: len(wanted)]
+    return None if found == wanted else f"its {algorithm} begins with {found} instead of {wanted}"
 
 
-def _download(url: str, path: Path, algorithm: str, wanted: str) -> None:
-    """Fetch a file, so that ``path`` comes to be only when all of it is there and its digest begins as wanted."""
-    remedy = f"download it elsewhere and put it at {path}, or give its own path with --weights=FILE"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _download(published: Published, path: Path) -> None:
+    """Download a file, so that ``path`` exists only when the file is complete and has the published digest."""
+
+    def fetch(url: str, output_file: str, cache: pooch.Pooch) -> None:
+        os.unlink(output_file)  # a new file gets the usual permissions, which others who use the cache need
+        responses = []
+        try:
+            pooch.HTTPDownloader(
+                progressbar=True,
+                chunk_size=1 << 20,
+                timeout=_TIMEOUT,
+                hooks={"response": lambda response, **_: responses.append(response)},
+            )(url, output_file, cache)
+        finally:  # HTTPDownloader does not close them where a download fails
+            for response in responses:
+                response.close()
+        if problem := _problem(output_file, published.digest):
+            raise UserError(f"it is not the published file ({problem})")
+
+    # pooch compares whole digests only, so it is given none.
+    cache = pooch.create(
+        path.parent, "", registry={path.name: None}, urls={path.name: published.url}, retry_if_failed=_RETRIES
+    )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = _fetch(url, partial, _new_hash(algorithm))
-        if not digest.startswith(wanted):
-            raise UserError(
-                f"{url} came with a {algorithm} that begins with {digest[: len(wanted)]}, not {wanted}, and was "
-                f"deleted; try again, or {remedy}"
-            )
-        partial.replace(path)
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"cannot download {url} to {path}: {_reason(e)}; try again, or {remedy}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        cache.fetch(path.name, downloader=fetch)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"cannot download {published.url} to {path}: {_reason(error)}; try again, download it elsewhere and put "
+            "it at this path, or give the path of a file instead of a name"
+        ) from None
 
 
-def _fetch(url: str, partial: Path, digest) -> str:
-    """Write what an address gives to a file and return its digest in hexadecimal."""
-    request = urllib.request.Request(url, headers={"User-Agent": "maskrcnn_jax"})  # some servers refuse urllib's own
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as file:
-        length = response.headers.get("Content-Length")
-        total, received = int(length) if length and length.isdigit() else None, 0
-        with tqdm(total=total, desc=url.rsplit("/", 1)[1], unit="B", unit_scale=True, unit_divisor=1024) as progress:
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                digest.update(chunk)
-                received += len(chunk)
-                progress.update(len(chunk))
-    if total is not None and received != total:  # http.client takes an early end for the end
-        raise ConnectionError(f"the connection was closed after {received} of {total} bytes")
-    return digest.hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        with error:  # it holds the connection
-            return f"the server answered {error.code} {error.reason}"
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+def _reason(error: BaseException) -> str:
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"the server answered {response.status_code} {response.reason}"
+    while error.__context__:  # requests and urllib3 wrap what the network or the disk answered
+        error = error.__context__
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip()

@@ -1,7 +1,7 @@
-"""Names of torchvision's Mask R-CNN (both versions), of its ResNets and MobileNetV3, and of timm's ResNets.
+"""Maps names of torchvision's Mask R-CNN (both versions), ResNets and MobileNetV3, and of timm's ResNets to ours.
 
 A model with ``head_norm="batch"`` has the names of maskrcnn_resnet50_fpn_v2, one without those of
-maskrcnn_resnet50_fpn. The first version's published weights carry older names, which are brought up to date first.
+maskrcnn_resnet50_fpn. The published weights of the first version have older names, which are translated first.
 """
 
 import re
@@ -17,9 +17,9 @@ from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights.layouts import Entry, Path, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
-# In a detector the backbone is what the classifier calls its features.
+# The backbone of a detector is the part of a classifier called "features".
 _MOBILENET_FEATURES = "features."
-# Options of MaskRCNN that change what is found, and the only value that torchvision has.
+# Options of MaskRCNN that change the detections -> the only value that torchvision implements.
 _FIXED_OPTIONS = {
     "in_channels": 3,
     "stride_in_1x1": False,
@@ -34,7 +34,7 @@ _FIXED_OPTIONS = {
     "mask_targets_binary": False,
 }
 _ROWS_PER_CLASS = {"cls_score": 1, "bbox_pred": 4, "logits_kernel": 1, "logits_bias": 1}  # of the heads' predictors
-# Of the names before torchvision 0.13.
+# Names before torchvision 0.13 -> current names.
 _RENAMED = (
     (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2"),
     (r"rpn\.head\.conv\.(weight|bias)", r"rpn.head.conv.0.0.\1"),
@@ -42,17 +42,16 @@ _RENAMED = (
 
 
 def without_counterpart(options: ModelOptions) -> list[str]:
-    """Return the options of a MaskRCNN with which torchvision's model, of the same weights, finds something else."""
-    return [
-        f"{name}={getattr(options, name)}" for name, value in _FIXED_OPTIONS.items() if getattr(options, name) != value
-    ]
+    """Return the options of a MaskRCNN that torchvision's model lacks, so that its detections would differ."""
+    chosen = {name: getattr(options, name) for name in _FIXED_OPTIONS}
+    return [f"{name}={value}" for name, value in chosen.items() if value != _FIXED_OPTIONS[name]]
 
 
 def entries(model: MaskRCNN) -> list[Entry]:
     """Return the counterpart of every array of a model.
 
     Raises:
-      UserError: when torchvision has no such backbone.
+        UserError: torchvision has no such backbone.
     """
     if not isinstance(model.backbone, ResNet | MobileNetV3):
         raise UserError(
@@ -71,7 +70,7 @@ def entries(model: MaskRCNN) -> list[Entry]:
 
 
 def backbone_entries(model: MaskRCNN) -> list[Entry]:
-    """Return the counterparts, in a classifier of ImageNet, of the arrays of a model's backbone."""
+    """Return the counterpart of every array of a model's backbone in a classifier trained on ImageNet."""
     prefix = _MOBILENET_FEATURES if isinstance(model.backbone, MobileNetV3) else ""
     return [
         entry._replace(key=prefix + entry.key.removeprefix(BACKBONE))
@@ -81,10 +80,10 @@ def backbone_entries(model: MaskRCNN) -> list[Entry]:
 
 
 def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rename the keys of the first version's published weights as today's code has them.
+    """Translate the old names in the published weights of the first version to current ones.
 
     Raises:
-      UserError: an array is there by its old name and by today's.
+        UserError: An array is there under both names.
     """
     renamed = {}
     for key, array in arrays.items():
@@ -97,9 +96,7 @@ def modern_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             key,
         )
         if key in renamed:
-            raise UserError(
-                f"the weights hold {key} twice, by its old name and by today's; remove the one that is wrong"
-            )
+            raise UserError(f"the weights hold {key} twice, under its old and its current name; remove the wrong one")
         renamed[key] = array
     return renamed
 

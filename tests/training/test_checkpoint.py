@@ -106,7 +106,7 @@ def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monk
         path.unlink()
     with (
         contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
-        pytest.raises(UserError, match="checkpoints/2 cannot be read .* and no other in .*; bring back a copy"),
+        pytest.raises(UserError, match="checkpoints/2 cannot be read .* nor can any other in .*; restore a copy"),
     ):
         checkpoints.restore_newest(training.state)
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "nothing is put aside where nothing else is left"

@@ -61,7 +61,8 @@ def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_p
     config.optim.lr, config.optim.lr_batch_size = 0.001, 16
     with caplog.at_level(logging.INFO, "maskrcnn_jax.training"):
         train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
-    started, compiled, expected = caplog.messages[-3:]
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("maskrcnn_jax")]
+    started, compiled, expected = messages[-3:]
     assert re.match(r"starting at step 0 of 4, 2 steps an epoch, batch 8 on 8 cpu devices, 0.\d M parameters", started)
     assert re.fullmatch(r"images of 64x64: a step takes [1-9]\d* MiB of each device, compiled in \d+ s", compiled)
     assert re.fullmatch(r"expected time: 0:0\d:\d\d for the other 2 steps, without evaluations", expected)
@@ -311,10 +312,10 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="use 8 or 16"):
         train(config, tmp_path, make_evaluate=never)
     config.batch_size, config.optim.accumulate = 40, 2
-    with pytest.raises(UserError, match=r"8 devices times 2 parts \(optim.accumulate\); use 32 or 48"):
+    with pytest.raises(UserError, match=r"8 devices times 2 accumulation steps \(optim.accumulate\); use 32 or 48"):
         train(config, tmp_path, make_evaluate=never)
     config.optim.accumulate = 0
-    with pytest.raises(UserError, match="optim.accumulate 0"):
+    with pytest.raises(UserError, match="optim.accumulate is 0"):
         train(config, tmp_path, make_evaluate=never)
 
 

@@ -1,0 +1,118 @@
+"""Images in whatever form the user has them, as the arrays that a model takes."""
+
+import io
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PillowImage
+from PIL import ImageOps
+
+from maskrcnn_jax.data.images import decode_image, too_few_channels
+from maskrcnn_jax.errors import UserError
+
+# A path or URL, the content of an image file, a Pillow image, or an array of NumPy, JAX or torch.
+Image = Any
+
+_URL_SCHEMES = ("http://", "https://")
+_URL_TIMEOUT = 30  # seconds
+_URL_MAX_BYTES = 1 << 28
+
+
+def is_image(value: object) -> bool:
+    """Return whether a value is one image, and not an iterable of images."""
+    return isinstance(value, str | os.PathLike | bytes | PillowImage.Image) or hasattr(value, "__array__")
+
+
+def to_array(image: Image, channels: int = 3) -> np.ndarray:
+    """Return an image as an array.
+
+    Args:
+        image: The path or URL of an image file, its content as bytes, a Pillow image, a NumPy or JAX array
+            [h, w, channels] uint8, or a torch tensor [channels, h, w], uint8 or floating point in 0..1. Colours are
+            RGB (OpenCV reads BGR). Files and Pillow images are turned upright as their EXIF entry says.
+        channels: Of the result, RGB first.
+
+    Returns:
+        [h, w, channels] uint8.
+
+    Raises:
+        UserError: if it cannot be read, or has another shape, dtype or fewer channels.
+    """
+    if isinstance(image, str | os.PathLike):
+        return _read(os.fspath(image), channels)
+    if isinstance(image, bytes):
+        return _decode(image, channels, f"{len(image)} bytes")
+    if isinstance(image, PillowImage.Image):
+        upright = ImageOps.exif_transpose(image)
+        array = np.asarray(upright.convert("RGB") if channels == 3 else upright)
+    elif hasattr(image, "detach"):
+        array = _from_torch(image)
+    else:
+        array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels or not array.size:
+        raise UserError(
+            f"an array of {array.dtype} {array.shape} is not an image for this model; give uint8 "
+            f"(height, width, {channels}) in RGB, 0..255"
+        )
+    return array
+
+
+def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
+    """Read a file as uint8 [h, w, channels], RGB, upright as its EXIF entry says; None if it is not an image.
+
+    Raises:
+        UserError: if it has fewer channels.
+    """
+    try:
+        return _decoded(path.read_bytes(), channels, str(path))
+    except OSError:
+        return None
+
+
+def _read(source: str, channels: int) -> np.ndarray:
+    if source.startswith(_URL_SCHEMES):
+        return _decode(_download(source), channels, source)
+    image = read_image(Path(source), channels)
+    if image is None:
+        raise UserError(f"{source} cannot be read as an image; check that it exists and is an image file")
+    return image
+
+
+def _download(url: str) -> bytes:
+    content = io.BytesIO()
+    try:
+        with urllib.request.urlopen(url, timeout=_URL_TIMEOUT) as response:
+            content.write(response.read(_URL_MAX_BYTES + 1))
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        raise UserError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)}); check the address") from None
+    if content.tell() > _URL_MAX_BYTES:
+        raise UserError(f"{url} has more than {_URL_MAX_BYTES >> 20} MB; download it, and give the path of the file")
+    return content.getvalue()
+
+
+def _decode(data: bytes, channels: int, name: str) -> np.ndarray:
+    image = _decoded(data, channels, name)
+    if image is None:
+        raise UserError(f"{name} cannot be read as an image; give the content of an image file")
+    return image
+
+
+def _decoded(data: bytes, channels: int, name: str) -> np.ndarray | None:
+    image = decode_image(data, channels, upright=True)
+    if image is not None and image.shape[2] < channels:
+        raise UserError(f"image {name} {too_few_channels(image, channels)}; give files like those of the training")
+    return image
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    """Return a torch tensor [channels, h, w] as torchvision has images, uint8 or floating point in 0..1."""
+    array = tensor.detach().cpu().numpy()
+    if np.issubdtype(array.dtype, np.floating):
+        if array.size and not (array.min() >= 0 and array.max() <= 1):
+            raise UserError("a torch image of floating point must lie in 0..1; give uint8 for 0..255")
+        array = np.rint(array * 255).astype(np.uint8)
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
