@@ -8,7 +8,7 @@ Commands, for a GPU, for a laptop, and for trying everything in minutes on a CPU
     maskrcnn-jax train --config=own_dataset:small --workdir=runs/own --config.data.coco_dir=MINE
 
 MINE holds train/, val/ and annotations/instances_{train,val}.json. The number of classes is read from the annotations.
-If the weights have another number of classes, the predictors of classes, boxes and masks are initialised anew. The
+If the weights have another number of classes, the predictors of classes, boxes and masks are reinitialised. The
 laptop variant has a lighter network, half of the image size and fewer steps. The small variant is a network of a tenth
 of the size, trained from random weights on images of 128 pixels.
 
