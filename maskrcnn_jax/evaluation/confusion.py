@@ -38,7 +38,7 @@ def confusion(truth: COCO, results: list[dict]) -> tuple[Counter, dict[int, Imag
     """Compare detections with objects.
 
     Args:
-      truth: as ``load_annotations`` returns it.
+      truth: as ``ground_truth`` returns it.
       results: COCO results.
 
     Returns:

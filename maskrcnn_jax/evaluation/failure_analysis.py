@@ -103,7 +103,7 @@ class Errors:
         """Match.
 
         Args:
-          truth: as ``load_annotations`` returns it.
+          truth: as ``ground_truth`` returns it.
           results: COCO results.
           kind: "bbox" or "segm".
         """
