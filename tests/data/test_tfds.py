@@ -21,6 +21,7 @@ from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.data.tfds_builder import build
 from maskrcnn_jax.data.tfds_source import annotation_path, dataset_folder, load_tfds
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation.coco_metrics import ground_truth
 from maskrcnn_jax.options import DataOptions
 from tests.data.loading import load
 
@@ -140,6 +141,14 @@ def test_odd_annotations_are_read_alike(odd, tmp_path, ignore_regions):
     assert_same_samples(expected, found, num_steps=6, ignore_regions=ignore_regions)
     expected, found = drop_labels(expected, 0.4, seed=1), drop_labels(found, 0.4, seed=1)
     assert_same_samples(expected, found, num_steps=6, ignore_regions=ignore_regions)
+
+
+def test_evaluations_compare_with_the_same_ground_truth(odd, tmp_path):
+    build(odd, tmp_path)
+    options = {"keep_unlisted": True, "keep_flat": True}
+    expected = ground_truth(load_coco(odd, "train2017", **options)).dataset
+    assert ground_truth(load_tfds(tmp_path, "train2017", **options)).dataset == expected
+    assert [0, 6] in [a["bbox"][2:] for a in expected["annotations"]], "a box without area"
 
 
 def test_records_hold_what_the_annotation_file_says(odd, tmp_path):
