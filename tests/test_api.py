@@ -1,9 +1,7 @@
-"""Models in a few lines of Python, from a run or from weights, in the checkout and installed."""
+"""Models in a few lines of Python, from a run or from weights."""
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +13,15 @@ import pytest
 from pycocotools import mask as coco_mask
 
 import maskrcnn_jax as mr
-from configs import shapes
-from maskrcnn_jax import api
+from maskrcnn_jax.api import find_options
+from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.distributed import make_mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.evaluator import Evaluator
-from maskrcnn_jax.training.checkpoint import Checkpoints, save_config
+from maskrcnn_jax.run_folder import save_options
+from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.step import create_train_state
 from maskrcnn_jax.weights.convert import to_torchvision
 from maskrcnn_jax.weights.files import write_arrays
@@ -43,19 +42,19 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     categories = {"circle": 7, "star": 12, "heart": 900}
     write_dataset(place / "own", num_train=1, num_val=3, image_size=64, categories=categories, splits=("train", "val"))
-    config = shapes.get_config()
+    config = mr.load_config("shapes")
     config.data.coco_dir = str(place / "own")
     config.data.eval_split = "val"
     config.data.short_side = config.data.long_side = config.data.mask_side = 64
     config.eval_batch_size = 1
-    options = {name: value for name, value in OPTIONS.items() if name != "num_classes"}
-    config.model.update(options)
-    model = tiny_model(**{**config.model, "num_classes": 4})
+    config.model.update(OPTIONS)
+    options = to_options(config)
+    model = tiny_model(num_classes=4, **config.model)
     (place / "run").mkdir()
-    save_config(config, place / "run")
+    save_options(options, place / "run")
     Categories.create([900, 7, 12], ["heart", "circle", "star"]).save(place / "run" / "categories.json")
     with contextlib.closing(Checkpoints(place / "run")) as checkpoints:
-        checkpoints.save(create_train_state(model, optax.sgd(0.1), make_mesh())[1])
+        checkpoints.save(create_train_state(model, optax.sgd(0.1), make_mesh(), options.optim)[1])
     write_arrays(place / "weights.safetensors", to_torchvision(model))
     return place
 
@@ -140,7 +139,7 @@ def test_arrays_paths_and_lists_of_them_give_the_same(model, paths):
 
 
 def test_predictions_are_those_that_evaluations_measure(model, paths):
-    evaluated = Evaluator(model.config, model.categories)(model.network).results
+    evaluated = Evaluator(model.options, model.categories)(model.network).results
     predicted = [
         result
         for image_id, path in enumerate(paths, start=1)
@@ -161,7 +160,7 @@ def test_predictions_are_those_that_evaluations_measure(model, paths):
     ids=["float", "grey", "rgba", "empty"],
 )
 def test_an_array_that_is_no_image_is_refused(model, image):
-    with pytest.raises(UserError, match=r"is no image for this model; give uint8 \(height, width, 3\)"):
+    with pytest.raises(UserError, match=r"is not an image for this model; give uint8 \(height, width, 3\)"):
         model.predict(image)
 
 
@@ -174,10 +173,10 @@ def test_weights_of_a_run_give_the_same_with_its_config_and_categories(model, pl
     expected = model.predict(paths[0], min_score=0)
     weights = place / "weights.safetensors"
     same(mr.load(weights, config=place / "run").predict(paths[0], min_score=0), expected)
-    other = mr.load(weights, config=model.config, categories=place / "run" / "categories.json")
+    other = mr.load(weights, config=model.options, categories=place / "run" / "categories.json")
     same(other.predict(paths[0], min_score=0), expected)
     with pytest.raises(UserError, match="another number of classes"):
-        mr.load(weights, config=model.config)  # COCO's categories, as nothing else was said
+        mr.load(weights, config=model.options)  # COCO's categories, as nothing else was said
 
 
 def test_a_checkpoint_is_chosen_by_its_step(model, place, paths):
@@ -187,11 +186,11 @@ def test_a_checkpoint_is_chosen_by_its_step(model, place, paths):
 
 
 def test_what_cannot_be_loaded_is_one_sentence(place):
-    with pytest.raises(UserError, match="nowhere is neither the folder of a run nor a file of weights nor"):
+    with pytest.raises(UserError, match="nowhere is neither the folder of a run, a file of weights nor"):
         mr.load(place / "nowhere")
     with pytest.raises(UserError, match="holds no trained model"):
         mr.load(place / "own")
-    with pytest.raises(UserError, match="name of published ones; those are torchvision:maskrcnn_resnet50_fpn_v2, "):
+    with pytest.raises(UserError, match="name of published weights; those are torchvision:maskrcnn_resnet50_fpn_v2, "):
         mr.load("maskrcnn_resnet50_fpn_v2")
     for config in ("shapes", None):
         with pytest.raises(UserError, match="no weights named torchvision:fcos"):
@@ -208,45 +207,9 @@ def test_what_cannot_be_loaded_is_one_sentence(place):
 
 def test_published_weights_have_their_configs():
     assert {name for name in PUBLISHED if "mask" in name} == {name for name in PUBLISHED if PUBLISHED[name].config}
-    known = {name: api.find_config(weights=name).model for name in PUBLISHED if PUBLISHED[name].config}
+    known = {name: find_options(PUBLISHED[name].config).model for name in PUBLISHED if PUBLISHED[name].config}
     assert known["torchvision:maskrcnn_resnet50_fpn_v2"].box_conv_channels == (256,) * 4
     assert known["torchvision:maskrcnn_resnet50_fpn"].norm == "frozen"
     assert known["detectron2:mask_rcnn_R_101_FPN_3x"].backbone == "resnet101"
     assert known["detectron2:mask_rcnn_R_50_FPN_1x"].exact_anchors
-    assert api.find_config(weights="x.pth", config="paper:table=2,row=1").model.backbone == "resnet101"
-
-
-@pytest.mark.slow
-def test_the_installed_package_predicts_from_another_folder(model, place, paths, tmp_path):
-    source = tmp_path / "source"  # a copy, as building writes beside what it builds
-    source.mkdir()
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("maskrcnn_jax", "configs"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, f"--wheel-dir={tmp_path}", str(source)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "installed")], check=True)
-    code = """
-import sys
-import maskrcnn_jax as mr
-assert mr.__file__.startswith(sys.argv[1]), mr.__file__
-from maskrcnn_jax.api import find_config
-find_config(config="own_dataset:small")
-from maskrcnn_jax.page import TEMPLATES, write_page
-write_page("page.html", TEMPLATES / "base.html.j2", title="the templates are installed")
-print(mr.load(sys.argv[2]).predict(sys.argv[3], min_score=0).to_coco(1)[0]["bbox"])
-"""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "installed"), str(place / "run"), str(paths[0])],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr == "", "a user who loads a model is told of nothing"
-    best = model.predict(paths[0], min_score=0).to_coco(1)[0]["bbox"]
-    np.testing.assert_allclose(json.loads(done.stdout), best, rtol=1e-4)
+    assert find_options("paper:table=2,row=1").model.backbone == "resnet101"

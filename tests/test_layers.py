@@ -31,7 +31,8 @@ ALLOWED = {
     | {"config", "data", "distributed", "evaluation", "inference", "models", "run_folder", "training", "weights"},
     "commands": _LEAVES
     | {"api", "checking", "config", "data", "distributed", "evaluation", "inference", "models", "ops", "run_folder"}
-    | {"training", "weights"},
+    | {"training", "weights"}
+    | {"", "__version__"},  # the functions of the package, which import their modules when they are used
 }
 FORBIDDEN_LIBRARIES = {
     "structures": {"jax", "flax"},

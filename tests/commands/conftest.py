@@ -1,6 +1,8 @@
 """Commands as a user types them, in this process or in one of their own."""
 
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,39 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture
+def terminal(monkeypatch):
+    """What a command changes in its process, as it is at the start and afterwards again."""
+    logger = logging.getLogger("maskrcnn_jax")
+    level = logger.level
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    for name in ("absl", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "that of the tests")
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def refusal(terminal, monkeypatch, tmp_path, capsys):
+    """Run a script of this checkout, which must refuse; returns the one line with which it does."""
+    monkeypatch.chdir(tmp_path)
+
+    def refusal(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert left.value.code == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return refusal
+
+
+@pytest.fixture
 def run(tmp_path, quick_compilation):
-    """Run a script of this checkout in an empty folder."""
+    """Run a script of this checkout in an empty folder and a process of its own."""
 
     def run(script, *arguments):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -30,17 +63,3 @@ def run(tmp_path, quick_compilation):
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
 
     return run
-
-
-@pytest.fixture
-def refusal(run):
-    """Run a script that must refuse; returns the one line with which it did."""
-
-    def refusal(script, *arguments):
-        result = run(script, *arguments)
-        assert result.returncode == 1, result.stderr[-2000:]
-        assert "Traceback" not in result.stderr
-        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        return line
-
-    return refusal

@@ -113,20 +113,6 @@ except SystemExit:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """The logger of the package as it is before a command sets it up, and afterwards again."""
-    logger = logging.getLogger("maskrcnn_jax")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "level", logging.NOTSET)
-    for name in ("absl", "asyncio"):
-        monkeypatch.setattr(logging.getLogger(name), "filters", [])
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    yield
-    logger.manager._clear_cache()
-
-
 def test_messages_are_sentences_on_stdout_and_warnings_on_stderr(terminal, capsys):
     app.set_up_logging()
     app.set_up_logging()

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ def test_every_command_and_function_works_in_an_empty_folder(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": paths["purelib"],
         "PATH": f"{paths['scripts']}{os.pathsep}{os.environ['PATH']}",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",

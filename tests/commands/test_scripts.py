@@ -10,15 +10,21 @@ import pytest
 from tests.commands.walk import CONFIG
 
 
-def test_a_missing_dataset_stops_before_anything_is_written(refusal, tmp_path):
-    line = refusal("train.py", *CONFIG, "--config.data.coco_dir=nowhere", "--workdir=run")
+@pytest.fixture
+def config():
+    """Options of a training on all devices of these tests."""
+    return [*CONFIG, "--config.batch_size=8"]
+
+
+def test_a_missing_dataset_stops_before_anything_is_written(refusal, config, tmp_path):
+    line = refusal("train.py", *config, "--config.data.coco_dir=nowhere", "--workdir=run")
     assert "nowhere" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_weights_stop_before_anything_is_written(refusal, tmp_path, shapes):
+def test_missing_weights_stop_before_anything_is_written(refusal, config, tmp_path, shapes):
     dataset = f"--config.data.coco_dir={shapes}"
-    assert "nowhere.pth" in refusal("train.py", *CONFIG, dataset, "--workdir=run", "--weights=nowhere.pth")
+    assert "nowhere.pth" in refusal("train.py", *config, dataset, "--workdir=run", "--weights=nowhere.pth")
     assert not (tmp_path / "run").exists()
 
 
@@ -38,12 +44,14 @@ def test_a_folder_without_a_run_is_named(refusal, tmp_path, shapes):
 
 
 @pytest.mark.slow
-def test_a_truncated_image_is_named_or_skipped_if_wanted(run, refusal, tmp_path, shapes):
+def test_a_truncated_image_is_named_or_skipped_if_wanted(run, tmp_path, shapes):
     shutil.copytree(shapes, tmp_path / "data")
     victim = sorted((tmp_path / "data" / "train2017").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:-200])
     command = ["train.py", *CONFIG, "--config.eval_every=0", "--workdir=run"]
-    line = refusal(*command)
+    refused = run(*command)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert victim.name in line
     assert "skip_broken" in line
     trained = run(*command, "--config.data.skip_broken=true")

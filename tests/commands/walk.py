@@ -162,6 +162,8 @@ def main() -> None:
     """Do everything that a user can do."""
     assert not os.listdir(), "start in an empty folder"
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
+    # As the commands do; Python scripts keep no compiled programs unless they are told to.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "maskrcnn_jax" / "xla"))
     package = importlib.util.find_spec("maskrcnn_jax").origin
     assert package.startswith(sys.argv[1] if len(sys.argv) > 1 else sys.prefix), f"{package} is not what was installed"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("maskrcnn-jax", "jax", "flax", "numpy")]
