@@ -376,25 +376,16 @@ def _parse_categories(text: str) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Writes a synthetic dataset of shapes in COCO's format.")
     parser.add_argument("output_dir")
-    parser.add_argument("--train", type=int, default=4000, help="training images")
-    parser.add_argument("--val", type=int, default=500, help="validation images")
-    parser.add_argument("--size", type=int, default=128, help="pixels, both sides of every image")
+    parser.add_argument("--train", type=int, default=4000, dest="num_train", help="training images")
+    parser.add_argument("--val", type=int, default=500, dest="num_val", help="validation images")
+    parser.add_argument("--size", type=int, default=128, dest="image_size", help="pixels, both sides of every image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--categories", type=_parse_categories, default=CATEGORIES, help="NAME:ID,NAME:ID,... instead of all classes"
     )
     parser.add_argument("--splits", type=lambda text: tuple(text.split(",")), default=SPLITS, help="TRAIN,VAL")
-    args = parser.parse_args()
     try:
-        write_dataset(
-            args.output_dir,
-            num_train=args.train,
-            num_val=args.val,
-            image_size=args.size,
-            seed=args.seed,
-            categories=args.categories,
-            splits=args.splits,
-        )
+        write_dataset(**vars(parser.parse_args()))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
