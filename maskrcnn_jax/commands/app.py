@@ -66,7 +66,6 @@ def parse(command: ModuleType, arguments: Sequence[str], name: str | None = None
         name,
         description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     command.add_options(parser)
     known = ["--help", *re.findall(r"--\w+", parser.format_usage())]
