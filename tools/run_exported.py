@@ -1,4 +1,4 @@
-"""Run a model that tools/export.py wrote. Needs what follows and nothing else; copy this file beside it.
+"""Run a model that `maskrcnn-jax export` wrote. Needs what follows and nothing else; copy this file beside it.
 
 pip install jax flatbuffers numpy opencv-python-headless
 python run_exported.py MODEL IMAGE [IMAGE ...]      # prints a line of JSON for each image
@@ -88,7 +88,7 @@ class ExportedModel:
 
 def main():
     parser = argparse.ArgumentParser(description="Prints what an exported model finds, a line of JSON for each image.")
-    parser.add_argument("model", help="file that tools/export.py wrote")
+    parser.add_argument("model", help="file that maskrcnn-jax export wrote")
     parser.add_argument("images", nargs="+", help="files that OpenCV reads")
     parser.add_argument("--min_score", type=float, default=0.5, help="leave out objects below this")
     args = parser.parse_args()
