@@ -1,14 +1,15 @@
-# `make train`, `make test` and `make bench`; each sets up .venv first.
+# `make train`, `make test`, `make bench` and `make docs`; each sets up .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 RUNTIME = $(VENV)/.runtime-installed
 DEV = $(VENV)/.dev-installed
+DOCS = $(VENV)/.docs-installed
 # Most of a test's time is compiling, which takes one core. Free workers take over from busy ones.
 PARALLEL = --numprocesses=2 --dist=worksteal
 
-.PHONY: train test test-fast bench lint
+.PHONY: train test test-fast bench docs lint
 
 train: $(RUNTIME)
 	$(RUN) -m maskrcnn_jax.data.shapes data/shapes --train=4000 --val=200
@@ -27,9 +28,14 @@ bench: $(DEV)
 	  $(RUN) tools/benchmark.py $$subject --against=torchvision --json=runs/bench/$$subject.json \
 	    --docs=docs/benchmarks.md; done
 
+docs: $(DOCS)
+	$(RUN) tools/options_page.py
+	$(RUN) -m mkdocs build --strict
+
 lint: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 $(RUNTIME): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,4 +44,8 @@ $(RUNTIME): pyproject.toml requirements.txt
 
 $(DEV): pyproject.toml $(RUNTIME)
 	$(RUN) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(DOCS): pyproject.toml $(RUNTIME)
+	$(RUN) -m pip install --quiet --editable ".[docs]"
 	touch $@

@@ -1,10 +1,11 @@
-"""detectron2's mask_rcnn_R_50_FPN: its anchors, RoIAlign, mask targets, pasting and resizing.
+"""detectron2's mask_rcnn_R_50_FPN, with its anchors, RoIAlign, mask targets, mask pasting and resizing.
 
-    python eval.py --config=configs/detectron2_r50_fpn.py --weights=detectron2:mask_rcnn_R_50_FPN_3x \
-        --config.data.coco_dir=COCO --output=runs/detectron2_r50_fpn
+Command:
+    maskrcnn-jax eval --config=detectron2_r50_fpn --weights=detectron2:mask_rcnn_R_50_FPN_3x \\
+        --coco_dir=COCO --output=runs/detectron2_r50_fpn
 
-Published on val2017: box AP 41.0, mask AP 37.2 (3x schedule); 38.6, 35.2 (1x). Here on val2017: not run.
-Its training differs in the losses, see docs/numerics.md.
+Published result on val2017: box AP 41.0, mask AP 37.2 (3x schedule); 38.6, 35.2 (1x).
+Result here: not run. Training uses torchvision's losses, see docs/numerics.md.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def get_config() -> ConfigDict:
     model.norm = "frozen"
     model.stride_in_1x1 = True
     model.exact_anchors = True
-    model.rpn_min_size = 1e-6  # anything but empty
+    model.rpn_min_size = 1e-6  # drops empty boxes only
     model.rpn_post_nms_top_n_train = 1000
     model.roi_aligned = True
     model.roi_sampling_ratio = 0

@@ -1,9 +1,11 @@
-"""MobileNetV3-Large-FPN for small devices: images of 320 pixels, fewer proposals; from an ImageNet backbone.
+"""MobileNetV3-Large-FPN for small devices: images of 320 pixels and fewer proposals.
 
-    python train.py --config=configs/mobilenet_v3_fpn.py --weights=torchvision:mobilenet_v3_large_v2 \
+Command, from an ImageNet backbone:
+    maskrcnn-jax train --config=mobilenet_v3_fpn --weights=torchvision:mobilenet_v3_large_v2 \\
         --workdir=runs/mobilenet --config.data.coco_dir=COCO
 
-Cost and result: not run. Sizes and proposals are those of torchvision's fasterrcnn_mobilenet_v3_large_320_fpn.
+Cost and result: not run. Image sizes and numbers of proposals are those of torchvision's
+fasterrcnn_mobilenet_v3_large_320_fpn.
 """
 
 from ml_collections import ConfigDict

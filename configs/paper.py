@@ -1,12 +1,15 @@
-"""The paper's own network and recipe (Sec. 2 and 3), one row of its Table 1 or 2.
+"""The paper's own network and recipe (Sec. 2 and 3): one row of its Table 1 or 2.
 
-    python train.py --config=configs/paper.py:table=1,row=3 --workdir=runs/paper_1_3 --config.data.coco_dir=COCO \
-        --weights=resnet50.pth
+Command:
+    maskrcnn-jax train --config=paper:table=1,row=3 --workdir=runs/paper_1_3 --config.data.coco_dir=COCO \\
+        --weights=torchvision:resnet50
 
-Where the paper differs from torchvision's network, which the other files have: three scales of anchors and a wider RPN
-(Sec. 2.6), masks without deconvolution (Sec. 2.5), proposals from annotated boxes first (Sec. 2.2). The weights are an
-ImageNet backbone; nothing of it is frozen. On a V100, which has no bfloat16, add --config.model.dtype=float16, with
-which gradients are scaled (Sec. 3.2). Results beside the paper's: docs/results.md.
+Differences from torchvision's network, which the other configs have: three anchor scales and a wider RPN (Sec. 2.6),
+masks without deconvolution (Sec. 2.5), proposals from ground-truth boxes first (Sec. 2.2). Training starts from an
+ImageNet backbone, of which nothing is frozen. A V100 has no bfloat16: add --config.model.dtype=float16, which scales
+the loss (Sec. 3.2).
+
+Cost: about 3 to 44 hours a row at 50 images per second (estimated). Result: not run, see docs/results.md.
 """
 
 from typing import NamedTuple
@@ -18,7 +21,7 @@ from maskrcnn_jax.errors import UserError
 
 
 class Row(NamedTuple):
-    """A row of the tables: what was trained, and the accuracies in per cent that the paper gives."""
+    """A row of the tables: the training, and the paper's accuracies in per cent."""
 
     backbone: str
     epochs: int
@@ -43,10 +46,10 @@ def get_config(which: str = "table=1,row=1") -> ConfigDict:
     """Return the config of a row.
 
     Args:
-      which: what follows the colon of --config.
+        which: What follows the colon of --config, such as "table=1,row=3".
 
     Raises:
-      UserError: when there is no such row.
+        UserError: if there is no such row.
     """
     rows = {f"table={table},row={row}": values for (table, row), values in ROWS.items()}
     if which not in rows:

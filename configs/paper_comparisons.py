@@ -1,9 +1,13 @@
-"""What the paper compares (loss sets, RoI operators, proposals, ...), at a size for three seeds of each on a CPU.
+"""The paper's ablations (losses, RoI operators, proposals, ...), small enough for three seeds each on a CPU.
 
-    python tools/reproduce_paper.py --comparisons=all
+Command:
+    python tools/reproduce_paper.py --comparisons=all --coco_dir=data/paper_shapes \\
+        --weights=runs/shapes_backbone.safetensors
 
-changes a line or two of it for each training. The backbone is to come from a network that ``make train`` trained on
-other shapes, as the paper's comes from ImageNet. Results: docs/results.md.
+Each training changes one or two options. The backbone comes from a network trained by ``make train`` on other shapes,
+as the paper's comes from ImageNet; tools/reproduce_paper.py explains how to write it.
+
+Cost: about five minutes per training on one CPU core. Result: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +19,7 @@ def get_config() -> ConfigDict:
     config = load_config("shapes")
     config.data.coco_dir = "data/paper_shapes"
     config.epochs = 2
-    config.eval_every = 1000  # after the last step only
+    config.eval_every = 1000  # only after the last step
     config.eval_losses = True
     config.eval_train_limit = 100
     config.log_every = 10

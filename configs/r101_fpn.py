@@ -1,8 +1,9 @@
-"""ResNet-101-FPN on COCO 2017 with the paper's recipe: its best row, 100 epochs at a learning rate of 1e-4 (Table 2).
+"""ResNet-101-FPN on COCO 2017 with the paper's recipe, as in its best row: 100 epochs, learning rate 1e-4 (Table 2).
 
-    python train.py --config=configs/r101_fpn.py --workdir=runs/r101 --config.data.coco_dir=COCO
+Command:
+    maskrcnn-jax train --config=r101_fpn --workdir=runs/r101 --config.data.coco_dir=COCO
 
-Cost and result at full length: not run.
+Cost and result: not run.
 """
 
 from ml_collections import ConfigDict

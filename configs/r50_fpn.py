@@ -1,9 +1,9 @@
-"""ResNet-50-FPN on COCO 2017 with the paper's recipe (Sec. 3.2), from scratch.
+"""ResNet-50-FPN on COCO 2017 with the paper's recipe (Sec. 3.2).
 
-    python train.py --config=configs/r50_fpn.py --workdir=runs/r50 --config.data.coco_dir=COCO
+Command, from random weights; the paper starts from an ImageNet backbone (--weights=torchvision:resnet50):
+    maskrcnn-jax train --config=r50_fpn --workdir=runs/r50 --config.data.coco_dir=COCO
 
-Cost and result at full length: not run. The batch of 16 at 800 x 1344 needs about 80 GB over all devices; the paper
-starts from an ImageNet backbone, which this file does not.
+Cost: not run; 16 images of 800 x 1344 need about 80 GB over all devices. Result: not run.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""torchvision's maskrcnn_resnet50_fpn: the same network, the same arithmetic, the same resizing.
+"""torchvision's maskrcnn_resnet50_fpn: the same network, arithmetic and resizing.
 
-    python eval.py --config=configs/torchvision_r50_fpn.py --weights=torchvision:maskrcnn_resnet50_fpn \
-        --config.data.coco_dir=COCO --output=runs/torchvision_r50_fpn
+Command:
+    maskrcnn-jax eval --config=torchvision_r50_fpn --weights=torchvision:maskrcnn_resnet50_fpn \\
+        --coco_dir=COCO --output=runs/torchvision_r50_fpn
 
-Published for these weights on val2017: box AP 37.9, mask AP 34.6. Here on val2017: not run.
+Published result on val2017: box AP 37.9, mask AP 34.6. Result here: not run.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""torchvision's maskrcnn_resnet50_fpn_v2: batch norms everywhere, a deeper RPN, a box head with convolutions.
+"""torchvision's maskrcnn_resnet50_fpn_v2: batch norm everywhere, a deeper RPN, convolutions in the box head.
 
-    python eval.py --config=configs/torchvision_r50_fpn_v2.py --weights=torchvision:maskrcnn_resnet50_fpn_v2 \
-        --config.data.coco_dir=COCO --output=runs/torchvision_r50_fpn_v2
+Command:
+    maskrcnn-jax eval --config=torchvision_r50_fpn_v2 --weights=torchvision:maskrcnn_resnet50_fpn_v2 \\
+        --coco_dir=COCO --output=runs/torchvision_r50_fpn_v2
 
-Published for these weights on val2017: box AP 47.4, mask AP 41.8. Here on val2017: not run.
+Published result on val2017: box AP 47.4, mask AP 41.8. Result here: not run.
 """
 
 from ml_collections import ConfigDict

@@ -134,20 +134,20 @@ class ModelOptions(_Checked):
         (32, 64, 128, 256, 512), "anchor size of each pyramid level, P2 to P6", unit="pixels", source=_TORCHVISION
     )
     aspect_ratios: tuple[float, ...] = _option((0.5, 1.0, 2.0), "height / width of the anchors", source=_TORCHVISION)
-    anchor_scales: tuple[float, ...] = _option((1.0,), "each level has anchors of its size times each of these")
+    anchor_scales: tuple[float, ...] = _option((1.0,), "each level has anchors of its size times each factor")
     exact_anchors: bool = _option(
-        False, "anchors unrounded and at strides of powers of two, as detectron2 has them, instead of torchvision's"
+        False, "exact anchors at strides of powers of two, as in detectron2, instead of torchvision's rounded ones"
     )
     rpn_channels: int = _option(0, "channels of the RPN head's convolutions; 0 means fpn_channels", low=0)
     rpn_conv_depth: int = _option(1, "3x3 convolutions of the RPN head; torchvision's v2 has 2", low=1)
     rpn_fg_iou_thresh: float = _option(0.7, "IoU from which an anchor is foreground", low=0, high=1)
     rpn_bg_iou_thresh: float = _option(0.3, "IoU below which an anchor is background", low=0, high=1)
     rpn_batch_size_per_image: int = _option(256, "anchors sampled for the RPN losses", low=1, source=_TORCHVISION)
-    rpn_positive_fraction: float = _option(0.5, "largest share of foreground among them", low=0, high=1)
-    rpn_pre_nms_top_n_train: int = _option(2000, "proposals a level before NMS, in training", low=1)
-    rpn_pre_nms_top_n_test: int = _option(1000, "proposals a level before NMS, in evaluation", low=1)
-    rpn_post_nms_top_n_train: int = _option(2000, "proposals an image after NMS, in training", low=1)
-    rpn_post_nms_top_n_test: int = _option(1000, "proposals an image after NMS, in evaluation", low=1)
+    rpn_positive_fraction: float = _option(0.5, "largest share of foreground among the sampled anchors", low=0, high=1)
+    rpn_pre_nms_top_n_train: int = _option(2000, "proposals per level before NMS, in training", low=1)
+    rpn_pre_nms_top_n_test: int = _option(1000, "proposals per level before NMS, in evaluation", low=1)
+    rpn_post_nms_top_n_train: int = _option(2000, "proposals per image after NMS, in training", low=1)
+    rpn_post_nms_top_n_test: int = _option(1000, "proposals per image after NMS, in evaluation", low=1)
     rpn_nms_thresh: float = _option(0.7, "IoU above which NMS drops the worse proposal", low=0, high=1)
     rpn_min_size: float = _option(1e-3, "proposals with a smaller side are dropped", unit="pixels", low=0)
     train_proposals: str = _option(
@@ -164,10 +164,10 @@ class ModelOptions(_Checked):
         "align", "align: RoIAlign; pool: RoIPool, which rounds to whole cells", choices=("align", "pool")
     )
     roi_sampling_ratio: int = _option(
-        2, "RoIAlign samples a bin and axis; 0 is adaptive, one a feature cell, as in detectron2", low=0
+        2, "RoIAlign samples per bin and axis; 0 is adaptive, one per feature cell, as in detectron2", low=0
     )
     roi_aligned: bool = _option(
-        False, "half-pixel exact RoIAlign, mask targets and mask pasting, as in detectron2; torchvision's are not"
+        False, "RoIAlign, mask targets and mask pasting without torchvision's half-pixel shift, as in detectron2"
     )
     box_conv_channels: tuple[int, ...] = _option((), "output channels of each 3x3 convolution of the box head")
     box_fc_channels: tuple[int, ...] = _option(
@@ -177,11 +177,11 @@ class ModelOptions(_Checked):
         0.5, "IoU from which a RoI is foreground; below, it is background", low=0, high=1, source=_TORCHVISION
     )
     box_batch_size_per_image: int = _option(512, "RoIs sampled for the head losses", low=1, source=_TORCHVISION)
-    box_positive_fraction: float = _option(0.25, "largest share of foreground among them", low=0, high=1)
+    box_positive_fraction: float = _option(0.25, "largest share of foreground among the sampled RoIs", low=0, high=1)
     box_score_thresh: float = _option(0.05, "score above which a detection is kept", low=0, high=1)
     box_nms_thresh: float = _option(0.5, "IoU above which NMS drops the worse detection of a class", low=0, high=1)
     box_min_size: float = _option(1e-2, "detections with a smaller side are dropped", unit="pixels", low=0)
-    box_detections_per_img: int = _option(100, "detections an image", low=1, source=_TORCHVISION)
+    box_detections_per_img: int = _option(100, "detections per image", low=1, source=_TORCHVISION)
     mask_channels: int = _option(256, "channels of the mask head", low=1)
     mask_deconv: bool = _option(
         True, "masks of 28x28 through a deconvolution; without it the paper's 14x14", source=_PAPER + "2.5"
@@ -254,12 +254,14 @@ class OptimOptions(_Checked):
     )
     accumulate: int = _option(
         1,
-        "gradient-accumulation steps: the batch is split into so many parts, in the memory of one. Losses and batch "
-        "statistics are those of each part",
+        "number of gradient-accumulation steps: the batch is split into this many parts, and only one is in memory "
+        "at a time. Losses and batch statistics are those of each part",
         low=1,
     )
     frozen_stages: int = _option(
-        0, "stages of the backbone that keep their initial values: 1 the stem, 2 the first stage too, ...", low=0
+        0,
+        "stages of the backbone that keep their initial values: 1 is the stem, 2 the stem and the first stage, ...",
+        low=0,
     )
 
     def _contradictions(self) -> list[str]:
@@ -284,11 +286,11 @@ class DataOptions(_Checked):
     tfds_dir: str = _option("", "folder that `maskrcnn-jax build-tfds` wrote")
     train_split: str = _option("train2017", "split to train on")
     eval_split: str = _option("val2017", "split to evaluate on")
-    train_limit: int = _option(0, "train on so many images, the first of a seeded shuffle; 0 means all", low=0)
+    train_limit: int = _option(0, "number of training images, chosen by a seeded shuffle; 0 means all", low=0)
     drop_labels: float = _option(
         0.0, "share of the training annotations to drop, to measure what missing labels cost", low=0, high=1
     )
-    eval_limit: int = _option(0, "evaluate the first so many images; 0 means all", low=0)
+    eval_limit: int = _option(0, "number of images to evaluate, the first ones of the split; 0 means all", low=0)
     short_side: int = _option(
         800, "shorter side of an image after resizing (torchvision's min_size)", unit="pixels", low=1
     )
@@ -335,11 +337,11 @@ class DataOptions(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Options(_Checked):
-    """A whole run."""
+    """A whole run: its length, its intervals and its parts."""
 
     seed: int = _option(0, "seed of initialisation, sampling, shuffling and augmentation", low=0)
     batch_size: int = _option(
-        16, "images a step, over all devices and accumulation steps", low=1, source=_PAPER + "3.2"
+        16, "images per step, over all devices and accumulation steps", low=1, source=_PAPER + "3.2"
     )
     epochs: int = _option(12, "epochs; 0 chooses 12 to 100 so that about images_to_see images are seen", low=0)
     images_to_see: int = _option(
@@ -348,15 +350,17 @@ class Options(_Checked):
         low=1,
         source="steps instead of epochs, as in BiT-HyperRule (Kolesnikov et al., 2020)",
     )
-    max_steps: int = _option(0, "stop after so many steps; 0 means after all epochs", unit="steps", low=0)
+    max_steps: int = _option(0, "number of steps to stop after; 0 means after all epochs", unit="steps", low=0)
     log_every: int = _option(20, "interval of metrics.jsonl; 0 logs only with checkpoints", unit="steps", low=0)
     eval_every: int = _option(
         1, "interval of evaluations; the last step is evaluated as well. 0 means never", unit="epochs", low=0
     )
-    eval_batch_size: int = _option(8, "images a step of evaluation", low=1)
+    eval_batch_size: int = _option(8, "images per step of evaluation", low=1)
     eval_losses: bool = _option(False, "evaluations also compute the losses and the accuracy of the RoI classifier")
-    eval_train_limit: int = _option(0, "training images that evaluations measure as well", low=0)
-    eval_workers: int = _option(0, "processes that encode masks, where one core is slower than the device", low=0)
+    eval_train_limit: int = _option(0, "number of training images that evaluations measure as well", low=0)
+    eval_workers: int = _option(
+        0, "worker processes that encode masks in evaluations; use some if one core is slower than the device", low=0
+    )
     checkpoint_every: int = _option(
         1000,
         "interval of checkpoints, besides those of evaluations and the last step; 0 means none",

@@ -19,14 +19,13 @@ from maskrcnn_jax.errors import UserError
 # Of each test; together what a run of the suite tries.
 CASES = {
     "annotations": 2500,
-    "annotation text": 1200,
+    "annotation text": 1800,
     "numbers": 700,
     "run lengths": 1500,
     "images": 1500,
     "weights": 2000,
     "torch": 500,
     "results": 1000,
-    "arrays of a built dataset": 600,
     "files of a run": 700,
 }
 _TIMES = int(os.environ.get("FUZZ_TIMES", "0"))

@@ -111,7 +111,7 @@ def test_the_document_has_the_paper_s_numbers_and_what_was_found(tmp_path):
     write_report(output, docs)
     text = (docs / "results.md").read_text()
     assert "| RoIAlign | 3 | 0.420 ± 0.020 |" in text
-    assert "sharpens masks (Sec. 4.2): **held, with each of 3 seeds**; segm_AP75 +0.103 ± 0.015" in text
+    assert "outlines of masks (Sec. 4.2): **holds (3 of 3 seeds)**; segm_AP75 +0.103 ± 0.015" in text
     assert "| 2 | resnet50 | 50 | 50000 | 0.0005 | 48, 45 | 50, 50 | 0.500, 0.500 |" in text
     tables = text.split("## RoIAlign")[0]
     assert tables.count("| not run | not run |\n") == 6
@@ -128,8 +128,8 @@ def test_the_document_has_the_paper_s_numbers_and_what_was_found(tmp_path):
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ([(0.3, 0.4)] * 2, "did not hold, with any of 2 seeds"),
-        ([(0.3, 0.4), (0.4, 0.3)], "undecided, the seeds disagree"),
+        ([(0.3, 0.4)] * 2, "does not hold (0 of 2 seeds)"),
+        ([(0.3, 0.4), (0.4, 0.3)], "undecided (1 of 2 seeds)"),
     ],
 )
 def test_a_claim_that_the_seeds_do_not_support_is_said_not_to_hold(tmp_path, values, verdict):

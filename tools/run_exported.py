@@ -1,4 +1,4 @@
-"""Run a model that `maskrcnn-jax export` wrote. Needs what follows and nothing else; copy this file beside it.
+"""Run a model that maskrcnn-jax export wrote. Needs what follows and nothing else; copy this file beside it.
 
 pip install jax flatbuffers numpy opencv-python-headless
 python run_exported.py MODEL IMAGE [IMAGE ...]      # prints a line of JSON for each image

@@ -9,10 +9,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax import page
-from maskrcnn_jax.checking import annotations as check_annotations
-from maskrcnn_jax.checking.annotations import Finding
-from maskrcnn_jax.checking.dataset import Split, read_entries
-from maskrcnn_jax.data.annotation_file import short
+from maskrcnn_jax.checking.annotations import objects_per_category
+from maskrcnn_jax.checking.dataset import Split
+from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
+from maskrcnn_jax.data.entries import short
+from maskrcnn_jax.data.findings import Finding
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.inference.draw import draw_instances
 
@@ -55,7 +56,7 @@ def _counts(split: Split) -> list:
     """Return the row of a split: its name and how much it holds."""
     counts = [0] * 6
     if split.data:
-        index = split.data.index
+        index = split.data
         objects = ~index.crowd
         counts = [
             len(index),
@@ -69,7 +70,7 @@ def _counts(split: Split) -> list:
 
 
 def _split(split: Split) -> dict:
-    counts = check_annotations.objects_per_category(split.data.index) if split.data else {}
+    counts = objects_per_category(split.data) if split.data else {}
     return {
         "name": split.name,
         "path": plain(str(split.json_path)),
@@ -91,7 +92,7 @@ def _finding(split: Split, finding: Finding) -> dict:
 
 def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
     """Yield the source and the caption of a picture of each example that can be shown."""
-    places = finding.rows[: check_annotations.NUM_EXAMPLES].tolist()
+    places = finding.rows[:NUM_EXAMPLES].tolist()
     if split.data is None or finding.section not in ("images", "annotations"):
         return
     entries = read_entries(split.json_path, {finding.section: set(places)})[finding.section]
@@ -100,7 +101,7 @@ def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
         if not isinstance(entry, dict):
             continue
         image_id = entry.get("id" if finding.section == "images" else "image_id")
-        rows = np.flatnonzero(split.data.file.image_ids == image_id) if isinstance(image_id, int) else ()
+        rows = np.flatnonzero(split.data.image_ids == image_id) if isinstance(image_id, int) else ()
         if len(rows):
             picture = _draw(split, int(rows[0]), place if finding.section == "annotations" else None, entry)
             if picture is not None:
@@ -109,13 +110,13 @@ def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
 
 def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarray | None:
     """Draw the annotation at a place of the file, or all of an image; None if the image cannot be shown."""
-    index = split.data.index
+    index = split.data
     pixels = _read(index.image_path(image))
     if pixels is None:
         return None
     rows = np.arange(index.offsets[image], index.offsets[image + 1])
     if place is not None:
-        rows = rows[split.data.file.places[split.data.rows[rows]] == place]
+        rows = rows[split.data.places[rows] == place]
     scale = min(1, _SIDE / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
@@ -131,13 +132,13 @@ def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarra
 
 
 def _category(split: Split, row: int) -> str:
-    index = split.data.index
+    index = split.data
     return index.categories.name(index.labels[row]) if index.labels[row] else "not listed"
 
 
 def _mask(split: Split, row: int, size: tuple[int, int], drawn: tuple[int, int]) -> np.ndarray:
     mask = np.zeros(size, np.uint8)
-    part = coco_mask.decode(split.data.index.rle(row, *size))  # covers the upper left corner of the image
+    part = coco_mask.decode(split.data.rle(row, *size))  # covers the upper left corner of the image
     mask[: part.shape[0], : part.shape[1]] = part
     return cv2.resize(mask, drawn[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 

@@ -1,59 +1,81 @@
-"""Write a cleaned copy of an annotation file: what the checker found is dropped or mended, all else stays."""
+"""Write a cleaned copy of an annotation file. What is changed for a finding stands in the table of findings."""
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.checking import annotations as check_annotations
-from maskrcnn_jax.checking import dataset as check_dataset
-from maskrcnn_jax.checking import images as check_images
-from maskrcnn_jax.checking.dataset import Split
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import polygon_problem, short
-from maskrcnn_jax.data.coco import find_alike
+from maskrcnn_jax.checking.dataset import Progress, Split, check_split, no_progress
+from maskrcnn_jax.data.dataset import find_alike
+from maskrcnn_jax.data.entries import polygon_problem, short
+from maskrcnn_jax.data.findings import ANNOTATIONS, CATEGORIES, IMAGES, Kind, Mend
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file
 
-_DROPPED_ENTRIES = {
-    "images": (faults.MALFORMED_IMAGE, faults.IMAGE_IDS_TWICE, check_annotations.SAME_FILE),
-    "annotations": (
-        faults.MALFORMED_ANNOTATION,
-        faults.UNLISTED_IMAGE,
-        faults.UNLISTED_CATEGORY,
-        faults.UNFILLED,
-        faults.NO_BOX_NOR_MASK,
-        faults.OTHER_SIZE,
-        check_annotations.SAME_ANNOTATION,
-        check_annotations.EMPTY_MASK,
-    ),
-    "categories": (faults.MALFORMED_CATEGORY, faults.CATEGORY_IDS_TWICE),
-}
-# Images that go with their annotations.
-_DROPPED_IMAGES = (check_images.BROKEN, faults.MISSING_FILE, check_dataset.LEAK)
+_ROUNDS = 3  # a corrected entry may turn out to have another problem
+
+Changes = dict[str, list[str]]  # what was changed -> the images and annotations that were
 
 
-def mend(split: Split, output: Path) -> dict[str, list[str]]:
-    """Write the cleaned copy.
+def fix_dataset(
+    splits: list[Split],
+    output: str | os.PathLike,
+    options: Options,
+    *,
+    open_images: bool = True,
+    progress: Progress = no_progress,
+) -> tuple[Split, Changes]:
+    """Write a cleaned copy of the annotations of the first split, and check it.
 
     Args:
-      split: as it was checked.
-      output: the file to write.
+        splits: of the dataset, checked.
+        output: the file to write.
+        options: of the training that the dataset is for.
+        open_images: also read the images when the copy is checked.
+        progress: wraps the iteration over the images when the copy is checked.
 
     Returns:
-      What was done -> the images and annotations to which.
+        The split of the cleaned copy, and what was changed.
 
     Raises:
-      UserError: the file cannot be read as annotations, nothing would be left, or the output cannot be written.
+        UserError: the annotations cannot be mended, or the copy cannot be written or would overwrite annotations.
+    """
+    output, split = Path(output), splits[0]
+    if any(output.resolve() == s.json_path.resolve() for s in splits):
+        raise UserError(f"the cleaned copy would overwrite the annotations {output}; give it another name")
+    changes: Changes = {}
+    for _ in range(_ROUNDS):
+        for change, names in mend(split, output).items():
+            changes.setdefault(change, []).extend(names)
+        split = check_split(output.stem, output, split.image_dir, options, open_images=open_images, progress=progress)
+        if not split.num_errors:
+            break
+    return split, changes
+
+
+def mend(split: Split, output: Path) -> Changes:
+    """Write a copy of a split's annotations, in which findings are corrected or their entries dropped.
+
+    Args:
+        split: as it was checked.
+        output: the file to write.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        UserError: the file cannot be read as annotations, nothing would be left, or the output cannot be written.
     """
     if split.data is None:
         raise UserError(f"{split.json_path} cannot be mended: {split.findings[-1].sentence}")
     mender = _Mender(split)
-    kept: dict[str, list[str]] = {"images": [], "annotations": [], "categories": []}
+    kept: dict[str, list[str]] = {IMAGES: [], ANNOTATIONS: [], CATEGORIES: []}
 
     def handler(section: str, change: Callable[[int, object], object]) -> Callable[[object], None]:
         places = iter(range(2**62))
@@ -65,12 +87,12 @@ def mend(split: Split, output: Path) -> dict[str, list[str]]:
 
         return handle
 
-    changes = {"images": mender.image, "annotations": mender.annotation, "categories": mender.category}
+    changes = {IMAGES: mender.image, ANNOTATIONS: mender.annotation, CATEGORIES: mender.category}
     try:
         rest = stream_json(split.json_path, {name: handler(name, change) for name, change in changes.items()})
         values = {name: json.dumps(value) for name, value in rest.items() if name not in kept}
     except RecursionError:
-        raise UserError(f"{split.json_path} cannot be mended: lists in it lie too deep inside one another") from None
+        raise UserError(f"{split.json_path} cannot be mended: its lists are nested too deeply") from None
     empty = [name for name, entries in kept.items() if not entries]
     if empty:
         raise UserError(f"no {' and no '.join(empty)} of {split.json_path} would be left; correct them by hand")
@@ -78,136 +100,146 @@ def mend(split: Split, output: Path) -> dict[str, list[str]]:
         f"{json.dumps(name)}: " + (f"[{', '.join(kept[name])}]" if name in kept else values[name]) for name in rest
     )
     replace_file(output, "{" + ",\n".join(parts) + "}\n")
-    return mender.done
+    return mender.changes
 
 
 class _Mender:
     """Changes entries one by one, in the order of the file."""
 
     def __init__(self, split: Split):
-        file = split.data.file
-        self.done: dict[str, list[str]] = {}
-        self._rows = {finding.kind: set(finding.rows.tolist()) for finding in split.findings}
-        self._sizes = dict(zip(file.image_ids.tolist(), file.sizes.tolist(), strict=True))
-        self._names = dict(zip(file.image_ids.tolist(), file.file_names, strict=True))
-        places = dict(zip(file.image_places.tolist(), range(len(file.image_ids)), strict=True))
-        missing = [places[i] for i in self._rows.get(faults.MISSING_FILE, ()) if i in places]
+        data = split.data
+        names = data.file_names.tolist()
+        self.changes: Changes = {}
+        # What to change where: by section and mend, the place of each entry and the kind of its finding.
+        self._places: dict[tuple[str, Mend], dict[int, Kind]] = defaultdict(dict)
+        for finding in split.findings:
+            if finding.kind.mend:
+                places = self._places[finding.section, finding.kind.mend]
+                for place in finding.rows.tolist():
+                    places.setdefault(place, finding.kind)
+        # A few changes concern all boxes or polygons, also those that were not read.
+        self._everywhere = {finding.kind.mend for finding in split.findings}
+        self._sizes = dict(zip(data.image_ids.tolist(), data.sizes.tolist(), strict=True))
+        self._names = dict(zip(data.image_ids.tolist(), names, strict=True))
+        rows = dict(zip(data.image_places.tolist(), range(len(data.image_ids)), strict=True))
+        missing = [rows[place] for place in self._places[IMAGES, Mend.FIND_FILE] if place in rows]
         present = {entry.name for entry in os.scandir(split.image_dir) if entry.is_file()}
-        self._found = find_alike(present, [file.file_names[i] for i in missing])
-        gone = {places[i] for kind in _DROPPED_IMAGES for i in self._rows.get(kind, ()) if i in places}
-        self._gone = {int(file.image_ids[i]) for i in gone if not self._found.get(file.file_names[i])}
+        self._found = find_alike(present, [names[row] for row in missing])
+        gone = missing + [rows[place] for place in self._places[IMAGES, Mend.DROP_IMAGE] if place in rows]
+        self._gone = {int(data.image_ids[row]) for row in gone if not self._found.get(names[row])}
         first = {name: image_id for image_id, name in reversed(self._names.items())}
         self._merged = {image_id: first[name] for image_id, name in self._names.items() if first[name] != image_id}
-        self._shift = file.category_shift
-        new_ids = self._rows.keys() & {check_annotations.SAME_ID, check_annotations.ZERO_ID}
-        self._next_id = _largest_id(split.json_path) + 1 if new_ids else 0
+        self._shift = data.category_shift
+        self._next_id = _largest_id(split.json_path) + 1 if Mend.NEW_ID in self._everywhere else 0
 
     def image(self, place: int, entry: dict) -> dict | None:
-        if self._is_dropped("images", place, entry):
+        if self._is_dropped(IMAGES, place, entry):
             return None
+        name = entry["file_name"]
         if entry["id"] in self._gone:
-            reason = next((kind for kind in _DROPPED_IMAGES if self._has(kind, place)), check_annotations.SAME_FILE)
-            self._note(f"images dropped with their annotations: {reason}", entry["file_name"])
+            kind = self._kind(IMAGES, Mend.DROP_IMAGE, place) or self._kind(IMAGES, Mend.FIND_FILE, place)
+            self._note(f"{Mend.DROP_IMAGE}: {kind}", name)
             return None
-        name = self._found.get(entry["file_name"])
-        if name:
-            self._note("file names corrected", f"{entry['file_name']} is {name}")
-            return entry | {"file_name": name}
+        found = self._found.get(name)
+        if found:
+            self._note(Mend.FIND_FILE, f"{name} is {found}")
+            return entry | {"file_name": found}
         return entry
 
     def category(self, place: int, entry: dict) -> dict | None:
-        return None if self._is_dropped("categories", place, entry) else entry
+        return None if self._is_dropped(CATEGORIES, place, entry) else entry
 
     def annotation(self, place: int, entry: dict) -> dict | None:
-        if self._is_dropped("annotations", place, entry):
+        if self._is_dropped(ANNOTATIONS, place, entry) or entry["image_id"] in self._gone:
             return None
         size = self._sizes.get(entry["image_id"])
-        if entry["image_id"] in self._gone:
-            return None
-        if size is None:  # its image, too, was malformed
-            self._note(f"annotations dropped: {faults.UNLISTED_IMAGE}", self._describe("annotations", place, entry))
+        if size is None:  # its image was malformed, too
+            self._note_dropped(ANNOTATIONS, Kind.UNLISTED_IMAGE, place, entry)
             return None
         entry = dict(entry)
         name = f"{self._names[entry['image_id']]}, annotation {entry['id']}"
         self._mend_ids(place, entry, name)
-        self._mend_mask(place, entry, name, size)
+        self._mend_polygons(place, entry, name, size)
         return entry if self._mend_box(place, entry, name, size) else None
 
     def _mend_ids(self, place: int, entry: dict, name: str) -> None:
         if entry["image_id"] in self._merged:
-            self._note("moved to the first entry of their image", name)
+            self._note(Mend.MERGE_IMAGES, name)
             entry["image_id"] = self._merged[entry["image_id"]]
         if self._shift:
-            self._note(f"category ids changed by {self._shift:+d}", name)
+            self._note(f"{Mend.SHIFT_CATEGORY} by {self._shift:+d}", name)
             entry["category_id"] += self._shift
-        if self._has(check_annotations.SAME_ID, place) or self._has(check_annotations.ZERO_ID, place):
-            self._note("given an id of their own", f"{name} is now {self._next_id}")
+        if self._kind(ANNOTATIONS, Mend.NEW_ID, place):
+            self._note(Mend.NEW_ID, f"{name} is now {self._next_id}")
             entry["id"] = self._next_id
             self._next_id += 1
 
-    def _mend_mask(self, place: int, entry: dict, name: str, size: list[int]) -> None:
-        """Mends the mask in place."""
+    def _mend_polygons(self, place: int, entry: dict, name: str, size: list[int]) -> None:
+        """Correct the polygons in place."""
         polygons = entry.get("segmentation")
-        if self._has(faults.NESTING, place):
-            self._note("polygons nested as they should be", name)
-            polygons = _flat_polygons(polygons)
-            entry["segmentation"] = polygons
-        if self._has(faults.SHORT_POLYGON, place) or self._has(faults.FAR_POLYGON, place):
-            self._note("polygons dropped that cannot be drawn", name)
+        if self._kind(ANNOTATIONS, Mend.NEST_POLYGONS, place):
+            self._note(Mend.NEST_POLYGONS, name)
+            entry["segmentation"] = polygons = _flat_polygons(polygons)
+        if self._kind(ANNOTATIONS, Mend.DROP_POLYGONS, place):
+            self._note(Mend.DROP_POLYGONS, name)
             entry["segmentation"] = polygons = [polygon for polygon in polygons if not polygon_problem(polygon)]
-        if faults.NORMALISED_POLYGONS in self._rows and isinstance(polygons, list):
-            self._note("polygons turned from shares into pixels", name)
+        if Mend.SCALE_POLYGONS in self._everywhere and isinstance(polygons, list):
+            self._note(Mend.SCALE_POLYGONS, name)
             entry["segmentation"] = [_scaled(polygon, size) for polygon in polygons]
 
     def _mend_box(self, place: int, entry: dict, name: str, size: list[int]) -> bool:
-        """Mends the box in place; returns False where the annotation is to be dropped."""
+        """Correct the box in place; return False if the annotation is to be dropped."""
         box = entry.get("bbox")
-        if box and faults.NORMALISED_BOXES in self._rows:
-            self._note("boxes turned from shares into pixels", name)
+        if box and Mend.SCALE_BOXES in self._everywhere:
+            self._note(Mend.SCALE_BOXES, name)
             entry["bbox"] = box = _scaled(box, size)
-        if box and faults.CORNERS in self._rows:
-            self._note("boxes turned from corners into x, y, width, height", name)
+        if box and Mend.CORNERS_TO_SIZES in self._everywhere:
+            self._note(Mend.CORNERS_TO_SIZES, name)
             entry["bbox"] = box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-        if any(self._has(kind, place) for kind in (faults.NOT_FINITE, faults.FLAT_BOX, faults.OUTSIDE_BOX)):
+        kind = self._kind(ANNOTATIONS, Mend.BOX_FROM_MASK, place)
+        if kind:
             around = _box_around(entry.get("segmentation"), size)
             if around is None:
-                self._note("annotations dropped: neither box nor mask can be used", name)
+                self._note_dropped(ANNOTATIONS, kind, place, entry)
                 return False
-            self._note("boxes taken from the mask", name)
+            self._note(Mend.BOX_FROM_MASK, name)
             entry["bbox"] = around
-        elif self._has(faults.CLIPPED_BOX, place) and box:
-            self._note("boxes clipped to their image", name)
+        elif self._kind(ANNOTATIONS, Mend.CLIP_BOX, place) and box:
+            self._note(Mend.CLIP_BOX, name)
             x, y, width, height = box
             entry["bbox"] = _clipped([x, y, x + width, y + height], size)
         return True
 
     def _is_dropped(self, section: str, place: int, entry: object) -> bool:
-        for kind in _DROPPED_ENTRIES[section]:
-            if self._has(kind, place):
-                self._note(f"{section} dropped: {kind}", self._describe(section, place, entry))
-                return True
-        return False
+        kind = self._kind(section, Mend.DROP, place) or self._kind(section, Mend.MERGE_IMAGES, place)
+        if kind:
+            self._note_dropped(section, kind, place, entry)
+        return kind is not None
+
+    def _kind(self, section: str, change: Mend, place: int) -> Kind | None:
+        """Return the kind of the finding for which an entry is to be changed so, None if it is not."""
+        return self._places[section, change].get(place)
+
+    def _note_dropped(self, section: str, kind: Kind, place: int, entry: object) -> None:
+        self._note(f"{section} {Mend.DROP}: {kind}", self._describe(section, place, entry))
+
+    def _note(self, change: str, name: str) -> None:
+        self.changes.setdefault(str(change), []).append(name)
 
     def _describe(self, section: str, place: int, entry: object) -> str:
         if not isinstance(entry, dict):
             return f"entry {place}"
-        if section == "images":
+        if section == IMAGES:
             return short(entry.get("file_name", f"entry {place}"))
-        if section == "categories":
+        if section == CATEGORIES:
             return short(entry.get("name", f"entry {place}"))
         image_id = entry.get("image_id")
         image = self._names.get(image_id) if isinstance(image_id, int) else None
         return f"{image or 'image ' + short(image_id)}, annotation {short(entry.get('id'))}"
 
-    def _has(self, kind: str, place: int) -> bool:
-        return place in self._rows.get(kind, ())
-
-    def _note(self, what: str, name: str) -> None:
-        self.done.setdefault(what, []).append(name)
-
 
 def _flat_polygons(polygons: list) -> list[list[float]]:
-    """Nests the numbers of polygons as COCO does: lists of lists of numbers."""
+    """Nest the numbers of polygons as COCO does: lists of lists of numbers."""
     if polygons and not isinstance(polygons[0], list):
         return [polygons]
     return [_flat(polygon) for polygon in polygons]
@@ -224,7 +256,7 @@ def _largest_id(path: Path) -> int:
         value = entry.get("id") if isinstance(entry, dict) else None
         ids[0] = max(ids[0], value) if isinstance(value, int) else ids[0]
 
-    stream_json(path, {"annotations": see})
+    stream_json(path, {ANNOTATIONS: see})
     return ids[0]
 
 

@@ -9,21 +9,16 @@ errors. --fix writes a cleaned copy of the annotations of the training split, or
 """
 
 import argparse
-import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
-import maskrcnn_jax as mr
-from maskrcnn_jax.checking.dataset import Options, Split, check_split, compare_splits
+from maskrcnn_jax.checking.dataset import Split, check_dataset
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
-from maskrcnn_jax.checking.mend import mend
-from maskrcnn_jax.config import to_options
-from maskrcnn_jax.data.coco import annotations_name, locate
-from maskrcnn_jax.errors import UserError
-
-ROUNDS = 3  # of mending: what was mended may show what else is wrong
+from maskrcnn_jax.checking.mend import fix_dataset
+from maskrcnn_jax.config import default_config, to_options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
-        default=mr.default_config(),
+        default=default_config(),
         help="what the dataset is for, by name or file: sizes of anchors and images, options of the data",
     )
     parser.add_argument("--train_split", metavar="SPLIT", help="data.train_split of the config if not given")
@@ -46,60 +41,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fix", metavar="FILE", help="cleaned copy of the annotations to write")
 
 
-def check(config: mr.Options, dataset: str, images: str | None, open_images: bool = True) -> list[Split]:
-    """Check a dataset, or one annotation file with the images in ``images``.
-
-    Raises:
-      UserError: there is no such dataset.
-    """
-    from maskrcnn_jax.training.check_data import anchors_of
-
-    data = config.data
-    options = Options(
-        anchors=anchors_of(config),
-        channels=config.model.in_channels,
-        skip_broken=data.skip_broken,
-        keep_unlisted=data.ignore_regions,
-        contiguous_labels=data.contiguous_labels,
-        images=open_images,
-        threads=data.threads,
-    )
-
-    def progress(items, total, what):
-        return tqdm(items, total=total, desc=what, unit="image")
-
-    if os.path.isfile(dataset):
-        if not images or not os.path.isdir(images):
-            raise UserError(f"--images={images or ''} must name the folder with the images of {dataset}")
-        return [check_split(Path(dataset).stem, Path(dataset), Path(images), options, progress=progress)]
-    training = check_split(data.train_split, *locate(dataset, data.train_split), options, progress=progress)
-    if not any((Path(dataset) / part).exists() for part in (data.eval_split, annotations_name(data.eval_split))):
-        print(f"{dataset} has no split {data.eval_split}: training needs --config.eval_every=0 then")
-        return [training]
-    evaluated = check_split(
-        data.eval_split, *locate(dataset, data.eval_split), options, evaluated=True, progress=progress
-    )
-    return list(compare_splits(training, evaluated))
+def _progress(items: Iterable, total: int, description: str) -> Iterable:
+    return tqdm(items, total=total, desc=description, unit="image")
 
 
-def fix(config: mr.Options, splits: list[Split], output: Path, open_images: bool) -> None:
-    """Write the cleaned copy of the first split, check it, and say what was done and what is left.
-
-    Raises:
-      UserError: it cannot be mended or written.
-    """
-    split = splits[0]
-    if any(output.resolve() == s.json_path.resolve() for s in splits):
-        raise UserError(f"--fix={output} would overwrite the annotations; give another name")
-    for _ in range(ROUNDS):
-        for what, names in mend(split, output).items():
-            print(plain(f"  {len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
-        (split,) = check(config, str(output), str(split.image_dir), open_images)
-        if not split.num_errors:
-            break
-    print(plain(f"{output} is written: {summary([split])}"))
-    for finding in split.findings:
-        print(plain(f"  {finding.sentence}"))
+def _print_findings(splits: list[Split]) -> None:
+    for split in splits:
+        for finding in split.findings:
+            kind = "error" if finding.is_error else "warning"
+            print(plain(f"{kind}: {split.name}: {finding.sentence}"))
+            for example in finding.examples:
+                print(plain(f"    {example}"))
+            if 0 < len(finding.examples) < len(finding.rows):
+                print(f"    and {len(finding.rows) - len(finding.examples)} more")
+    print(summary(splits))
 
 
 def main(options: argparse.Namespace) -> None:
@@ -107,18 +62,16 @@ def main(options: argparse.Namespace) -> None:
     data = options.config.unlock().data
     data.train_split = options.train_split or data.train_split
     data.eval_split = options.val_split or data.eval_split
-    config = to_options(options.config)
-    splits = check(config, options.dataset or data.coco_dir, options.images, options.open_images)
-    for split in splits:
-        for finding in split.findings:
-            kind = "error" if finding.is_error else "warning"
-            print(plain(f"{kind}: {split.name}: {finding.sentence}"))
-            for example in finding.examples:
-                print(plain(f"    {example}"))
-    print(summary(splits))
+    config, how = to_options(options.config), {"open_images": options.open_images, "progress": _progress}
+    splits = check_dataset(options.dataset or data.coco_dir, config, image_dir=options.images, **how)
+    _print_findings(splits)
     if options.report:
         write_report(Path(options.report), splits)
     if options.fix:
-        fix(config, splits, Path(options.fix), options.open_images)
+        cleaned, changes = fix_dataset(splits, options.fix, config, **how)
+        print(plain(f"The cleaned copy {options.fix}:"))
+        for change, names in changes.items():
+            print(plain(f"  {len(names)} {change}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
+        _print_findings([cleaned])
     if any(split.num_errors for split in splits):
         sys.exit(1)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import replace_file
 
@@ -36,41 +37,41 @@ class Categories(NamedTuple):
 
     @classmethod
     def create(cls, ids: list[int], names: list[str], contiguous: bool = False) -> "Categories":
-        """Numbers the categories of a dataset, given in any order; COCO's from 1 to 80 if ``contiguous``."""
+        """Number the categories of a dataset, given in any order; COCO's from 1 to 80 if ``contiguous``."""
         ids, names = zip(*sorted(zip(ids, names, strict=True)), strict=True)
         labels = ids if ids == _COCO_IDS and not contiguous else tuple(range(1, len(ids) + 1))
         return cls(ids, names, labels, max(labels) + 1)
 
     @classmethod
     def coco(cls, contiguous: bool = False) -> "Categories":
-        """Returns those of COCO's detection task."""
+        """Return the categories of COCO's detection task."""
         names = [name.strip() for name in _COCO_NAMES.replace("\n", " ").split(",")]
         return cls.create(list(_COCO_IDS), names, contiguous)
 
-    def check_known(self, known: "Categories", split: str) -> None:
-        """Looks whether a model that was trained on ``known`` can be evaluated on a split with these categories.
+    def check_known(self, known: "Categories", split: str, report: Report = stop) -> None:
+        """Check that a model that was trained on ``known`` can be evaluated on a split with these categories.
 
-        Raises:
-            UserError: there is one here that it does not know.
+        Args:
+            known: the categories of the model.
+            split: name of the split.
+            report: called if there are others; by default a UserError is raised.
         """
         pairs = [set(zip(c.ids, c.names, strict=True)) for c in (self, known)]
         unknown = sorted(pairs[0] - pairs[1])
         if unknown:
-            raise UserError(
-                f"{split} has categories {unknown[:3]} that the model was not trained on; evaluate on a "
-                "dataset with the categories of the training set"
-            )
+            names = ", ".join(f"{name} (id {category_id})" for category_id, name in unknown[:3])
+            report(Kind.UNKNOWN_CATEGORY.finding(count=len(unknown), split=split, names=names))
 
     def name(self, label: int) -> str:
-        """Returns the name of a label."""
+        """Return the name of a label."""
         return self.names[self.labels.index(label)]
 
     def category_id(self, label: int) -> int:
-        """Returns the id that the annotation file gives to a label."""
+        """Return the category id of a label."""
         return self.ids[self.labels.index(label)]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the categories as JSON."""
+        """Write the categories as JSON."""
         rows = [
             {"id": i, "name": n, "label": label} for i, n, label in zip(self.ids, self.names, self.labels, strict=True)
         ]
@@ -79,10 +80,10 @@ class Categories(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Categories":
-        """Reads what ``save`` wrote.
+        """Read the categories that ``save`` wrote.
 
         Raises:
-            UserError: the file is missing or is something else.
+            UserError: the file is missing or holds something else.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -93,8 +94,8 @@ class Categories(NamedTuple):
             if len(set(labels)) < len(labels) or not 0 < min(labels) <= max(labels) < num_classes <= _MOST_CLASSES:
                 raise ValueError("labels that no model has")
             return cls(ids, names, labels, num_classes)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            reason = e.strerror if isinstance(e, OSError) else "it holds something else"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it holds something else"
             raise UserError(
                 f"cannot read the categories of the model from {path} ({reason}); it is written when training starts, "
                 "so point at the folder of a training run"

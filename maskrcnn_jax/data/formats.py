@@ -1,57 +1,52 @@
-"""Forms of boxes and polygons that annotation tools mistake for COCO's, told by the numbers of a whole file.
+"""Recognises boxes and polygons in other formats than COCO's, by the numbers of a whole file.
 
-COCO's boxes are x, y, width, height in pixels. Two corners, or shares of the image, are read without an error and then
-teach nonsense.
+COCO's boxes are x, y, width, height in pixels. Two corners, or fractions of the image, would be read without an error
+and teach nonsense.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.annotation_file import AnnotationFile
-from maskrcnn_jax.data.faults import Fault, Report
+from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data.findings import Kind, Report
 
 _ENOUGH = 3  # objects that must agree; fewer prove nothing
 _ROUNDING = 1.01  # of shares, which may pass 1 a little
 
 
-def correct_formats(file: AnnotationFile, report: Report) -> AnnotationFile:
-    """Reports boxes and polygons that are not given as COCO wants them.
+def correct_formats(dataset: CocoDataset, report: Report) -> CocoDataset:
+    """Report boxes and polygons in other formats than COCO's.
 
     Args:
-        file: as it was read.
-        report: called with what is wrong. If it returns, the numbers are converted.
+        dataset: as it was read, its boxes not clipped.
+        report: called with every finding. If it returns, the numbers are converted.
 
     Returns:
-        The file, with numbers as COCO wants them.
+        The dataset in COCO's formats.
     """
-    limits = file.sizes[file.image_rows][:, ::-1].astype(np.float32)  # [K, 2] width, height
+    limits = dataset.sizes[dataset.image_rows][:, ::-1].astype(np.float32)  # [K, 2] width, height
 
-    def fault(kind: str, text: str) -> Fault:
-        return Fault(kind, f"{text} in {file.path}; export the annotations again", "annotations", file.places)
-
-    if _are_shares(file.coordinates):
-        report(fault(faults.NORMALISED_POLYGONS, "the polygons are shares of the image, 0..1, and not pixels"))
-        file = replace(file, coordinates=_in_pixels(file, limits))
-    if _are_shares(file.boxes):
-        report(fault(faults.NORMALISED_BOXES, "the boxes are shares of the image, 0..1, and not pixels"))
-        file = replace(file, boxes=file.boxes * np.tile(limits, 2))
-    if _are_corners(file, limits):
-        report(fault(faults.CORNERS, "the boxes look like x1, y1, x2, y2 where x, y, width, height are wanted"))
-        first, second = file.boxes[:, :2], file.boxes[:, 2:]
-        with np.errstate(over="ignore"):
-            file = replace(file, boxes=np.concatenate([first, second - first], axis=1))
-    return file
+    details = {"rows": np.sort(dataset.places), "path": dataset.annotation_path}
+    if _are_shares(dataset.coordinates):
+        report(Kind.NORMALISED_POLYGONS.finding(**details))
+        dataset = replace(dataset, coordinates=_in_pixels(dataset, limits))
+    if _are_shares(_as_given(dataset.boxes)):
+        report(Kind.NORMALISED_BOXES.finding(**details))
+        dataset = replace(dataset, boxes=dataset.boxes * np.tile(limits, 2))
+    if _are_corners(dataset, limits):
+        report(Kind.CORNERS.finding(**details))
+        dataset = replace(dataset, boxes=_as_given(dataset.boxes))
+    return dataset
 
 
 def polygon_bounds(
     coordinates: np.ndarray, part_offsets: np.ndarray, first_part: np.ndarray, num_parts: np.ndarray
 ) -> np.ndarray:
-    """Computes the boxes around the polygons of K objects.
+    """Compute the boxes around the polygons of K objects.
 
     Args:
-        coordinates, part_offsets, first_part, num_parts: as an AnnotationFile and a CocoIndex have them.
+        coordinates, part_offsets, first_part, num_parts: as in CocoDataset.
 
     Returns:
         [K, 4] float64 x1, y1, x2, y2; NaN for objects without polygons.
@@ -74,9 +69,10 @@ def polygon_bounds(
 
 
 def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Computes the intersection over union of boxes [K, 4] x1, y1, x2, y2, row by row; [K], 0 for those without area.
+    """Compute the intersection over union of boxes [K, 4] x1, y1, x2, y2, row by row.
 
-    NaN where a box is.
+    Returns:
+        [K], 0 for boxes without area, NaN where a box is NaN.
     """
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
     shared = np.maximum(sides, 0).prod(axis=1)
@@ -84,34 +80,41 @@ def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas[0] + areas[1] - shared, 1e-9)
 
 
+def _as_given(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes [K, 4] as the numbers of the file: x, y, width, height, unless the file means something else."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
 def _are_shares(numbers: np.ndarray) -> bool:
-    """Tells whether all numbers lie in 0..1, and not only because they are the corners of a few pixels."""
+    """Whether all numbers lie in 0..1, and not only because they are the corners of a few pixels."""
     if not numbers.size or numbers.min() < 1 - _ROUNDING or numbers.max() > _ROUNDING:
         return False
     return bool(np.mean(numbers % 1 != 0) > 0.5)
 
 
-def _in_pixels(file: AnnotationFile, limits: np.ndarray) -> np.ndarray:
-    rows = np.flatnonzero(file.num_parts > 0)
-    lengths = np.diff(file.part_offsets)
+def _in_pixels(dataset: CocoDataset, limits: np.ndarray) -> np.ndarray:
+    rows = np.flatnonzero(dataset.num_parts > 0)
+    lengths = np.diff(dataset.part_offsets)
     width_height = np.ones((len(lengths), 2))  # of the image, for each polygon
     for row in rows.tolist():
-        first = file.first_part[row]
-        width_height[first : first + file.num_parts[row]] = limits[row]
-    return file.coordinates * np.repeat(width_height, lengths // 2, axis=0).ravel()
+        first = dataset.first_part[row]
+        width_height[first : first + dataset.num_parts[row]] = limits[row]
+    return dataset.coordinates * np.repeat(width_height, lengths // 2, axis=0).ravel()
 
 
-def _are_corners(file: AnnotationFile, limits: np.ndarray) -> bool:
-    first, second = file.boxes[:, :2], file.boxes[:, 2:]
+def _are_corners(dataset: CocoDataset, limits: np.ndarray) -> bool:
+    given = _as_given(dataset.boxes)
+    first, second = given[:, :2], given[:, 2:]
     as_corners = (second > first).all(axis=1) & (second <= limits + 1).all(axis=1)
     if len(as_corners) < _ENOUGH or as_corners.mean() < 0.99:
         return False
-    bounds = polygon_bounds(file.coordinates, file.part_offsets, file.first_part, file.num_parts)
+    bounds = polygon_bounds(dataset.coordinates, dataset.part_offsets, dataset.first_part, dataset.num_parts)
     known = ~np.isnan(bounds[:, 0])
     if known.sum() >= _ENOUGH:
-        corners = overlaps(file.boxes[known], bounds[known])
-        sizes = overlaps(np.concatenate([first, first + second], axis=1)[known], bounds[known])
+        corners = overlaps(given[known], bounds[known])
+        sizes = overlaps(dataset.boxes[known], bounds[known])
         return bool(np.median(corners) > 0.8 and np.mean(corners > sizes) > 0.9)
     # Without outlines: boxes that as sizes pass the border by more than anybody's rounding does.
-    beyond = (first + second > 1.05 * limits + 1).any(axis=1)
+    beyond = (dataset.boxes[:, 2:] > 1.05 * limits + 1).any(axis=1)
     return bool(beyond.sum() >= _ENOUGH and beyond.mean() > 0.2)

@@ -1,4 +1,4 @@
-"""Reads image files: RGB bytes, or an error that says what is wrong with the file."""
+"""Reads image files as RGB bytes and refuses broken ones."""
 
 import io
 import re
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
 
 _TIMES_LARGER = 4  # pixels than annotated: no reason to decode an image only to say so
@@ -22,7 +23,7 @@ class BrokenImageError(UserError):
 
 
 def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.ndarray:
-    """Reads an image as [h, w, channels] uint8, as ``decode_image`` does.
+    """Read an image as [h, w, channels] uint8, as ``decode_image`` does.
 
     Args:
         path: of the file.
@@ -34,15 +35,15 @@ def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.
     """
     try:
         data = path.read_bytes()
-    except OSError as e:
-        raise _broken(path, f"cannot be read ({e.strerror})") from None
+    except OSError as error:
+        raise _broken(path, f"cannot be read ({error.strerror})") from None
     except ValueError:  # a null or half of a surrogate pair
         raise _broken(path, "has a name that no file can have") from None
     return check_and_decode(path, data, size, channels)
 
 
 def check_and_decode(path: Path, data: bytes, size: tuple[int, int], channels: int = 3) -> np.ndarray:
-    """Does what ``read_image_file`` does with the content of a file, wherever that comes from."""
+    """Decode the content of a file as ``read_image_file`` does; ``path`` only names it in errors."""
     if _is_truncated(data):
         raise _broken(path, "is truncated")
     _refuse_bomb(path, data, size)
@@ -57,7 +58,7 @@ def check_and_decode(path: Path, data: bytes, size: tuple[int, int], channels: i
 
 
 def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np.ndarray | None:
-    """Decodes the bytes of an image file.
+    """Decode the bytes of an image file.
 
     Args:
         data: of the file.
@@ -90,12 +91,12 @@ def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np
 
 
 def too_few_channels(image: np.ndarray, channels: int) -> str:
-    """Says what is wrong with an image of fewer channels than the model takes."""
+    """Describe an image with fewer channels than the model takes."""
     return f"has {image.shape[2]} channels where model.in_channels is {channels}"
 
 
 def _broken(path: Path, what: str) -> BrokenImageError:
-    return BrokenImageError(f"image {path} {what}; replace it, or go on without it by --config.data.skip_broken=true")
+    return BrokenImageError(Kind.BROKEN.tell(path=path, problem=what))
 
 
 def _is_truncated(data: bytes) -> bool:
@@ -108,18 +109,18 @@ def _is_truncated(data: bytes) -> bool:
 
 
 def _wrong_size(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> BrokenImageError:
-    """Makes the error of an image of another (height, width) than the annotations say."""
+    """Make the error for an image of another (height, width) than the annotations say."""
     what = f"has {found[0]}x{found[1]} pixels (height x width) where the annotations say {wanted[0]}x{wanted[1]}"
     if found == wanted[::-1]:
-        what += ", as if it were annotated turned, by EXIF, and is stored lying"
+        what += "; the annotations seem to follow its EXIF orientation, which is ignored"
     return _broken(path, what)
 
 
 def _refuse_bomb(path: Path, data: bytes, size: tuple[int, int]) -> None:
-    """Refuses a file that would decode to many times the pixels that are wanted, such as a few kB of black."""
+    """Raise for a file that would decode to many times the annotated pixels, such as a few kB of black."""
     found = _pixels_in_header(data) or 0
     if found > _TIMES_LARGER * size[0] * size[1]:
-        raise _broken(path, f"has {found:,} pixels, and {size[0]}x{size[1]} (height x width) by the annotations")
+        raise _broken(path, f"has {found:,} pixels where the annotations say {size[0]}x{size[1]} (height x width)")
 
 
 def _is_bomb(data: bytes) -> bool:
@@ -141,11 +142,11 @@ def _chunks_fit(data: bytes) -> bool:
 
 
 def _pixels_in_header(data: bytes) -> int | None:
-    """Returns how many pixels an image says that it has, None where Pillow does not know the file."""
+    """Return the number of pixels in the header of an image, or None if Pillow does not know the format."""
     try:
         with Image.open(io.BytesIO(data)) as opened:  # reads the header only
             return opened.height * opened.width
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-        return int(re.search(r"\d+", str(e))[0])  # "Image size (1000000000 pixels) exceeds ..."
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        return int(re.search(r"\d+", str(error))[0])  # "Image size (1000000000 pixels) exceeds ..."
     except Exception:  # Pillow raises all sorts of things at broken files
         return None

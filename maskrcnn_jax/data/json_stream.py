@@ -1,7 +1,7 @@
-"""Reads a large JSON object without ever holding all of it as Python objects.
+"""Reads a large JSON object with Python's ``json``, without ever holding all of it as Python objects.
 
 ``json.load`` needs about 6 GB for COCO's training annotations. Here the text is held once, one byte a character, and
-the elements of the long lists are decoded one at a time and handed to a function that packs them.
+the elements of the long lists are decoded one at a time.
 """
 
 import json
@@ -18,7 +18,7 @@ _NON_ASCII = re.compile(rb"[\x80-\xff]+")
 
 
 def stream_json(path: Path, handlers: dict[str, Callable[[Any], None]]) -> dict[str, Any]:
-    """Reads the object in a file, handing every element of some of its lists to a function.
+    """Read the object in a file and hand every element of some of its lists to a function.
 
     Args:
         path: the JSON file; its top level is an object.
@@ -30,28 +30,37 @@ def stream_json(path: Path, handlers: dict[str, Callable[[Any], None]]) -> dict[
     Raises:
         UserError: the file is not valid JSON, its top level is no object, or a value in ``handlers`` is no list.
     """
-    text = _read_text(path)
+    data = read_utf8(path)
+    # One character beyond Latin-1 would make Python store the whole text in two or four bytes a character. JSON has
+    # such characters only inside strings, where an escape means the same.
+    text = _NON_ASCII.sub(lambda match: json.dumps(match[0].decode())[1:-1].encode(), data).decode("ascii")
+    del data
     try:
         return _walk_object(text, handlers)
-    except json.JSONDecodeError as e:
+    except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is not valid JSON: {e.msg} at character {e.pos} (line {e.lineno}, column {e.colno}) of "
-            f"{len(text)}; it may be cut short, so fetch or write it again"
+            f"{path} is not valid JSON: {error.msg} at character {error.pos} (line {error.lineno}, column "
+            f"{error.colno}) of {len(text)}; it may be cut short, so fetch or write it again"
         ) from None
 
 
-def _read_text(path: Path) -> str:
+def read_utf8(path: Path) -> bytes:
+    """Read a file of UTF-8 text, without the mark that some editors put before it.
+
+    Raises:
+        UserError: the file cannot be read or is no UTF-8.
+    """
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
         if not data.isascii():
-            # One character beyond Latin-1 would make Python store the whole text in two or four bytes a character.
-            # JSON has such characters only inside strings, where an escape means the same.
-            data = _NON_ASCII.sub(lambda match: json.dumps(match[0].decode())[1:-1].encode(), data)
-        return data.decode("ascii")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: {e.reason}; JSON must be, so convert or fetch it again") from None
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; check the path and its permissions") from None
+            for match in _NON_ASCII.finditer(data):
+                match[0].decode()
+        return data
+    except UnicodeDecodeError as error:
+        reason = error.reason
+        raise UserError(f"{path} is not UTF-8 text: {reason}; JSON must be, so convert or fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
 
 
 def _walk_object(text: str, handlers: dict[str, Callable[[Any], None]]) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def _walk_list(text: str, pos: int, handle: Callable[[Any], None]) -> int:
 
 
 def _decode(text: str, pos: int) -> tuple[Any, int]:
-    """Returns the value at a position and the position of what follows it."""
+    """Return the value at a position and the position of what follows it."""
     try:
         return _DECODER.raw_decode(text, pos)
     except json.JSONDecodeError:
@@ -105,7 +114,7 @@ def _skip_space(text: str, pos: int) -> int:
 
 
 def _expect(text: str, pos: int, character: str) -> int:
-    """Returns the position of what follows ``character``, which must come next after optional white space."""
+    """Return the position of what follows ``character``, which must come next after optional white space."""
     pos = _skip_space(text, pos)
     if not text.startswith(character, pos):
         raise json.JSONDecodeError(f"expected {character!r}", text, pos)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from maskrcnn_jax.data import transforms
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
@@ -57,7 +57,7 @@ def _round_up(length: float | np.ndarray) -> int | np.ndarray:
     return rounded.astype(np.int32) if isinstance(rounded, np.ndarray) else int(rounded)
 
 
-def training_subset(index: CocoIndex, limit: int, seed: int) -> np.ndarray:
+def training_subset(index: CocoDataset, limit: int, seed: int) -> np.ndarray:
     """Picks the first ``limit`` images of a seeded shuffle, so that a smaller subset is part of every larger one.
 
     Returns:
@@ -145,7 +145,7 @@ class Plan:
 class _BatchReader:
     """Reads the batch of a step; threads share it and processes get a copy, so it keeps no state."""
 
-    index: CocoIndex
+    index: CocoDataset
     plan: Plan
     options: DataOptions
     channels: int
@@ -164,12 +164,12 @@ class _BatchReader:
                 sample = (self.plan.seed, epoch, step * len(images) + position + 1)
                 try:
                     self._fill(batch, row, int(images[position]), sample)
-                except BrokenImageError as e:
+                except BrokenImageError as error:
                     if not self.options.skip_broken:
-                        return e
-                    _warn_once(str(e))
-                except UserError as e:
-                    return e
+                        return error
+                    _warn_once(str(error))
+                except UserError as error:
+                    return error
         return batch
 
     def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
@@ -270,8 +270,8 @@ class Loader:
                 if isinstance(batch, Exception):
                     raise batch
                 yield _copy(batch) if options.workers else batch
-        except RuntimeError as e:
-            if "terminated unexpectedly" not in str(e):
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
                 raise
             raise UserError(
                 "a process that loads images died, perhaps for want of memory; set data.workers to fewer"
@@ -293,7 +293,7 @@ def _copy(batch: Batch) -> Batch:
 
 
 def make_loader(
-    index: CocoIndex,
+    index: CocoDataset,
     options: DataOptions,
     *,
     batch_size: int,

@@ -1,7 +1,7 @@
-"""Compressed run-length masks as pycocotools writes them, looked at before it reads them.
+"""Checks compressed run-length masks before pycocotools reads them.
 
-pycocotools believes what it gets: text that ends within a number is read past its end, and a mask of too few pixels is
-filled with what lies in memory.
+pycocotools trusts its input: it reads past the end of text that ends within a number, and fills a mask of too few
+pixels with whatever lies in memory.
 """
 
 import re
@@ -14,19 +14,19 @@ _CHUNK = 1 << 20  # bytes looked at together
 
 
 def is_well_formed(counts: bytes) -> bool:
-    """Tells whether the text consists of whole numbers."""
+    """Whether the text consists of complete numbers."""
     return _WELL_FORMED.fullmatch(counts) is not None
 
 
 def num_pixels(counts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sums the run lengths of masks.
+    """Sum the run lengths of masks.
 
     Args:
         counts: uint8, well-formed texts end to end.
         offsets: [R + 1] int64, where each starts, and the end of the last.
 
     Returns:
-        [R] int64, the pixels of each mask's image; -1 where a run has a negative length.
+        [R] int64, the number of pixels of each mask's image; -1 where a run has a negative length.
     """
     totals = np.zeros(len(offsets) - 1, np.int64)
     first = 0

@@ -19,18 +19,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from maskrcnn_jax.data.annotation_file import AnnotationFile, mask_rle
-from maskrcnn_jax.data.coco import locate, read_dataset
+from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.images import BrokenImageError, read_image_file
-from maskrcnn_jax.data.tfds_source import (
-    NAME,
-    VERSION,
-    annotation_path,
-    dataset_folder,
-    index_path,
-    save_arrays,
-    without_masks,
-)
+from maskrcnn_jax.data.tfds_source import NAME, VERSION, annotation_path, dataset_folder
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -45,7 +37,7 @@ def build(
     splits: Sequence[str] | None = None,
     skip_broken: bool = False,
 ) -> Path:
-    """Writes splits of a dataset in COCO's layout as one TFDS dataset; an interrupted one is not taken for whole.
+    """Write splits of a dataset in COCO's layout as one TFDS dataset; an interrupted one is not taken for whole.
 
     Args:
         coco_dir: folder with ``<split>/`` and ``annotations/instances_<split>.json`` for every split.
@@ -57,7 +49,7 @@ def build(
         The folder of the dataset.
 
     Raises:
-        UserError: what ``coco.load_index`` and reading its images would raise, or the dataset exists.
+        UserError: what ``load_coco`` and reading its images would raise, or the dataset exists.
     """
     if splits is None:
         paths = sorted((Path(coco_dir) / "annotations").glob("instances_*.json"))
@@ -80,9 +72,9 @@ def build(
                 coco_dir, splits, skip_broken, progress, data_dir=os.fspath(tfds_dir), file_format="array_record"
             )
             builder.download_and_prepare(download_dir=download_dir)
-    except (OSError, RuntimeError) as e:  # the second of array_record, such as on a full disk
+    except (OSError, RuntimeError) as error:  # the second of array_record, such as on a full disk
         raise UserError(
-            f"cannot write {folder} ({e}); nothing was left there, so make room or choose another"
+            f"cannot write {folder} ({error}); nothing was left there, so make room or choose another"
         ) from None
     return folder
 
@@ -97,7 +89,7 @@ class CocoInstances(tfds.core.ShardBasedBuilder, skip_registration=True):  # dat
     def __init__(
         self, coco_dir: str | os.PathLike, splits: Sequence[str], skip_broken: bool, progress: tqdm, **options
     ):
-        """Prepares; as ``build``, which checks the arguments first. ``options`` are those of TFDS's builders."""
+        """Prepare to build, with arguments that ``build`` has checked; ``options`` are those of TFDS's builders."""
         self._coco_dir, self._splits, self._skip_broken, self._progress = coco_dir, splits, skip_broken, progress
         super().__init__(**options)
 
@@ -128,39 +120,39 @@ class CocoInstances(tfds.core.ShardBasedBuilder, skip_registration=True):  # dat
         return {split: self._shards(split) for split in self._splits}
 
     def _shards(self, split: str) -> list:
-        """Writes what is not in records, and returns a function for each shard that makes its examples."""
-        paths = locate(self._coco_dir, split)
-        _, file, _, _, missing = read_dataset(*paths, skip_broken=self._skip_broken, keep_unlisted=True)
-        folder = Path(self.data_dir)  # a temporary one, that gets the name of the dataset when all is written
-        annotation_path(folder, split).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file.path, annotation_path(folder, split))
-        save_arrays(index_path(folder, split), without_masks(file), len(missing))
-        images = [paths[1] / name for name in file.file_names]
+        """Copy the annotation file, and return a function for each shard that makes its examples."""
+        dataset = load_coco(self._coco_dir, split, skip_broken=self._skip_broken, keep_unlisted=True, keep_flat=True)
+        # A temporary folder, which gets the name of the dataset when everything is written.
+        path = annotation_path(Path(self.data_dir), split)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(dataset.annotation_path, path)
+        images = [dataset.image_path(i) for i in range(len(dataset))]
         sizes = [path.stat().st_size if path.exists() else 0 for path in images]
         _, starts = np.unique(np.cumsum(sizes) // _SHARD_BYTES, return_index=True)
         self._progress.total += len(images)
-        examples = functools.partial(self._examples, file, images)
+        examples = functools.partial(self._examples, dataset)
         return [functools.partial(examples, rows) for rows in np.split(np.arange(len(images)), starts[1:])]
 
-    def _examples(self, file: AnnotationFile, images: list[Path], shard: np.ndarray) -> Iterator[tuple[int, dict]]:
-        order = np.argsort(file.image_rows, kind="stable")
-        offsets = np.searchsorted(file.image_rows[order], np.arange(len(images) + 1))
-        category_ids = np.array([*file.category_ids, -1])  # the row -1 finds the last one
+    def _examples(self, dataset: CocoDataset, shard: np.ndarray) -> Iterator[tuple[int, dict]]:
+        category_ids = np.where(dataset.labels > 0, dataset.category_ids, -1)
+        around = np.concatenate([dataset.boxes[:, :2], dataset.boxes[:, 2:] - dataset.boxes[:, :2]], axis=1)
+        boxes = np.where(np.isnan(dataset.file_boxes), around, dataset.file_boxes).astype(np.float32)
         for i in shard.tolist():
-            rows = order[offsets[i] : offsets[i + 1]]
-            height, width = file.sizes[i].tolist()
-            masks = [mask_rle(file, k, height, width)["counts"] if file.num_parts[k] >= 0 else b"" for k in rows]
+            rows = np.arange(dataset.offsets[i], dataset.offsets[i + 1])
+            height, width = dataset.sizes[i].tolist()
             objects = {
-                "id": file.annotation_ids[rows],
-                "category_id": category_ids[file.category_rows[rows]],
-                "bbox": file.boxes[rows],
-                "is_crowd": file.crowd[rows],
-                "segmentation": masks,
+                "id": dataset.annotation_ids[rows],
+                "category_id": category_ids[rows],
+                "bbox": boxes[rows],
+                "is_crowd": dataset.iscrowd[rows],
+                "segmentation": [
+                    dataset.rle(row, height, width)["counts"] if dataset.num_parts[row] >= 0 else b"" for row in rows
+                ],
             }
             example = {
-                "image": self._content(images[i], (height, width)),
-                "image/id": file.image_ids[i],
-                "image/filename": file.file_names[i],
+                "image": self._content(dataset.image_path(i), (height, width)),
+                "image/id": dataset.image_ids[i],
+                "image/filename": str(dataset.file_names[i]),
                 "height": height,
                 "width": width,
                 "objects": objects,
@@ -169,11 +161,11 @@ class CocoInstances(tfds.core.ShardBasedBuilder, skip_registration=True):  # dat
             self._progress.update()
 
     def _content(self, path: Path, size: tuple[int, int]) -> bytes:
-        """Returns the content of an image file that can be decoded, or of any with ``skip_broken``."""
+        """Return the content of an image file that can be decoded, or of any with ``skip_broken``."""
         try:
             read_image_file(path, size)
-        except BrokenImageError as e:
+        except BrokenImageError as error:
             if not self._skip_broken:
                 raise
-            _log.warning("%s", e)
+            _log.warning("%s", error)
         return path.read_bytes() if path.is_file() else b""

@@ -1,22 +1,18 @@
-"""Reads the dataset that tools/build_tfds.py writes: the samples of the COCO-format folder it was made from.
+"""Reads the dataset that ``tfds_builder`` writes: the samples of the COCO-format folder it was made from.
 
-Images and masks come from TFDS's records, as they are needed. What must be known of all images at once lies beside
-the records as flat arrays, so that opening a dataset reads none of them, and COCO's annotation file, with which
-evaluations compare.
+Images and masks come from TFDS's records, as they are needed. The other annotations come from a copy of COCO's
+annotation file beside the records, so that opening a dataset reads none of them.
 """
 
-import dataclasses
-import json
 import os
 import threading
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from maskrcnn_jax.data.annotation_file import AnnotationFile, read_annotation_file
-from maskrcnn_jax.data.coco import CocoIndex, annotations_name, arrange, warn_of_problems
+from maskrcnn_jax.data.annotations import read_annotations
+from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
 from maskrcnn_jax.data.images import check_and_decode
 from maskrcnn_jax.errors import UserError
 
@@ -24,25 +20,20 @@ NAME, VERSION = "coco_instances", "1.0.0"
 
 
 def dataset_folder(tfds_dir: str | os.PathLike) -> Path:
-    """Returns the folder in which TFDS keeps the dataset."""
+    """Return the folder in which TFDS keeps the dataset."""
     return Path(tfds_dir) / NAME / VERSION
 
 
 def annotation_path(folder: Path, split: str) -> Path:
-    """Returns where a dataset has the annotation file of a split."""
+    """Return the path of a split's annotation file in a dataset."""
     return folder / annotations_name(split)
 
 
-def index_path(folder: Path, split: str) -> Path:
-    """Returns where a dataset has the flat arrays of a split."""
-    return folder / "annotations" / f"index_{split}.npz"
-
-
 class Records:
-    """The examples of a split, for any number of threads; a process that is handed them opens the files anew."""
+    """The examples of a split, for any number of threads. A process that unpickles them opens the files again."""
 
     def __init__(self, tfds_dir: str | os.PathLike, split: str):
-        """Opens the split.
+        """Open the split.
 
         Args:
             tfds_dir: TFDS's ``data_dir``.
@@ -68,7 +59,7 @@ class Records:
         return len(self._source)
 
     def __getitem__(self, i: int) -> dict:
-        """Returns an example; each thread keeps its last one, of which first the image and then the masks are wanted.
+        """Return an example. Each thread caches its last one, whose image and masks are read one after the other.
 
         Raises:
             UserError: files are missing or damaged.
@@ -76,45 +67,55 @@ class Records:
         if getattr(self._last, "i", None) != i:
             try:
                 self._last.example = self._source[i]
-            except Exception as e:  # of array_record, protobuf or TFDS, wherever the damage shows
+            except Exception as error:  # of array_record, protobuf or TFDS, wherever the damage shows
                 raise UserError(
-                    f"example {i} of {self._split} in {dataset_folder(self._tfds_dir)} cannot be read ({e}); "
+                    f"example {i} of {self._split} in {dataset_folder(self._tfds_dir)} cannot be read ({error}); "
                     "remove that folder and build it again by tools/build_tfds.py"
                 ) from None
             self._last.i = i
         return self._last.example
 
 
+_MASKS_IN_RECORDS = {
+    "coordinates": np.zeros(0),
+    "part_offsets": np.zeros(1, np.int64),
+    "rle_counts": np.zeros(0, np.uint8),
+    "rle_offsets": np.zeros(1, np.int64),
+}
+
+
 @dataclass(frozen=True, eq=False)
-class TfdsIndex(CocoIndex):
-    """As CocoIndex, with images and masks in records; ``first_part`` is the place of an object in its record."""
+class TfdsDataset(CocoDataset):
+    """A CocoDataset with images and masks in records; ``first_part`` is the place of an object in its record."""
 
     records: Records
 
     def read_image(self, i: int, channels: int = 3) -> np.ndarray:
-        """Reads image ``i`` as CocoIndex does; the path in errors is that of the file before, in this folder."""
+        """Read image ``i`` as CocoDataset does; errors name the file that it was made from, in this folder."""
         return check_and_decode(self.image_path(i), self.records[i]["image"], tuple(self.sizes[i].tolist()), channels)
 
-    def rle(self, row: int, height: int, width: int) -> dict:
-        """Returns the run-length mask of a row."""
-        return {"size": [height, width], "counts": self.mask_bytes(row)}
-
     def mask_bytes(self, row: int) -> bytes:
-        """Returns the run lengths of the mask of a row."""
+        """Return the run lengths of the mask of a row; all masks in records are run lengths."""
         i = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.records[i]["objects"]["segmentation"][self.first_part[row]]
 
 
-def load_tfds_index(
-    tfds_dir: str | os.PathLike, split: str, *, contiguous_labels: bool = False, keep_unlisted: bool = False
-) -> TfdsIndex:
-    """Opens one split of a dataset; the samples are those of ``coco.load_index`` on the folder it was made from.
+def load_tfds(
+    tfds_dir: str | os.PathLike,
+    split: str,
+    *,
+    contiguous_labels: bool = False,
+    keep_unlisted: bool = False,
+    keep_flat: bool = False,
+) -> TfdsDataset:
+    """Open one split of a dataset; the samples are those of ``load_coco`` on the folder that it was made from.
 
     Args:
-        tfds_dir: folder that tools/build_tfds.py wrote, TFDS's ``data_dir``.
+        tfds_dir: folder that ``tfds_builder.build`` wrote, TFDS's ``data_dir``.
         split: for example "train2017".
-        contiguous_labels: as ``coco.load_index`` has it.
-        keep_unlisted: likewise.
+        contiguous_labels: as in ``load_coco``.
+        keep_unlisted: as in ``load_coco``.
+        keep_flat: as in ``load_coco``.
 
     Raises:
         UserError: the folder holds no such dataset or split, or its annotations are refused.
@@ -122,87 +123,31 @@ def load_tfds_index(
     folder = dataset_folder(tfds_dir)
     how = "a folder that tools/build_tfds.py wrote"
     if not os.fspath(tfds_dir):
-        raise UserError(f"no dataset was given; set --config.data.tfds_dir to {how}")
+        raise UserError(f"no dataset was given; set data.tfds_dir to {how}")
     if not folder.is_dir():
-        raise UserError(f"tfds_dir {tfds_dir} has no {NAME}/{VERSION}; set --config.data.tfds_dir to {how}")
+        raise UserError(f"tfds_dir {tfds_dir} has no {NAME}/{VERSION}; set data.tfds_dir to {how}")
     path = annotation_path(folder, split)
     if not path.is_file():
         splits = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
         raise UserError(f"{folder} has no split {split}; use one of {', '.join(splits)}, or build it again with it")
-    file, num_missing = load_arrays(index_path(folder, split), path)
-    if not keep_unlisted and (file.category_rows < 0).any():
-        read_annotation_file(path)  # which says what is wrong
-    index, *_ = arrange(file, folder / split, contiguous_labels)
-    if num_missing:
-        index.problems["image files missing"] = num_missing
-    warn_of_problems(index)
-    records = Records(tfds_dir, split)
-    if len(records) != len(index):
-        raise UserError(
-            f"{folder} has {len(records)} examples of {len(index)} images of {split}; remove that folder and build it "
-            "again by tools/build_tfds.py"
-        )
-    return TfdsIndex(**vars(index), records=records)
-
-
-def save_arrays(path: Path, file: AnnotationFile, num_missing: int) -> None:
-    """Writes annotations as arrays, without the path of the file that they come from."""
-    values = {name: value for name, value in vars(file).items() if name != "path"}
-    problems = json.dumps({kind: places.tolist() for kind, places in file.problems.items()})
-    np.savez(path, **values | {"problems": problems, "num_missing": num_missing})
-
-
-def load_arrays(path: Path, source: Path) -> tuple[AnnotationFile, int]:
-    """Reads what ``save_arrays`` wrote.
-
-    Args:
-        path: of the arrays.
-        source: path of the annotation file that they come from.
-
-    Returns:
-        The annotations, and the number of images whose files were missing.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        values = _read_stored(path)
-        problems = json.loads(values["problems"].item())
-        values["problems"] = {kind: np.array(places, np.int64) for kind, places in problems.items()}
-        for name in ("num_annotations", "category_shift", "category_ids", "category_names", "file_names"):
-            values[name] = values[name].tolist()
-        num_missing = values.pop("num_missing").item()
-        return AnnotationFile(path=source, **values), num_missing
-    except Exception:  # what zipfile, zlib and NumPy raise at damaged files is told nowhere
-        raise UserError(
-            f"{path} cannot be read (missing or damaged); remove {path.parent.parent} and build it again by "
-            "tools/build_tfds.py"
-        ) from None
-
-
-def _read_stored(path: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of a file that np.savez wrote: without code, and without parts that grow when unpacked."""
-    with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("compressed parts")
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
-
-
-def without_masks(file: AnnotationFile) -> AnnotationFile:
-    """Sorts annotations by image, as records have them, and leaves the masks to the records."""
-    order = np.argsort(file.image_rows, kind="stable")
-    image_rows = file.image_rows[order]
-    firsts = np.searchsorted(image_rows, image_rows)  # of each image's annotations
-    per_annotation = ("places", "annotation_ids", "category_rows", "boxes", "crowd")
-    return dataclasses.replace(
-        file,
-        image_rows=image_rows,
-        first_part=np.arange(len(order)) - firsts,
-        num_parts=np.minimum(file.num_parts[order], 0),
-        coordinates=np.zeros(0),
-        part_offsets=np.zeros(1, np.int64),
-        rle_counts=np.zeros(0, np.uint8),
-        rle_offsets=np.zeros(1, np.int64),
-        **{name: getattr(file, name)[order] for name in per_annotation},
+    dataset = clip_boxes(
+        read_annotations(path, folder / split, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted)
     )
+    dataset.log_problems()
+    records = Records(tfds_dir, split)
+    if len(records) != len(dataset):
+        raise UserError(
+            f"{folder} has {len(records)} examples of {len(dataset)} images of {split}; remove that folder and build "
+            "it again by tools/build_tfds.py"
+        )
+    per_image = np.diff(dataset.offsets)
+    dataset = TfdsDataset(
+        **vars(dataset)
+        | _MASKS_IN_RECORDS
+        | {
+            "first_part": np.arange(len(dataset.labels)) - np.repeat(dataset.offsets[:-1], per_image),
+            "num_parts": np.minimum(dataset.num_parts, 0),
+        },
+        records=records,
+    )
+    return dataset if keep_flat else dataset.without_flat()

@@ -1,4 +1,4 @@
-"""What happens to one image and its annotations on the host: resize, flip, colour, packing of masks.
+"""Transforms of one image and its annotations on the host: resizing, flipping, colour jitter, packing of masks.
 
 Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by (new size / old size) per axis, unless
 images are to be resized as detectron2 does it.
@@ -17,7 +17,7 @@ _LUMA = np.array([0.2989, 0.587, 0.114], np.float32)  # of red, green, blue; tor
 
 
 def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int, resize: str = "uint8") -> np.ndarray:
-    """Computes the sizes of images after resizing, as torchvision does, or with "pillow" as detectron2 does.
+    """Compute the sizes of images after resizing, as torchvision does, or with "pillow" as detectron2 does.
 
     The shorter side becomes ``short_side`` unless the longer one would exceed ``long_side``. Products are floored in
     double precision, so that a side may end one pixel short: 427x640 at 800/1333 gives 800x1199.
@@ -38,13 +38,13 @@ def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int, resize: st
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int, resize: str = "uint8") -> tuple[int, int]:
-    """Computes the size of one image after resizing; see ``resized_sizes``."""
+    """Compute the size of one image after resizing; see ``resized_sizes``."""
     new_height, new_width = resized_sizes([(height, width)], short_side, long_side, resize)[0]
     return int(new_height), int(new_width)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray:
-    """Resizes an image bilinearly.
+    """Resize an image bilinearly.
 
     Args:
         image: [h, w, I] uint8.
@@ -64,28 +64,28 @@ def resize_image(image: np.ndarray, size: tuple[int, int], resize: str) -> np.nd
 
 
 def scale_boxes(boxes: np.ndarray, old_size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
-    """Scales boxes [n, 4] float32 by the ratio of (height, width) sizes; in float32, as torchvision does."""
+    """Scale boxes [n, 4] float32 by the ratio of (height, width) sizes; in float32, as torchvision does."""
     y, x = np.asarray(new_size, np.float32) / np.asarray(old_size, np.float32)
     return boxes * np.array([x, y, x, y], np.float32)
 
 
 def hflip_image(image: np.ndarray) -> np.ndarray:
-    """Mirrors an image [h, w, I] left to right."""
+    """Mirror an image [h, w, I] left to right."""
     return np.ascontiguousarray(image[:, ::-1])
 
 
 def hflip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
-    """Mirrors boxes [n, 4] in an image ``width`` pixels wide."""
+    """Mirror boxes [n, 4] in an image ``width`` pixels wide."""
     return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
 def hflip_masks(masks: np.ndarray) -> np.ndarray:
-    """Mirrors masks [n, h, w]."""
+    """Mirror masks [n, h, w]."""
     return masks[:, :, ::-1]
 
 
 def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Changes brightness, contrast and saturation of the first three channels, in random order.
+    """Change brightness, contrast and saturation of the first three channels, in random order.
 
     Each factor is drawn from [1 - strength, 1 + strength]. Values are limited to 0..255 and lose their fraction
     after every change, as with torchvision's ColorJitter on an image of bytes.
@@ -115,7 +115,7 @@ def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -
 
 
 def pack_masks(masks: np.ndarray, mask_side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Puts masks into the top-left corner of a square canvas, eight pixels a byte.
+    """Put masks into the top-left corner of a square canvas, eight pixels a byte.
 
     Rasters that are larger than the canvas are reduced: pixel i of the reduced axis is pixel floor(i * old / new) of
     the old one, the rule of nearest interpolation in torchvision.

@@ -12,16 +12,17 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskrcnn_jax.data.annotation_file import polygon_problem, read_annotation_file
-from maskrcnn_jax.data.json_stream import stream_json
+from maskrcnn_jax.data.annotations import read_annotations
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import write_json
 
@@ -29,68 +30,63 @@ from maskrcnn_jax.writing import write_json
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def load_annotations(path: str | os.PathLike, image_ids: Collection[int] | None = None) -> COCO:
-    """Read a COCO annotation file quietly and fill in what COCOeval needs and small datasets often leave out.
+def load_annotations(path: str | os.PathLike) -> COCO:
+    """Read a COCO annotation file as ground truth; no image is needed.
 
     Args:
         path: a COCO ``instances_*.json``.
-        image_ids: read what belongs to these images only, which takes less memory: for all of COCO's training set
-            pycocotools needs several gigabytes.
-
-    Returns:
-        The dataset; objects without ``iscrowd`` are no crowds, those without ``area`` or ``bbox`` get their mask's,
-        those without a mask have no ``segmentation``. Those with neither, with boxes that are not finite or masks of
-        another size than their image are left out, as in training; boxes without area stay, as pycocotools has them.
-        The objects are numbered from 1.
 
     Raises:
-        UserError: if the file is missing, is no JSON or holds no COCO annotations.
+        UserError: the file is missing, is no JSON or holds no COCO annotations.
     """
-    try:
-        if image_ids is None:
-            # Raises for what pycocotools would crash at; of the images of a split, loading it did so.
-            read_annotation_file(Path(path), keep_unlisted=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(os.fspath(path)) if image_ids is None else _read_part(Path(path), set(image_ids))
-            completed = [_complete(coco, annotation) for annotation in coco.dataset["annotations"]]
-            # Numbered anew: for COCOeval 0 is no object, and of two with one id it keeps one.
-            numbered = [a | {"id": i} for i, a in enumerate(filter(None, completed), 1)]
-            coco = _make_coco(COCO, coco.dataset | {"annotations": numbered})
-    except (ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no COCO annotation file; give an instances_*.json") from error
-    if not coco.dataset.get("images") or not coco.dataset.get("categories"):
-        raise UserError(f"{path} holds no images or no categories; give a COCO instances_*.json")
-    return coco
+    return ground_truth(read_annotations(Path(path), keep_unlisted=True))
 
 
-def _complete(coco: COCO, annotation: dict) -> dict | None:
-    """Fill in what an annotation leaves out; None for one that nothing can be compared with."""
-    complete = annotation | {"iscrowd": annotation.get("iscrowd") or 0}
-    mask, box = complete.pop("segmentation", None), annotation.get("bbox")
-    if isinstance(mask, dict):
-        image = coco.imgs[annotation["image_id"]]
-        if list(mask["size"]) != [image["height"], image["width"]]:
-            return None
-    else:
-        mask = [polygon for polygon in mask or () if not polygon_problem(polygon)]
-    if mask:
-        complete["segmentation"] = mask
-    elif not box:
-        return None
-    complete["bbox"] = box or coco_mask.toBbox(coco.annToRLE(complete)).tolist()
-    if not isinstance(annotation.get("area"), int | float):
-        _, _, width, height = complete["bbox"]
-        complete["area"] = float(coco_mask.area(coco.annToRLE(complete)) if mask else width * height)
-    return complete if all(map(math.isfinite, complete["bbox"])) else None
+def ground_truth(dataset: CocoDataset, rows: Iterable[int] | None = None) -> COCO:
+    """Build what COCOeval compares results with.
+
+    It differs from what training sees: boxes are as in the file and not clipped, and those without area count.
+
+    Args:
+        dataset: with the annotations whose box has no area (``keep_flat``).
+        rows: of the images that are evaluated, None for all.
+
+    Returns:
+        The ground truth. Masks are run lengths; objects without one have no ``segmentation``. Objects without ``area``
+        or ``bbox`` get their mask's. They are numbered from 1, since for COCOeval an object 0 is none, and of two with
+        one id it keeps one.
+    """
+    rows = range(len(dataset)) if rows is None else sorted(map(int, rows))
+    images, annotations = [], []
+    for i in rows:
+        height, width = dataset.sizes[i].tolist()
+        image_id, file_name = int(dataset.image_ids[i]), str(dataset.file_names[i])
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for row in range(dataset.offsets[i], dataset.offsets[i + 1]):
+            entry = _ground_truth_of(dataset, row, height, width)
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id} | entry)
+    pairs = zip(dataset.categories.ids, dataset.categories.names, strict=True)
+    categories = [{"id": category_id, "name": name} for category_id, name in pairs]
+    return _make_coco(COCO, {"images": images, "annotations": annotations, "categories": categories})
+
+
+def _ground_truth_of(dataset: CocoDataset, row: int, height: int, width: int) -> dict:
+    entry = {"category_id": int(dataset.category_ids[row]), "iscrowd": int(dataset.iscrowd[row])}
+    box, area = dataset.file_boxes[row], float(dataset.areas[row])
+    if dataset.num_parts[row] >= 0:
+        rle = entry["segmentation"] = dataset.rle(row, height, width)
+        box = coco_mask.toBbox(rle) if np.isnan(box).any() else box
+        area = float(coco_mask.area(rle)) if math.isnan(area) else area
+    entry["bbox"] = box.tolist()
+    entry["area"] = float(box[2] * box[3]) if math.isnan(area) else area
+    return entry
 
 
 def mask_truth(coco: COCO) -> COCO:
     """Return what masks are evaluated with: where only a box is known, what is found in it counts for nothing.
 
     Args:
-        coco: as ``load_annotations`` returns it, which boxes are evaluated with.
+        coco: as ``ground_truth`` returns it, which boxes are evaluated with.
     """
     annotations = coco.dataset["annotations"]
     if all("segmentation" in annotation for annotation in annotations):
@@ -105,16 +101,6 @@ def _with_mask(annotation: dict) -> dict:
     x, y, width, height = annotation["bbox"]
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]
     return annotation | {"iscrowd": 1, "segmentation": [corners]}
-
-
-def _read_part(path: Path, image_ids: set[int]) -> COCO:
-    kept = {"images": [], "annotations": []}
-
-    def keep(section: str, key: str) -> Callable[[dict], None]:
-        return lambda entry: kept[section].append(entry) if entry[key] in image_ids else None
-
-    rest = stream_json(path, {"images": keep("images", "id"), "annotations": keep("annotations", "image_id")})
-    return _make_coco(COCO, rest | kept)
 
 
 def evaluate(
@@ -141,7 +127,7 @@ def evaluate(
             f"{len(unknown)} images with results are not in the annotation file, image {min(unknown)} for one; "
             "evaluate with the annotations of the split that was detected on"
         )
-    metrics = {}
+    metrics: dict[str, Any] = {}
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _make_coco(coco_class, coco.dataset)

@@ -11,13 +11,13 @@ from flax import nnx
 from pycocotools.coco import COCO
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
-from maskrcnn_jax.evaluation.coco_metrics import evaluate, load_annotations, write_files
+from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
 from maskrcnn_jax.inference.detect import make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, side_by_side
 from maskrcnn_jax.options import Options
@@ -39,9 +39,9 @@ class _Split(NamedTuple):
     """Images to evaluate on, and what their results are called."""
 
     prefix: str  # of the metrics
-    index: CocoIndex
-    coco: COCO
-    rows: np.ndarray  # [n] of the index
+    dataset: CocoDataset
+    truth: COCO
+    rows: np.ndarray  # [n] of the dataset
 
 
 class Evaluator:
@@ -60,19 +60,22 @@ class Evaluator:
         """
         self._options, self._categories = options, categories
         data = options.data
-        self._split = self._load("", data.eval_split, lambda index: np.arange(len(index))[: data.eval_limit or None])
+        self._split = self._load(
+            "", data.eval_split, lambda dataset: np.arange(len(dataset))[: data.eval_limit or None]
+        )
         self._train_split = None
         if options.eval_train_limit:
             limit = min(options.eval_train_limit, data.train_limit or np.inf)
             self._train_split = self._load(
-                "train_", data.train_split, lambda index: training_subset(index, limit, options.seed)
+                "train_", data.train_split, lambda dataset: training_subset(dataset, limit, options.seed)
             )
 
-    def _load(self, prefix: str, split: str, choose: Callable[[CocoIndex], np.ndarray]) -> _Split:
-        index = load_dataset(self._options.data, split)
-        index.categories.check_known(self._categories, split)
-        rows = choose(index)
-        return _Split(prefix, index, load_annotations(index.annotation_path, index.image_ids[rows].tolist()), rows)
+    def _load(self, prefix: str, split: str, choose: Callable[[CocoDataset], np.ndarray]) -> _Split:
+        with_flat = load_dataset(self._options.data, split, keep_flat=True)
+        with_flat.categories.check_known(self._categories, split)
+        dataset = with_flat.without_flat()
+        rows = choose(dataset)
+        return _Split(prefix, dataset, ground_truth(with_flat, rows), rows)
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
@@ -89,14 +92,14 @@ class Evaluator:
         results = run_detection(
             make_detect(model),
             batches,
-            image_ids=split.index.image_ids,
+            image_ids=split.dataset.image_ids,
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
             num_images=batches.num_images,
             aligned_masks=self._options.model.roi_aligned,
             workers=self._options.eval_workers,
         )
         results = [result for of_process in gather(results) for result in of_process]
-        metrics = evaluate(split.coco, results, image_ids=split.index.image_ids[split.rows].tolist())
+        metrics = evaluate(split.truth, results, image_ids=split.dataset.image_ids[split.rows].tolist())
         metrics = {split.prefix + name: value for name, value in metrics.items()}
         if self._options.eval_losses:
             measured = measure_losses(model, self._make_loader(split, annotations=True))
@@ -106,7 +109,7 @@ class Evaluator:
 
     def _make_loader(self, split: _Split, annotations: bool) -> Loader:
         return make_loader(
-            split.index,
+            split.dataset,
             self._options.data,
             batch_size=self._options.eval_batch_size,
             channels=self._options.model.in_channels,
@@ -120,27 +123,27 @@ class Evaluator:
     @property
     def truth(self) -> COCO:
         """Annotations of the images that are evaluated."""
-        return self._split.coco
+        return self._split.truth
 
     def _draw(self, results: list[dict]) -> np.ndarray:
         """Draw ground truth beside predictions for some images, evenly spread over the split."""
-        _, index, _, evaluated = self._split
+        _, dataset, _, evaluated = self._split
         rows = np.unique(np.linspace(0, len(evaluated) - 1, NUM_PICTURES).astype(int))
-        pictures = [self.draw_image(int(index.image_ids[row]), results) for row in rows]
+        pictures = [self.draw_image(int(dataset.image_ids[row]), results) for row in rows]
         drawn = [picture for picture in pictures if picture is not None]
         return grid(drawn or [np.full((64, 64, 3), 255, np.uint8)], 2)
 
     def draw_image(self, image_id: int, results: list[dict]) -> np.ndarray | None:
         """Draw an image with ground truth beside one with predictions, [h, w, 3] uint8; None if it cannot be read."""
-        index = self._split.index
-        (row,) = np.flatnonzero(index.image_ids == image_id)
+        dataset = self._split.dataset
+        (row,) = np.flatnonzero(dataset.image_ids == image_id)
         try:
-            image = index.read_image(row)
+            image = dataset.read_image(row)
         except BrokenImageError:
             return None  # the loader has named it, and stopped unless broken images are to be skipped
-        _, labels, boxes, *_ = index.annotations(row)
+        _, labels, boxes, *_ = dataset.annotations(row)
         truth = draw_instances(
-            image, boxes, [index.categories.name(label) for label in labels], None, index.masks(row)
+            image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.masks(row)
         )
         names = dict(zip(self._categories.ids, self._categories.names, strict=True))
         found = [r for r in results if r["image_id"] == image_id and r["score"] >= DRAWN_SCORE]

@@ -39,7 +39,7 @@ def write_report(
 
     Args:
         path: the file; its folder is made if it does not exist.
-        truth: annotations of the evaluated images, as ``load_annotations`` returns them.
+        truth: annotations of the evaluated images, as ``ground_truth`` returns them.
         results: COCO results.
         metrics: as ``coco_metrics.evaluate`` returns them.
         title: of the page.

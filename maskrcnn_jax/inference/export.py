@@ -74,19 +74,19 @@ def export_model(
     predictor: Predictor,
     path: str | os.PathLike,
     *,
-    sizes: Sequence[tuple[int, int]] = (),
+    sizes: Sequence[tuple[int, ...]] = (),
     int8: bool = False,
 ) -> None:
     """Write a model into one file.
 
     Args:
-      predictor: as ``mr.load`` returns it.
-      path: of the file.
-      sizes: (height, width) of the padded images, multiples of 32; if none are given, those of the config.
-      int8: keep the weights in eight bits, a quarter of the size. The program computes in the model's own dtype.
+        predictor: As ``mr.load`` returns it.
+        path: Of the file.
+        sizes: (height, width) of the padded images, multiples of 32. Defaults to those of the config.
+        int8: Store the weights in eight bits, a quarter of the size. The program computes in the model's dtype.
 
     Raises:
-      UserError: when there are no sizes, or one that the model cannot have, or the file cannot be written.
+        UserError: if there are no sizes or wrong ones, or the file cannot be written.
     """
     data = predictor.options.data
     sizes = [tuple(size) for size in sizes] or buckets_for(data)
@@ -118,7 +118,7 @@ def export_model(
     replace_file(path, content.getvalue())
 
 
-def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:
+def describe(predictor: Predictor, sizes: Sequence[tuple[int, ...]], num_weights: int, int8: bool) -> dict:
     """Return what ``model.json`` says: all that a program that runs the export has to know."""
     data, model, categories = predictor.options.data, predictor.options.model, predictor.categories
     rows = zip(categories.labels, categories.ids, categories.names, strict=True)

@@ -1,4 +1,4 @@
-"""A trained model as a function from pictures to the objects in them, in the user's terms: pixels, names and ids."""
+"""Prediction: a trained model takes images and returns objects in pixels of the image, with names and category ids."""
 
 import functools
 import os
@@ -24,28 +24,28 @@ MIN_SCORE = 0.5  # detections below are left out unless others are asked for
 
 
 class ImageDetections:
-    """What a model found in one image: K objects, the surest first.
+    """The K objects that a model found in one image, by descending score.
 
-    ``len(detections)`` is K; ``detections[rows]`` are some of them, such as ``detections[detections.scores > 0.9]``
-    or ``detections[0]``, and iterating gives them one by one, each as detections of one object.
+    ``len(detections)`` is K. Indexing selects objects: ``detections[0]`` or ``detections[detections.scores > 0.9]``.
+    Iterating yields the objects one by one. Both give ``ImageDetections`` again.
 
     Attributes:
-        image: [h, w, I] uint8, the image as it was given or read, RGB first.
+        image: [h, w, I] uint8, the image, RGB first.
         boxes: [K, 4] float32 ``x1, y1, x2, y2`` in pixels of the image, clipped to it; width = x2 - x1.
         scores: [K] float32, probability of the class, 0..1.
-        labels: [K] int32, number of the class inside the model, 1..C.
-        category_ids: [K] int64, id of the class in the annotations that the model was trained on.
+        labels: [K] int32, class inside the model, 1..C.
+        category_ids: [K] int64, category id in the annotations that the model was trained on.
         names: K names of the classes.
     """
 
     def __init__(self, image: np.ndarray, instances: Instances, categories: Categories, *, aligned_masks: bool):
-        """Describe what was found.
+        """Attach names and category ids to the detections of an image.
 
         Args:
             image: [h, w, I] uint8, RGB first.
             instances: K detections in pixels of the image.
-            categories: what the labels mean.
-            aligned_masks: how masks are pasted, as in ``paste_mask``.
+            categories: Names and ids of the labels.
+            aligned_masks: How masks are pasted, as in ``paste_mask``.
         """
         self.image = image
         self.boxes, self.scores, self.labels, _ = instances
@@ -70,7 +70,7 @@ class ImageDetections:
 
     @functools.cached_property
     def masks(self) -> np.ndarray:
-        """Masks at the size of the image, [K, h, w] bool; made when they are first asked for."""
+        """Masks at the size of the image, [K, h, w] bool; computed when first used."""
         masks = np.zeros((len(self), *self.image.shape[:2]), bool)
         for mask, result in zip(masks, self._results, strict=True):
             mask[...] = coco_mask.decode(result["segmentation"])
@@ -81,8 +81,8 @@ class ImageDetections:
 
         Args:
             min_score: Objects with lower scores are left out.
-            min_side: Images whose longer side is below are enlarged by a whole factor, so that the captions can be
-                read; 0 keeps the size.
+            min_side: Images whose longer side is smaller are enlarged by a whole factor, so that the captions are
+                readable; 0 keeps the size.
 
         Returns:
             [h * factor, w * factor, 3] uint8 RGB.
@@ -107,13 +107,13 @@ class ImageDetections:
         write_picture(path, self.draw(min_score=min_score))
 
     def to_coco(self, image_id: int) -> list[dict]:
-        """Return COCO results, fit for JSON.
+        """Return the objects in COCO's results format, ready for JSON.
 
         Args:
-            image_id: of this image in a dataset.
+            image_id: Id of this image in a dataset.
 
         Returns:
-            A dict per object: image_id, category_id, bbox [x, y, width, height], score, segmentation (RLE).
+            One dict per object: image_id, category_id, bbox [x, y, width, height], score, segmentation (RLE).
         """
         return [{**result, "image_id": int(image_id)} for result in self._results]
 
@@ -129,21 +129,21 @@ class ImageDetections:
 
 
 class Predictor:
-    """A trained model, ready to be shown images.
+    """A trained model, ready to predict.
 
     Attributes:
-        network: the ``MaskRCNN``, in evaluation mode.
-        categories: the classes that it knows.
-        options: that it was built with.
+        network: The ``MaskRCNN``, in evaluation mode.
+        categories: Its classes.
+        options: The options of its training.
     """
 
     def __init__(self, network: MaskRCNN, categories: Categories, options: Options):
-        """Take a network over; its parameters are read now, later training does not change what is predicted.
+        """Prepare a network for prediction. Its parameters are copied; later training does not change predictions.
 
         Args:
-            network: with as many classes as ``categories``.
-            categories: what its labels mean.
-            options: of its training; images are resized and masks pasted as they say.
+            network: With as many classes as ``categories``.
+            categories: Names and ids of its labels.
+            options: Of its training; they determine how images are resized and masks are pasted.
         """
         self.network, self.categories, self.options = network, categories, options
         self._detect = make_detect(network)
@@ -152,23 +152,22 @@ class Predictor:
     def predict(
         self, images: Image | Iterable[Image], *, min_score: float = MIN_SCORE
     ) -> ImageDetections | list[ImageDetections]:
-        """Find the objects in an image or in several.
+        """Find the objects in one image or in several.
 
-        Each padded size of images is compiled when the first one comes; there is a handful of them, see
-        ``data.buckets``.
+        A program is compiled for each padded size when it first occurs; ``data.buckets`` limits their number.
 
         Args:
             images: An image, or several: a path or URL, the content of an image file as bytes, a Pillow image, a
                 NumPy or JAX array [h, w, 3] uint8 in RGB (OpenCV reads BGR), or a torch tensor [3, h, w]. With
-                ``model.in_channels`` above 3 images have so many channels, RGB first.
-            min_score: objects of lower scores are left out; the model itself leaves out those below
+                ``model.in_channels`` above 3 images have that many channels, RGB first.
+            min_score: Objects with lower scores are left out. The model itself leaves out those below
                 ``model.box_score_thresh``.
 
         Returns:
-            ``ImageDetections`` of the image, or a list of them, in the order of the images.
+            The ``ImageDetections`` of one image, or a list of them in the order of the images.
 
         Raises:
-            UserError: an image cannot be read, or an array is of another shape or dtype.
+            UserError: if an image cannot be read, or an array has another shape or dtype.
         """
         if is_image(images):
             return next(self.stream([images], min_score=min_score))
@@ -177,8 +176,8 @@ class Predictor:
     def stream(self, images: Iterable[Image], *, min_score: float = MIN_SCORE) -> Iterator[ImageDetections]:
         """Yield what ``predict`` returns, image by image, for more images than fit in memory.
 
-        The device works on the next image while the caller works on this one, so one image more is taken than results
-        have been yielded.
+        The device processes the next image while the caller uses the result, so one image more is read than results
+        are yielded.
         """
         arrays = (to_array(image, self.options.model.in_channels) for image in images)
         items = ((self._prepare(array), array) for array in arrays)

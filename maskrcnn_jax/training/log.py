@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from maskrcnn_jax.data.coco import CocoIndex
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import MIN_LOSS_SCALE
 from maskrcnn_jax.training.metrics import MetricWriter
@@ -29,7 +29,7 @@ class StepLog:
     def __init__(
         self,
         writer: MetricWriter,
-        index: CocoIndex,
+        index: CocoDataset,
         schedule: optax.Schedule,
         *,
         updates: int,

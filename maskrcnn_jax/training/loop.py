@@ -15,8 +15,9 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from maskrcnn_jax.checking.annotations import check_before_training
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoIndex, drop_labels
+from maskrcnn_jax.data.coco import CocoDataset, drop_labels
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
 from maskrcnn_jax.distributed import is_first, make_mesh, replicated, shard_batch
@@ -24,7 +25,6 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.run_folder import changed_options, has_checkpoint, save_options
-from maskrcnn_jax.training.check_data import check_before_training
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.derive import derive_options
 from maskrcnn_jax.training.log import StepLog
@@ -57,7 +57,7 @@ class _Run(NamedTuple):
     """What stays the same from step to step."""
 
     options: Options
-    index: CocoIndex
+    index: CocoDataset
     workdir: Path
     graphdef: nnx.GraphDef
     schedule: optax.Schedule
@@ -279,7 +279,7 @@ def _check_batch_size(batch_size: int, parts: int) -> None:
         raise UserError(f"batch_size {batch_size} is not divisible by {among}; use {choices}")
 
 
-def _make_loader(options: Options, index: CocoIndex, start_step: int, num_steps: int | None) -> Loader:
+def _make_loader(options: Options, index: CocoDataset, start_step: int, num_steps: int | None) -> Loader:
     return make_loader(
         index,
         options.data,

@@ -10,10 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from maskrcnn_jax.checking import annotations as check_annotations
-from maskrcnn_jax.checking import dataset as check_dataset
-from maskrcnn_jax.checking import images as check_images
-from maskrcnn_jax.data import faults
+from maskrcnn_jax.data.findings import Kind
 
 
 def _pick(content, rng):
@@ -222,6 +219,16 @@ def category_id_twice(content, root, rng):
     return ""
 
 
+def category_without_a_name(content, root, rng):
+    content["categories"].append({"id": 77})
+    return "category 77"
+
+
+def category_name_twice(content, root, rng):
+    content["categories"].append({"id": 77, "name": content["categories"][0]["name"]})
+    return content["categories"][0]["name"]
+
+
 def same_annotation(content, root, rng):
     annotation, name = _pick(content, rng)
     content["annotations"].append(annotation | {"id": 10_000})
@@ -301,6 +308,12 @@ def in_grey(content, root, rng):
     return _resave(root, rng, lambda image: image.convert("L"))
 
 
+def with_alpha(content, root, rng):
+    path = root / "train2017" / f"{int(rng.integers(1, 11)):012d}.jpg"
+    path.write_bytes(cv2.imencode(".png", rng.integers(256, size=(96, 96, 4), dtype=np.uint8))[1].tobytes())
+    return path.name
+
+
 def of_16_bits(content, root, rng):
     path = root / "train2017" / f"{int(rng.integers(1, 11)):012d}.jpg"
     path.write_bytes(cv2.imencode(".png", rng.integers(2**16, size=(96, 96, 3), dtype=np.uint16))[1].tobytes())
@@ -315,6 +328,19 @@ def tiny_objects(content, root, rng):
         annotation["segmentation"] = [[x, y, x + 3, y, x + 3, y + 3, x, y + 3]]
         name = name or f"{annotation['image_id']:012d}.jpg"
     return name
+
+
+def thin_objects(content, root, rng):
+    for annotation in content["annotations"][:5]:
+        annotation["bbox"] = [0, 5, 96, 6]
+        annotation["segmentation"] = [[0, 5, 96, 5, 96, 11, 0, 11]]
+    return f"{content['annotations'][0]['image_id']:012d}.jpg"
+
+
+def one_object_of_a_class(content, root, rng):
+    content["categories"].append({"id": 77, "name": "spiral"})
+    content["annotations"][0]["category_id"] = 77
+    return "spiral (1)"
 
 
 def all_crowds(content, root, rng):
@@ -340,56 +366,61 @@ def file_not_listed(content, root, rng):
 
 
 FAULTS = {
-    box_without_width: faults.FLAT_BOX,
-    box_outside: faults.OUTSIDE_BOX,
-    box_not_a_number: faults.NOT_FINITE,
-    box_over_the_border: faults.CLIPPED_BOX,
-    box_of_another_object: check_annotations.MISFIT,
-    boxes_as_corners: faults.CORNERS,
-    boxes_as_corners_without_masks: faults.CORNERS,
-    boxes_as_shares: faults.NORMALISED_BOXES,
-    polygons_as_shares: faults.NORMALISED_POLYGONS,
-    polygon_of_two_points: faults.SHORT_POLYGON,
-    polygon_far_away: faults.FAR_POLYGON,
-    polygon_outside: check_annotations.EMPTY_MASK,
-    polygon_without_a_pixel: check_annotations.EMPTY_MASK,
-    polygon_not_in_a_list: faults.NESTING,
-    polygon_of_points: faults.NESTING,
-    neither_box_nor_mask: faults.NO_BOX_NOR_MASK,
-    mask_missing: faults.ONLY_BOX,
-    run_lengths_of_another_size: faults.OTHER_SIZE,
-    run_lengths_too_short: faults.UNFILLED,
-    run_lengths_cut_within_a_number: faults.MALFORMED_ANNOTATION,
-    numbers_as_text: faults.MALFORMED_ANNOTATION,
-    category_missing: faults.MALFORMED_ANNOTATION,
-    crowd_as_text: faults.MALFORMED_ANNOTATION,
-    width_missing: faults.MALFORMED_IMAGE,
-    giant_size: faults.MALFORMED_IMAGE,
-    image_id_twice: faults.IMAGE_IDS_TWICE,
-    file_listed_twice: check_annotations.SAME_FILE,
-    same_pixels: check_images.SAME_PIXELS,
-    unlisted_image: faults.UNLISTED_IMAGE,
-    category_zero: faults.UNLISTED_CATEGORY,
-    categories_off_by_one: faults.OFF_BY_ONE,
-    category_id_twice: faults.CATEGORY_IDS_TWICE,
-    same_annotation: check_annotations.SAME_ANNOTATION,
-    annotation_id_twice: check_annotations.SAME_ID,
-    image_cut_short: check_images.BROKEN,
-    image_of_another_size: check_images.BROKEN,
-    pixel_bomb: check_images.BROKEN,
-    file_missing: faults.MISSING_FILE,
-    file_in_other_case: faults.MISSING_FILE,
-    training_image_in_val: check_dataset.LEAK,
-    category_only_in_val: check_dataset.UNKNOWN_CATEGORY,
-    stored_turned: check_images.TURNED,
-    in_cmyk: check_images.CMYK,
-    in_grey: check_images.GREY,
-    of_16_bits: check_images.DEEP,
-    tiny_objects: check_annotations.SMALL,
-    all_crowds: check_annotations.CROWDS,
-    objects_missing: check_annotations.EMPTY,
-    class_without_objects: check_annotations.UNUSED_CATEGORY,
-    file_not_listed: check_dataset.NOT_LISTED,
+    box_without_width: Kind.FLAT_BOX,
+    box_outside: Kind.OUTSIDE_BOX,
+    box_not_a_number: Kind.NOT_FINITE,
+    box_over_the_border: Kind.CLIPPED_BOX,
+    box_of_another_object: Kind.MISFIT,
+    boxes_as_corners: Kind.CORNERS,
+    boxes_as_corners_without_masks: Kind.CORNERS,
+    boxes_as_shares: Kind.NORMALISED_BOXES,
+    polygons_as_shares: Kind.NORMALISED_POLYGONS,
+    polygon_of_two_points: Kind.SHORT_POLYGON,
+    polygon_far_away: Kind.FAR_POLYGON,
+    polygon_outside: Kind.EMPTY_MASK,
+    polygon_without_a_pixel: Kind.EMPTY_MASK,
+    polygon_not_in_a_list: Kind.NESTING,
+    polygon_of_points: Kind.NESTING,
+    neither_box_nor_mask: Kind.NO_BOX_NOR_MASK,
+    mask_missing: Kind.ONLY_BOX,
+    run_lengths_of_another_size: Kind.OTHER_SIZE,
+    run_lengths_too_short: Kind.UNFILLED,
+    run_lengths_cut_within_a_number: Kind.MALFORMED_ANNOTATION,
+    numbers_as_text: Kind.MALFORMED_ANNOTATION,
+    category_missing: Kind.MALFORMED_ANNOTATION,
+    crowd_as_text: Kind.MALFORMED_ANNOTATION,
+    width_missing: Kind.MALFORMED_IMAGE,
+    giant_size: Kind.MALFORMED_IMAGE,
+    image_id_twice: Kind.IMAGE_IDS_TWICE,
+    file_listed_twice: Kind.SAME_FILE,
+    same_pixels: Kind.SAME_PIXELS,
+    unlisted_image: Kind.UNLISTED_IMAGE,
+    category_zero: Kind.UNLISTED_CATEGORY,
+    categories_off_by_one: Kind.OFF_BY_ONE,
+    category_id_twice: Kind.CATEGORY_IDS_TWICE,
+    category_without_a_name: Kind.MALFORMED_CATEGORY,
+    category_name_twice: Kind.SAME_NAME,
+    same_annotation: Kind.SAME_ANNOTATION,
+    annotation_id_twice: Kind.SAME_ID,
+    image_cut_short: Kind.BROKEN,
+    image_of_another_size: Kind.BROKEN,
+    pixel_bomb: Kind.BROKEN,
+    file_missing: Kind.MISSING_FILE,
+    file_in_other_case: Kind.MISSING_FILE,
+    training_image_in_val: Kind.LEAK,
+    category_only_in_val: Kind.UNKNOWN_CATEGORY,
+    stored_turned: Kind.TURNED,
+    in_cmyk: Kind.CMYK,
+    in_grey: Kind.GREY,
+    of_16_bits: Kind.DEEP,
+    with_alpha: Kind.ALPHA,
+    tiny_objects: Kind.SMALL,
+    thin_objects: Kind.LARGE,
+    one_object_of_a_class: Kind.RARE_CATEGORY,
+    all_crowds: Kind.CROWDS,
+    objects_missing: Kind.EMPTY,
+    class_without_objects: Kind.UNUSED_CATEGORY,
+    file_not_listed: Kind.NOT_LISTED,
 }
 # Of which the reader makes something usable, with masks all the same: what a training may meet in one dataset.
 READ_ANYWAY = (

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 
-from maskrcnn_jax.checking import annotations as check_annotations
-from maskrcnn_jax.checking.annotations import Anchors, Finding, best_overlaps, check_index, stop_or_warn
-from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.checking.anchors import Anchors, best_overlaps
+from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
+from maskrcnn_jax.checking.examples import NUM_EXAMPLES
+from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.ops.anchors import cell_anchors, grid_anchors
 
@@ -20,7 +22,7 @@ def index_of(dataset, boxes, size=(256, 256), **more):
         {"id": i, "image_id": 1, "category_id": 1 + i % 2, "bbox": list(box), "segmentation": [_outline(*box)]} | more
         for i, box in enumerate(boxes, start=1)
     ]
-    return load_index(dataset.write([size], annotations), "train2017")
+    return load_coco(dataset.write([size], annotations), "train2017")
 
 
 def _outline(x, y, width, height):
@@ -49,15 +51,13 @@ def test_no_anchor_overlaps_an_object_by_more_than_is_said_and_one_comes_near(da
 
 def test_an_object_is_too_small_by_the_rule_of_the_anchors(dataset):
     # In an anchor of 32 x 32 an object of side a has the overlap a^2 / 1024: 0.3 at 17.5.
-    for side, kinds in ((17, [check_annotations.SMALL]), (18, [])):
+    for side, kinds in ((17, [Kind.SMALL]), (18, [])):
         index = index_of(dataset, [[20, 20, side, side]] * 2)
         found = check_index(index, anchors())
-        assert [
-            f.kind for f in found if f.kind not in (check_annotations.SAME_ANNOTATION, check_annotations.RARE_CATEGORY)
-        ] == kinds
+        assert [f.kind for f in found if f.kind not in (Kind.SAME_ANNOTATION, Kind.RARE_CATEGORY)] == kinds
     # Twice as large where images are enlarged twice.
     index = index_of(dataset, [[20, 20, 9, 9], [20, 60, 8, 8]], size=(128, 128))
-    (found,) = [f for f in check_index(index, anchors()) if f.kind == check_annotations.SMALL]
+    (found,) = [f for f in check_index(index, anchors()) if f.kind == Kind.SMALL]
     assert found.rows.tolist() == [1]
     assert found.examples == ["1.jpg, annotation 2: 8x8 pixels"]
     assert "1 of 2 objects" in found.sentence
@@ -66,15 +66,15 @@ def test_an_object_is_too_small_by_the_rule_of_the_anchors(dataset):
 def test_an_object_is_too_large_or_too_thin_by_the_same_rule(dataset):
     index = index_of(dataset, [[0, 0, 250, 250], [3, 20, 250, 6], [10, 10, 60, 60]])
     kinds = {f.kind: f.rows.tolist() for f in check_index(index, anchors())}
-    assert kinds[check_annotations.LARGE] == [0, 1]
-    assert check_annotations.SMALL not in kinds
+    assert kinds[Kind.LARGE] == [0, 1]
+    assert Kind.SMALL not in kinds
 
 
 def test_of_copies_of_an_annotation_all_but_the_first_are_found(dataset):
     index = index_of(dataset, [[9, 9, 30, 30]] * 5 + [[9, 9, 30, 31]])
-    (found,) = [f for f in check_index(index) if f.kind == check_annotations.SAME_ANNOTATION]
+    (found,) = [f for f in check_index(index) if f.kind == Kind.SAME_ANNOTATION]
     assert found.rows.tolist() == [2, 3, 4], "the categories take turns"
-    assert len(found.examples) == check_annotations.NUM_EXAMPLES
+    assert len(found.examples) == NUM_EXAMPLES
 
 
 def test_objects_that_share_a_box_but_not_a_mask_are_no_copies(dataset):
@@ -82,32 +82,36 @@ def test_objects_that_share_a_box_but_not_a_mask_are_no_copies(dataset):
         {"id": i, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "segmentation": [outline]}
         for i, outline in enumerate(([0, 0, 20, 0, 20, 20], [0, 0, 0, 20, 20, 20]), start=1)
     ]
-    index = load_index(dataset.write([(40, 40)], annotations), "train2017")
-    assert check_annotations.SAME_ANNOTATION not in [f.kind for f in check_index(index)]
+    index = load_coco(dataset.write([(40, 40)], annotations), "train2017")
+    assert Kind.SAME_ANNOTATION not in [f.kind for f in check_index(index)]
 
 
 def test_ids_matter_where_a_split_is_evaluated(dataset):
     index = index_of(dataset, [[9, 9, 30, 30], [40, 9, 30, 30]], id=0)
     training = {f.kind: f.is_error for f in check_index(index)}
-    assert training[check_annotations.SAME_ID] is False
-    assert check_annotations.ZERO_ID not in training
+    assert training[Kind.SAME_ID] is False
+    assert Kind.ZERO_ID not in training
     evaluated = {f.kind: f.is_error for f in check_index(index, evaluated=True)}
-    assert evaluated[check_annotations.SAME_ID] is True
-    assert evaluated[check_annotations.ZERO_ID] is False
+    assert evaluated[Kind.SAME_ID] is True
+    assert evaluated[Kind.ZERO_ID] is False
 
 
 def test_names_given_to_several_categories_are_found(dataset):
-    index = load_index(dataset.write([(20, 30)], names=[(1, "cat"), (2, "cat"), (3, "dog")]), "train2017")
-    (found,) = [f for f in check_index(index) if f.kind == check_annotations.SAME_NAME]
+    index = load_coco(dataset.write([(20, 30)], names=[(1, "cat"), (2, "cat"), (3, "dog")]), "train2017")
+    (found,) = [f for f in check_index(index) if f.kind == Kind.SAME_NAME]
     assert "cat" in found.sentence
 
 
 def test_errors_stop_a_training_and_warnings_are_a_line_each(caplog):
-    warnings = [Finding("a", False, "there is a", examples=["1.jpg", "2.jpg"]), Finding("b", False, "there is b")]
-    stop_or_warn(warnings, "train2017")
-    assert [r.getMessage() for r in caplog.records] == [
-        "train2017: there is a, such as 1.jpg; 2.jpg",
-        "train2017: there is b",
+    warnings = [
+        Kind.SAME_ANNOTATION.finding([0, 1], examples=["1.jpg", "2.jpg"]),
+        Kind.SAME_NAME.finding(count=1, names="cat"),
     ]
-    with pytest.raises(UserError, match="^there is c$"):
-        stop_or_warn([*warnings, Finding("c", True, "there is c")], "train2017")
+    stop_or_warn(warnings, "train2017")
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == f"train2017: {warnings[0].sentence}, such as 1.jpg; 2.jpg"
+    assert second == f"train2017: {warnings[1].sentence}"
+    error = Kind.SAME_FILE.finding([3])
+    with pytest.raises(UserError) as raised:
+        stop_or_warn([*warnings, error], "train2017")
+    assert str(raised.value) == error.sentence

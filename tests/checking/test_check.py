@@ -1,30 +1,26 @@
 """The checker on damaged datasets: what it finds, what training does with them, and what the mended file is worth."""
 
+import argparse
 import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from maskrcnn_jax.checking import annotations as check_annotations
+from maskrcnn_jax.checking.anchors import Anchors
 from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
-from maskrcnn_jax.checking.dataset import Options, check_split, compare_splits
+from maskrcnn_jax.checking.dataset import check_dataset, check_split
 from maskrcnn_jax.checking.dataset_page import write_report
-from maskrcnn_jax.checking.mend import mend
-from maskrcnn_jax.commands.check import ROUNDS
+from maskrcnn_jax.checking.mend import fix_dataset, mend
+from maskrcnn_jax.commands import check as command
 from maskrcnn_jax.config import load_config, to_options
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.coco import load_index, locate
+from maskrcnn_jax.data.dataset import load_coco, locate
+from maskrcnn_jax.data.findings import Kind, Mend
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.training.check_data import anchors_of
 from tests.checking.dataset_faults import (
     FAULTS,
     box_without_width,
@@ -37,9 +33,7 @@ from tests.checking.dataset_faults import (
 )
 from tests.data.loading import load
 
-ROOT = Path(__file__).parents[2]
-ANCHORS = anchors_of(to_options(load_config("shapes")))
-OPTIONS = Options(anchors=ANCHORS, threads=1)
+OPTIONS = to_options(load_config("shapes"))
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +49,14 @@ def root(clean, tmp_path):
 
 
 def check(root):
-    splits = [
-        check_split(name, *locate(root, name), OPTIONS, evaluated=evaluated)
-        for name, evaluated in (("train2017", False), ("val2017", True))
-    ]
-    return compare_splits(*splits)
+    return check_dataset(root, OPTIONS)
 
 
 def train_on_data(root):
     """Does with the data what a training of an epoch does with it."""
-    index = load_index(root, "train2017")
-    stop_or_warn(check_index(index, ANCHORS), "train2017")
-    load_index(root, "val2017").categories.check_known(index.categories, "val2017")
+    index = load_coco(root, "train2017")
+    stop_or_warn(check_index(index, Anchors.from_options(OPTIONS)), "train2017")
+    load_coco(root, "val2017").categories.check_known(index.categories, "val2017")
     loader = load(
         index, batch_size=4, short_side=96, long_side=96, mask_side=96, train=True, annotations=True, threads=1
     )
@@ -114,7 +104,7 @@ def test_of_several_faults_the_reader_stops_at_one_that_the_checker_knows(root, 
         damage(root, fault, seed)
     sentences = {finding.sentence for split in check(root) for finding in split.findings}
     try:
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
     except UserError as e:
         assert str(e) in sentences
 
@@ -139,7 +129,6 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
     path = root / "annotations" / "instances_train2017.json"
     clean = json.loads(path.read_text())
     rng = np.random.default_rng(0)
-    options = Options(anchors=ANCHORS, threads=1, images=False)
     num_refused = 0
     for _ in range(250):
         content = copy.deepcopy(clean)
@@ -158,9 +147,9 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
             else:
                 entry[key] = value
         path.write_text(json.dumps(content))
-        split = check_split("train2017", path, root / "train2017", options)
+        split = check_split("train2017", path, root / "train2017", OPTIONS, open_images=False)
         try:
-            index = load_index(root, "train2017")
+            index = load_coco(root, "train2017")
             assert all(np.isfinite(index.boxes[row]).all() for row in range(len(index.boxes)))
         except UserError as e:
             num_refused += 1
@@ -168,9 +157,7 @@ def test_whatever_stands_in_the_annotations_the_checker_ends_with_findings(tmp_p
         write_report(tmp_path / "report.html", [split])
         mended = tmp_path / "mended.json"
         try:
-            for _ in range(ROUNDS):
-                mend(split, mended)
-                split = check_split("train2017", mended, root / "train2017", options)
+            split, _ = fix_dataset([split], mended, OPTIONS, open_images=False)
         except UserError as e:
             assert "cannot be mended" in str(e) or "would be left" in str(e)
             continue
@@ -208,9 +195,39 @@ def test_lists_as_deep_as_they_can_be_read_are_mended_or_refused(root, tmp_path,
     assert again.num_errors == 0
 
 
+def test_a_dataset_without_a_split_for_evaluation_is_checked_with_a_warning(root):
+    shutil.rmtree(root / "val2017")
+    (root / "annotations" / "instances_val2017.json").unlink()
+    (split,) = check_dataset(root, OPTIONS)
+    assert [finding.kind for finding in split.findings] == [Kind.NO_EVALUATION]
+    assert not split.num_errors
+
+
+def test_an_annotation_file_is_checked_with_its_folder_of_images(root):
+    path, images = locate(root, "train2017")
+    (split,) = check_dataset(path, OPTIONS, image_dir=images)
+    assert split.name == "instances_train2017"
+    assert not split.findings
+    with pytest.raises(UserError, match="is not a folder"):
+        check_dataset(path, OPTIONS)
+
+
+def test_a_cleaned_copy_is_checked_and_never_overwrites_annotations(root, tmp_path):
+    name = damage(root, category_zero)
+    splits = check(root)
+    with pytest.raises(UserError, match="would overwrite"):
+        fix_dataset(splits, splits[1].json_path, OPTIONS)
+    cleaned, changes = fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)
+    assert cleaned.json_path == tmp_path / "cleaned.json"
+    assert not cleaned.findings
+    ((change, names),) = changes.items()
+    assert change == f"annotations dropped: {Kind.UNLISTED_CATEGORY}"
+    assert len(names) == 1 and names[0].startswith(name)
+
+
 def test_missing_files_are_no_error_where_they_are_skipped(root):
     name = damage(root, file_missing)
-    options = dataclasses.replace(OPTIONS, skip_broken=True)
+    options = dataclasses.replace(OPTIONS, data=dataclasses.replace(OPTIONS.data, skip_broken=True))
     (found,) = check_split("train2017", *locate(root, "train2017"), options).findings
     assert not found.is_error
     assert name in found.examples
@@ -225,10 +242,10 @@ def test_findings_name_places_in_the_file_whatever_was_skipped_before(root):
     content["annotations"].append(content["annotations"][7] | {"id": 10_000})
     path.write_text(json.dumps(content))
     rows = {finding.kind: finding.rows.tolist() for finding in check(root)[0].findings}
-    assert rows[check_annotations.SAME_FILE] == [len(content["images"]) - 1]
-    assert rows[check_annotations.SAME_ANNOTATION] == [len(content["annotations"]) - 1]
-    assert rows[faults.MALFORMED_IMAGE] == [0, 1]
-    assert rows[faults.MALFORMED_ANNOTATION] == [0, 1, 2]
+    assert rows[Kind.SAME_FILE] == [len(content["images"]) - 1]
+    assert rows[Kind.SAME_ANNOTATION] == [len(content["annotations"]) - 1]
+    assert rows[Kind.MALFORMED_IMAGE] == [0, 1]
+    assert rows[Kind.MALFORMED_ANNOTATION] == [0, 1, 2]
 
 
 def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
@@ -243,7 +260,7 @@ def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     done = mend(check(root)[0], tmp_path / "mended.json")
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
-    assert set(done) == {"boxes turned from corners into x, y, width, height", "file names corrected"}
+    assert set(done) == {Mend.CORNERS_TO_SIZES, Mend.FIND_FILE}
     mended = json.loads((tmp_path / "mended.json").read_text())
     for annotation in content["annotations"]:
         x1, y1, x2, y2 = annotation["bbox"]
@@ -254,28 +271,33 @@ def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
     assert list(mended) == list(content)
 
 
-@pytest.mark.slow
-def test_the_command_tells_writes_a_page_and_a_cleaned_copy(root, tmp_path):
+def run_command(*arguments):
+    """Run the check command for the options of the shapes config, and return its exit status."""
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    options = parser.parse_args(list(map(str, arguments)))
+    options.config = load_config("shapes")
+    try:
+        command.main(options)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def test_the_command_lists_findings_and_writes_a_page_and_a_cleaned_copy(root, tmp_path, capsys):
     names = [
         damage(root, fault, seed) for seed, fault in enumerate((box_without_width, category_zero, image_cut_short))
     ]
     report, cleaned = tmp_path / "check.html", tmp_path / "cleaned.json"
-    command = [sys.executable, ROOT / "tools" / "check_dataset.py", root, f"--config={ROOT}/configs/shapes.py"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [*command, f"--report={report}", f"--fix={cleaned}"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    assert "2 errors and 1 warning in 2 splits." in done.stdout
-    assert f"{cleaned} is written: 0 errors and 1 warning in 1 split." in done.stdout
-    assert done.stdout.rstrip().endswith("are not listed and will not be used"), "what is left is said"
-    page = report.read_text()
+    assert run_command(root, f"--report={report}", f"--fix={cleaned}") == 1
+    printed, page = capsys.readouterr().out, report.read_text()
+    assert "2 errors and 1 warning in 2 splits." in printed
+    assert printed.count(Kind.NOT_LISTED.tell(1, folder=root / "train2017")) == 1, "of the cleaned copy"
+    assert printed.rstrip().endswith("0 errors and 1 warning in 1 split.")
     assert page.count("<img ") == 2, "the third cannot be read"
     for name in names:
-        assert name in done.stdout
+        assert name in printed
         assert name in page
     (root / "annotations" / "instances_train2017.json").write_bytes(cleaned.read_bytes())
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert again.returncode == 0, again.stdout
-    assert "0 errors and 0 warnings" not in again.stdout, "the image that was dropped is not listed"
+    assert run_command(root) == 0
+    assert "0 errors and 1 warning in 2 splits." in capsys.readouterr().out, "the image that was dropped is not listed"

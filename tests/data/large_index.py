@@ -1,4 +1,4 @@
-"""Writes an annotation file of COCO's size, and measures what opening it takes; test_coco.py runs it apart.
+"""Writes an annotation file of COCO's size and measures how long opening it takes; test_coco.py runs it.
 
 python tests/data/large_index.py write DIR
 python tests/data/large_index.py measure DIR      # prints one JSON object
@@ -49,24 +49,25 @@ def write(root: Path) -> None:
 
 
 def measure(root: Path) -> None:
-    """Prints the seconds of processor time, the peak memory of the process, the sizes of the index and what is odd."""
-    from maskrcnn_jax.checking.annotations import check_index
-    from maskrcnn_jax.data.coco import load_index
-    from maskrcnn_jax.options import Options
-    from maskrcnn_jax.training.check_data import anchors_of
+    """Prints the seconds of processor time, the peak memory of the process, the sizes of the dataset and findings."""
+    from maskrcnn_jax.data.dataset import load_coco
 
     start = time.process_time()
-    index = load_index(root, "train2017")
+    dataset = load_coco(root, "train2017")
     seconds = time.process_time() - start
-    start = time.process_time()
-    found = check_index(index, anchors_of(Options()))
-    check_seconds = time.process_time() - start
     # Not getrusage's ru_maxrss: Linux lets a process inherit that of the one that started it.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     peak = int(line.split()[1]) * 1024
+    from maskrcnn_jax.checking.anchors import Anchors
+    from maskrcnn_jax.checking.annotations import check_index
+    from maskrcnn_jax.options import Options
+
+    start = time.process_time()
+    found = check_index(dataset, Anchors.from_options(Options()))
+    check_seconds = time.process_time() - start
     measured = {"seconds": seconds, "check_seconds": check_seconds, "peak_bytes": peak}
-    measured |= {"images": len(index), "objects": len(index.labels), "findings": [finding.kind for finding in found]}
-    print(json.dumps(measured))
+    measured |= {"images": len(dataset), "objects": len(dataset.labels)}
+    print(json.dumps(measured | {"findings": [finding.kind for finding in found]}))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data import faults, images
+from maskrcnn_jax.data import images
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import drop_labels, load_index
+from maskrcnn_jax.data.coco import drop_labels
+from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError, decode_image
 from maskrcnn_jax.errors import UserError
 
@@ -34,7 +36,7 @@ def square_mask(height, width):
 
 def test_an_annotation_is_read_as_box_label_and_mask(dataset):
     root = dataset.write([(20, 30), (40, 50)], [annotation(7, image_id=2, category_id=2)])
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     assert len(index) == 2
     assert index.problems == {}
     np.testing.assert_array_equal(index.sizes, [[20, 30], [40, 50]])
@@ -49,7 +51,7 @@ def test_an_annotation_is_read_as_box_label_and_mask(dataset):
 
 
 def test_an_image_without_objects_has_arrays_of_length_zero(dataset):
-    index = load_index(dataset.write([(20, 30)]), "train2017")
+    index = load_coco(dataset.write([(20, 30)]), "train2017")
     assert index.annotations(0).boxes.shape == (0, 4)
     assert index.masks(0).shape == (0, 20, 30)
 
@@ -57,16 +59,16 @@ def test_an_image_without_objects_has_arrays_of_length_zero(dataset):
 def test_annotations_are_sorted_by_image_whatever_their_order(dataset):
     owners = [3, 1, 2, 1, 3]
     root = dataset.write([(20, 30)] * 3, [annotation(k, image_id=i) for k, i in enumerate(owners)])
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     assert [index.annotations(i).ids.tolist() for i in range(3)] == [[1, 3], [2], [0, 4]]
 
 
 def test_the_sections_of_the_file_may_come_in_any_order(dataset):
     root = dataset.write([(20, 30)], [annotation(1, image_id=1)])
-    expected = load_index(root, "train2017")
+    expected = load_coco(root, "train2017")
     content = json.loads(dataset.json_path.read_text())
     dataset.json_path.write_text(json.dumps(dict(reversed(content.items())), indent=3))
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     np.testing.assert_array_equal(index.boxes, expected.boxes)
     np.testing.assert_array_equal(index.masks(0), expected.masks(0))
 
@@ -84,14 +86,14 @@ def test_every_kind_of_segmentation_gives_the_mask_that_pycocotools_gives(datase
         "uncompressed": {"size": [20, 30], "counts": np.diff(ends).tolist()},
     }[kind]
     root = dataset.write([(20, 30)], [annotation(1, image_id=1), annotation(2, image_id=1, segmentation=segmentation)])
-    np.testing.assert_array_equal(load_index(root, "train2017").masks(0), [square_mask(20, 30), mask])
+    np.testing.assert_array_equal(load_coco(root, "train2017").masks(0), [square_mask(20, 30), mask])
 
 
 def test_polygons_that_pass_the_border_are_cut_there_as_pycocotools_cuts_them(dataset):
     polygon = [-5.3, 4.1, 50.7, -3.2, 45.2, 33.9, 12.6, 28.4, -8, 15]
     root = dataset.write([(20, 30)], [annotation(1, image_id=1, segmentation=[polygon])])
     expected = coco_mask.decode(coco_mask.frPyObjects([polygon], 20, 30))[:, :, 0]
-    np.testing.assert_array_equal(load_index(root, "train2017").masks(0)[0], expected)
+    np.testing.assert_array_equal(load_coco(root, "train2017").masks(0)[0], expected)
 
 
 def test_random_polygons_are_rasterised_as_pycocotools_does(dataset):
@@ -99,7 +101,7 @@ def test_random_polygons_are_rasterised_as_pycocotools_does(dataset):
     polygons = [(rng.uniform(0, 15, 2) + rng.uniform(0, 10, (k, 2))).ravel().round(2).tolist() for k in (3, 4, 7) * 20]
     root = dataset.write([(20, 30)], [annotation(k, image_id=1, segmentation=[p]) for k, p in enumerate(polygons)])
     expected = coco_mask.decode(coco_mask.frPyObjects(polygons, 20, 30))
-    np.testing.assert_array_equal(load_index(root, "train2017").masks(0), expected.transpose(2, 0, 1))
+    np.testing.assert_array_equal(load_coco(root, "train2017").masks(0), expected.transpose(2, 0, 1))
 
 
 def test_crowds_are_left_out_unless_asked_for(dataset):
@@ -108,7 +110,7 @@ def test_crowds_are_left_out_unless_asked_for(dataset):
     root = dataset.write(
         [(20, 30)], [annotation(1, image_id=1, segmentation=crowd, iscrowd=1), annotation(2, image_id=1)]
     )
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     assert index.annotations(0).ids.tolist() == [2]
     assert len(index.masks(0)) == 1
     assert index.annotations(0, with_crowd=True).crowd.tolist() == [True, False]
@@ -122,7 +124,7 @@ def test_other_categories_get_labels_from_1_in_order_of_id(dataset):
         [annotation(1, image_id=1, category_id=900), annotation(2, image_id=1, category_id=0)],
         names=[(900, "zebra"), (5, "ant"), (0, "bee")],
     )
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     assert index.categories == Categories((0, 5, 900), ("bee", "ant", "zebra"), (1, 2, 3), 4)
     assert index.annotations(0).labels.tolist() == [3, 1]
     assert index.categories.category_id(3) == 900
@@ -136,7 +138,7 @@ def test_names_beyond_ascii_are_read(dataset, escaped):
     content = json.loads(dataset.json_path.read_text())
     content["images"][0]["file_name"] = "größe.jpg"
     dataset.json_path.write_text(json.dumps(content, ensure_ascii=escaped), encoding="utf-8")
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     assert index.categories.names == ("猫 😀", "Käse")
     assert index.read_image(0).shape == (20, 30, 3)
 
@@ -162,7 +164,7 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
             annotation(12, image_id=1, segmentation=[], bbox=[]),
         ],
     )
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     objects = index.annotations(0)
     assert objects.ids.tolist() == [1, 4, 5, 6, 7, 8, 10, 11]
     assert objects.has_mask.tolist() == [True, True, True, False, True, False, False, False]
@@ -170,17 +172,17 @@ def test_unusable_annotations_are_dropped_and_counted(dataset, caplog):
     np.testing.assert_array_equal(index.masks(0)[objects.has_mask], [square_mask(20, 30)] * 4)
     assert not index.masks(0)[~objects.has_mask].any()
     assert index.problems == {
-        "polygons without three points dropped": 2,
-        "polygons with coordinates that no image has dropped": 2,
-        "annotations without a usable mask, of which only the box is learnt": 4,
-        "annotations without a usable mask, and without a box dropped": 1,
-        "run-length masks of another size than their image dropped": 1,
-        "boxes without area dropped": 1,
-        "boxes outside their image dropped": 1,
-        "boxes clipped to their image by more than a pixel": 1,
+        Kind.SHORT_POLYGON: 2,
+        Kind.FAR_POLYGON: 2,
+        Kind.ONLY_BOX: 4,
+        Kind.NO_BOX_NOR_MASK: 1,
+        Kind.OTHER_SIZE: 1,
+        Kind.FLAT_BOX: 1,
+        Kind.OUTSIDE_BOX: 1,
+        Kind.CLIPPED_BOX: 1,
     }
     assert len(caplog.records) == 1
-    assert "1 boxes without area dropped" in caplog.text
+    assert f"1 {Kind.FLAT_BOX}" in caplog.text
 
 
 @pytest.mark.parametrize("segmentation", ["polygon", "counts", "compressed"])
@@ -197,7 +199,7 @@ def test_a_mask_without_a_box_gets_the_box_around_it(dataset, segmentation):
     }
     broken = annotation(2, image_id=1, segmentation=forms[segmentation])
     del broken["bbox"]
-    index = load_index(dataset.write([(20, 30)], [annotation(1, image_id=1), broken]), "train2017")
+    index = load_coco(dataset.write([(20, 30)], [annotation(1, image_id=1), broken]), "train2017")
     around = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     np.testing.assert_allclose(index.annotations(0).boxes[1], around, atol=0 if segmentation != "polygon" else 1)
     assert index.problems == {}
@@ -207,18 +209,18 @@ def test_objects_of_unlisted_categories_are_refused_or_kept_apart(dataset):
     objects = [annotation(1, image_id=1), annotation(2, image_id=1, category_id=77)]
     root = dataset.write([(20, 30)], objects)
     with pytest.raises(UserError, match="annotation 2 with category 77; .*data.ignore_regions"):
-        load_index(root, "train2017")
-    index = load_index(root, "train2017", keep_unlisted=True)
+        load_coco(root, "train2017")
+    index = load_coco(root, "train2017", keep_unlisted=True)
     assert index.annotations(0).ids.tolist() == [1]
     everything = index.annotations(0, with_crowd=True)
     assert everything.labels.tolist() == [1, 0]
     assert everything.crowd.tolist() == [False, True]
-    assert index.problems == {"objects of categories that are not listed, ignored": 1}
+    assert index.problems == {Kind.IGNORED: 1}
 
 
 def test_dropped_labels_are_nested_and_leave_the_images(dataset):
     objects = [annotation(i, image_id=1 + i % 3, category_id=1 + i % 2) for i in range(1, 31)]
-    index = load_index(dataset.write([(20, 30)] * 4, objects), "train2017")
+    index = load_coco(dataset.write([(20, 30)] * 4, objects), "train2017")
 
     def ids(index):
         return {int(i): set(index.annotations(i).ids.tolist()) for i in range(len(index))}
@@ -239,7 +241,7 @@ def test_dropped_labels_are_nested_and_leave_the_images(dataset):
 def test_a_dataset_of_which_no_annotation_is_usable_is_refused(dataset):
     root = dataset.write([(20, 30)], [annotation(1, image_id=1, segmentation=[], bbox=())])
     with pytest.raises(UserError, match="none of the 1 annotations"):
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
 
 
 # What the user is told
@@ -247,13 +249,13 @@ def test_a_dataset_of_which_no_annotation_is_usable_is_refused(dataset):
 
 @pytest.mark.parametrize(
     ("coco_dir", "told"),
-    [("", "set --config.data.coco_dir"), ("absent", "is not a folder"), ("empty", "lacks .*instances_train2017.json")],
+    [("", "set data.coco_dir"), ("absent", "is not a folder"), ("empty", "lacks .*instances_train2017.json")],
 )
 def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, monkeypatch, coco_dir, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=told) as error:
-        load_index(coco_dir, "train2017")
+        load_coco(coco_dir, "train2017")
     assert "train2017/ (the images) and annotations/instances_train2017.json" in str(error.value)
 
 
@@ -274,7 +276,7 @@ def test_broken_json_is_refused_with_file_and_position(dataset, text, told):
     root = dataset.write([(20, 30)])
     dataset.json_path.write_text(text)
     with pytest.raises(UserError, match=told) as error:
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
     assert str(dataset.json_path) in str(error.value)
 
 
@@ -282,7 +284,7 @@ def test_text_that_is_not_utf_8_is_refused(dataset):
     root = dataset.write([(20, 30)])
     dataset.json_path.write_bytes('{"info": "Käse"}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
 
 
 @pytest.mark.parametrize("section", ["images", "annotations", "categories"])
@@ -292,7 +294,7 @@ def test_a_file_without_one_of_the_sections_is_refused(dataset, section):
     del content[section]
     dataset.json_path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"has no {section}"):
-        load_index(dataset.root, "train2017")
+        load_coco(dataset.root, "train2017")
 
 
 IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
@@ -306,21 +308,24 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         ({"images": [IMAGE, IMAGE]}, "image ids more than once, such as 1"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category ids more than once"),
         ({"categories": [{"id": "x", "name": "a"}]}, "category x .* malformed"),
-        ({"images": [{"id": 1, "file_name": "1.jpg", "height": 20}]}, "image 1 .* 'width' is missing"),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "height": 20}]}, "image 1 .* missing required field `width`"),
         ({"images": [IMAGE | {"height": 0}]}, "image 1 .* size 0x30"),
         ({"images": [3]}, "image 3 .* malformed"),
         ({"annotations": [annotation(5, image_id=9)]}, "annotation 5 with image 9; add the image"),
         ({"annotations": [annotation(5, image_id=1, category_id=9)]}, "annotation 5 with category 9"),
         ({"annotations": [annotation(5, image_id="1")]}, "annotation 5 .* malformed"),
         ({"annotations": [annotation(5, image_id=1, bbox=[1, 2, 3])]}, "annotation 5 .* malformed"),
-        ({"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]}, "'counts' is missing"),
-        ({"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]}, "none of the 1 .* without a box"),
+        (
+            {"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]},
+            "missing required field `counts`",
+        ),
+        ({"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]}, "none of the 1 annot.* neither box nor"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(dataset, sections, told):
     root = dataset.write([(20, 30)], **sections)
     with pytest.raises(UserError, match=told) as error:
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
     assert str(dataset.json_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -330,7 +335,7 @@ def test_run_lengths_that_do_not_fill_the_image_are_refused_by_annotation(datase
     segmentation = {"size": [20, 30], "counts": counts}
     root = dataset.write([(20, 30)], [annotation(5, image_id=1, segmentation=segmentation)])
     with pytest.raises(UserError, match="annotation 5 does not fit"):
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
 
 
 def test_missing_image_files_are_found_when_the_dataset_is_opened(dataset):
@@ -338,10 +343,10 @@ def test_missing_image_files_are_found_when_the_dataset_is_opened(dataset):
     dataset.image_path("2.jpg").unlink()
     dataset.image_path("4.jpg").unlink()
     with pytest.raises(UserError, match=r"2 of 5 image files are missing .* such as 2.jpg, 4.jpg; .*skip_broken=true"):
-        load_index(root, "train2017")
-    index = load_index(root, "train2017", skip_broken=True)
+        load_coco(root, "train2017")
+    index = load_coco(root, "train2017", skip_broken=True)
     assert len(index) == 5
-    assert index.problems == {"image files missing": 2}
+    assert index.problems == {Kind.MISSING_FILE: 2}
 
 
 @pytest.mark.parametrize("name", ["1.jpg", "sub/1.jpg"])
@@ -351,15 +356,15 @@ def test_what_is_no_file_is_missing_and_never_opened(dataset, name, make):
     dataset.image_path("1.jpg").unlink()
     dataset.image_path("sub").mkdir()
     make(dataset.image_path(name))
-    with pytest.raises(UserError, match="1 of 1 image files are missing"):
-        load_index(root, "train2017")
+    with pytest.raises(UserError, match="1 of 1 image files is missing"):
+        load_coco(root, "train2017")
 
 
 def test_file_names_may_name_subfolders(dataset):
     root = dataset.write([(20, 30)], images=[IMAGE | {"file_name": "sub/1.jpg"}])
     dataset.image_path("sub").mkdir()
     dataset.image_path("1.jpg").rename(dataset.image_path("sub/1.jpg"))
-    assert load_index(root, "train2017").read_image(0).shape == (20, 30, 3)
+    assert load_coco(root, "train2017").read_image(0).shape == (20, 30, 3)
 
 
 # Images
@@ -368,7 +373,7 @@ def test_file_names_may_name_subfolders(dataset):
 def test_images_are_rgb_bytes(dataset):
     root = dataset.write([(20, 30)])
     cv2.imwrite(str(dataset.image_path("1.jpg")), np.full((20, 30, 3), (10, 60, 200), np.uint8))  # blue, green, red
-    image = load_index(root, "train2017").read_image(0)
+    image = load_coco(root, "train2017").read_image(0)
     assert image.dtype == np.uint8
     assert image.shape == (20, 30, 3)
     np.testing.assert_allclose(image[10, 10], [200, 60, 10], atol=2)
@@ -377,7 +382,7 @@ def test_images_are_rgb_bytes(dataset):
 def test_greyscale_jpeg_becomes_three_equal_channels(dataset):
     root = dataset.write([(20, 30)])
     cv2.imwrite(str(dataset.image_path("1.jpg")), np.full((20, 30), 77, np.uint8))
-    image = load_index(root, "train2017").read_image(0)
+    image = load_coco(root, "train2017").read_image(0)
     assert image.shape == (20, 30, 3)
     assert (image == 77).all()
 
@@ -388,7 +393,7 @@ def test_cmyk_jpeg_has_the_right_colours(dataset):
     expected = np.zeros((20, 30, 3), np.uint8)
     expected[:, :16], expected[:, 16:] = (200, 40, 30), (30, 60, 210)
     pillow.fromarray(expected).convert("CMYK").save(dataset.image_path("1.jpg"), quality=95)
-    image = load_index(root, "train2017").read_image(0)
+    image = load_coco(root, "train2017").read_image(0)
     np.testing.assert_allclose(image[:, [4, 24]].astype(int), expected[:, [4, 24]], atol=4)
 
 
@@ -398,7 +403,7 @@ def test_the_orientation_in_exif_is_ignored(dataset):
     exif = pillow.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     pillow.new("RGB", (30, 20)).save(dataset.image_path("1.jpg"), exif=exif)
-    assert load_index(root, "train2017").read_image(0).shape == (20, 30, 3)
+    assert load_coco(root, "train2017").read_image(0).shape == (20, 30, 3)
 
 
 def break_image(path, how):
@@ -427,24 +432,24 @@ def break_image(path, how):
     ],
 )
 def test_a_broken_image_is_named_with_the_way_out(dataset, how, told):
-    index = load_index(dataset.write([(20, 30)]), "train2017")
+    index = load_coco(dataset.write([(20, 30)]), "train2017")
     break_image(dataset.image_path("1.jpg"), how)
     with pytest.raises(BrokenImageError, match=told) as error:
         index.read_image(0)
     assert "1.jpg" in str(error.value)
-    assert "--config.data.skip_broken=true" in str(error.value)
+    assert "set data.skip_broken=true" in str(error.value)
 
 
 def test_an_image_of_many_times_the_pixels_is_refused_before_it_is_decoded(dataset, monkeypatch):
-    index = load_index(dataset.write([(20, 30)]), "train2017")
+    index = load_coco(dataset.write([(20, 30)]), "train2017")
     cv2.imwrite(str(dataset.image_path("1.jpg")), np.zeros((50, 50), np.uint8))
     monkeypatch.setattr(images, "decode_image", None)
-    with pytest.raises(BrokenImageError, match="has 2,500 pixels, and 20x30"):
+    with pytest.raises(BrokenImageError, match="has 2,500 pixels where the annotations say 20x30"):
         index.read_image(0)
 
 
 def test_a_jpeg_is_whole_if_bytes_follow_its_end_and_cut_if_only_its_thumbnail_ends(dataset):
-    index = load_index(dataset.write([(20, 30)]), "train2017")
+    index = load_coco(dataset.write([(20, 30)]), "train2017")
     path = dataset.image_path("1.jpg")
     data = path.read_bytes()
     path.write_bytes(data + b"\0" * 3000)
@@ -460,7 +465,7 @@ def test_a_jpeg_is_whole_if_bytes_follow_its_end_and_cut_if_only_its_thumbnail_e
 
 def test_on_coco_the_masks_and_boxes_are_those_of_pycocotools(coco_dir):
     root = coco_dir
-    index, reference = load_index(root, "val2017"), COCO(root / "annotations" / "instances_val2017.json")
+    index, reference = load_coco(root, "val2017"), COCO(root / "annotations" / "instances_val2017.json")
     assert index.categories.num_classes == 91
     seen = 0
     for i in range(min(len(index), 200)):
@@ -478,7 +483,7 @@ def test_on_coco_the_masks_and_boxes_are_those_of_pycocotools(coco_dir):
 
 
 @pytest.mark.slow
-def test_an_index_as_large_as_cocos_opens_within_a_minute_and_one_and_a_half_gigabytes(tmp_path):
+def test_annotations_of_cocos_size_open_within_seconds_and_a_gigabyte(tmp_path):
     script = Path(__file__).with_name("large_index.py")
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -489,10 +494,10 @@ def test_an_index_as_large_as_cocos_opens_within_a_minute_and_one_and_a_half_gig
     measured = json.loads(done.stdout)
     assert measured["images"] == 118_287
     assert measured["objects"] == 860_001
-    assert measured["seconds"] < 60, measured
+    assert measured["seconds"] < 12, measured  # 3 on an idle machine
     assert measured["check_seconds"] < 10, measured
     assert measured["findings"] == ["boxes that do not fit their masks"], "their polygons are random"
-    assert measured["peak_bytes"] < 1.5e9, measured
+    assert measured["peak_bytes"] < 1e9, measured
 
 
 @pytest.mark.parametrize("size", [[0, 24], [20, 0], [10**9, 10**9], [-20, -24]])
@@ -500,21 +505,21 @@ def test_a_run_length_mask_of_an_impossible_size_is_refused(dataset, size):
     mask = {"size": size, "counts": "0PY0"}  # without a box, pycocotools divides by the height
     root = dataset.write([(20, 24)], [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": mask}])
     with pytest.raises(UserError, match="the size of its mask is"):
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
 
 
 def test_a_polygon_that_takes_long_to_draw_is_dropped(dataset):
     zigzag = [9e4, 0, -9e4, 10] * 100
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "segmentation": [zigzag]}
-    index = load_index(dataset.write([(20, 24)], [annotation]), "train2017")
-    assert index.problems[faults.FAR_POLYGON] == 1 and not index.has_mask.any()
+    index = load_coco(dataset.write([(20, 24)], [annotation]), "train2017")
+    assert index.problems[Kind.FAR_POLYGON] == 1 and not index.has_mask.any()
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "a\n.jpg", "\ud800.jpg"])
 def test_a_name_that_no_file_can_have_is_refused(dataset, name):
     root = dataset.write([(20, 24)], images=[{"id": 1, "file_name": name, "height": 20, "width": 24}])
     with pytest.raises(UserError, match="image 1 in .* is malformed: file_name a?") as raised:
-        load_index(root, "train2017")
+        load_coco(root, "train2017")
     assert "\n" not in str(raised.value) and str(raised.value).encode()
 
 

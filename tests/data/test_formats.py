@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from maskrcnn_jax.data import faults
-from maskrcnn_jax.data.coco import load_index, locate, read_dataset
-from maskrcnn_jax.data.faults import Faults
+from maskrcnn_jax.data.dataset import load_coco, locate, read_dataset
+from maskrcnn_jax.data.findings import Collector, Kind
 from maskrcnn_jax.data.formats import overlaps, polygon_bounds
 from maskrcnn_jax.errors import UserError
 
@@ -24,9 +23,9 @@ def box_annotations(boxes, masks=True):
 
 def read(dataset, written, real, masks=True):
     root = dataset.write([(100, 100)], box_annotations((written, real), masks))
-    collected = Faults()
-    data = read_dataset(*locate(root, "train2017"), report=collected)
-    return list(collected.first), data.index.boxes
+    collector = Collector()
+    boxes = read_dataset(*locate(root, "train2017"), report=collector).boxes
+    return [finding.kind for finding in collector.findings()], boxes
 
 
 REAL = np.array([[40, 50, 30, 20], [10, 20, 60, 70], [60, 60, 39, 39], [5, 70, 20, 30], [30, 30, 40, 40]], float)
@@ -38,9 +37,9 @@ CORNERS = np.concatenate([REAL[:, :2], REAL[:, :2] + REAL[:, 2:]], axis=1)
     ("written", "kinds"),
     [
         (REAL, []),
-        (CORNERS, [faults.CORNERS]),
-        (REAL / 100, [faults.NORMALISED_BOXES]),
-        (CORNERS / 100, [faults.NORMALISED_BOXES, faults.CORNERS]),
+        (CORNERS, [Kind.CORNERS]),
+        (REAL / 100, [Kind.NORMALISED_BOXES]),
+        (CORNERS / 100, [Kind.NORMALISED_BOXES, Kind.CORNERS]),
     ],
 )
 def test_boxes_in_another_form_are_told_and_read_as_what_they_are(dataset, written, kinds, masks):
@@ -52,8 +51,9 @@ def test_boxes_in_another_form_are_told_and_read_as_what_they_are(dataset, writt
 @pytest.mark.parametrize("masks", [True, False])
 def test_the_reader_stops_at_boxes_in_another_form(dataset, masks):
     root = dataset.write([(100, 100)], box_annotations((CORNERS.tolist(), REAL.tolist()), masks))
-    with pytest.raises(UserError, match="x1, y1, x2, y2 where x, y, width, height are wanted"):
-        load_index(root, "train2017")
+    with pytest.raises(UserError) as raised:
+        load_coco(root, "train2017")
+    assert str(raised.value) == Kind.CORNERS.tell(path=locate(root, "train2017")[0])
 
 
 @pytest.mark.parametrize(

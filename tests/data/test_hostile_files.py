@@ -9,12 +9,11 @@ import numpy as np
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.checking.annotations import Anchors
-from maskrcnn_jax.checking.dataset import Options, check_split
-from maskrcnn_jax.data.coco import read_dataset
+from maskrcnn_jax.checking.dataset import check_split
+from maskrcnn_jax.data.dataset import read_dataset
 from maskrcnn_jax.data.images import BrokenImageError, check_and_decode, decode_image
 from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
-from maskrcnn_jax.data.tfds_source import load_arrays, save_arrays
+from maskrcnn_jax.options import DataOptions, ModelOptions, Options
 from tests.hostile import CASES, NUMBERS, assert_sentence, change_document, changes, damage_bytes, damages, hostile
 
 _HELD = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
@@ -25,7 +24,10 @@ _PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 4), np.uint8)
 for _i in (1, 2, 3):
     cv2.imwrite(str(_IMAGES / f"{_i}.jpg"), _PIXELS[..., :3])
 _RLE = coco_mask.encode(np.asfortranarray(_PIXELS[..., 0] > 200, np.uint8))["counts"].decode()
-_ANCHORS = Anchors(np.float64([[8, 8], [16, 8], [32, 32]]), 0.3, 64, 96, "torchvision")
+_OPTIONS = Options(
+    model=ModelOptions(anchor_sizes=(8, 16, 32)), data=DataOptions(short_side=64, long_side=96, threads=1)
+)
+_KEEPING = Options(data=DataOptions(ignore_regions=True))
 
 
 def _document():
@@ -53,12 +55,12 @@ def _read(data, times=1):
     """Reads an annotation file as training and as the checker do, and what it lists."""
     _JSON.write_bytes(data)
     for split in (
-        check_split("train", _JSON, _IMAGES, Options(anchors=_ANCHORS, images=times % 4 == 0, threads=1)),
-        check_split("val", _JSON, _IMAGES, Options(keep_unlisted=True, images=False), evaluated=True),
+        check_split("train", _JSON, _IMAGES, _OPTIONS, open_images=times % 4 == 0),
+        check_split("val", _JSON, _IMAGES, _KEEPING, open_images=False, evaluated=True),
     ):
         for finding in split.findings:
             assert_sentence(finding.sentence)
-    index = read_dataset(_JSON, _IMAGES, skip_broken=True, keep_unlisted=bool(times % 2)).index
+    index = read_dataset(_JSON, _IMAGES, skip_broken=True, keep_unlisted=bool(times % 2)).without_flat()
     for i in range(min(len(index), 4)):
         objects = index.annotations(i, with_crowd=True)
         assert np.isfinite(objects.boxes).all() and (objects.boxes[:, 2:] > objects.boxes[:, :2]).all()
@@ -173,23 +175,6 @@ def test_hostile_images_are_read_or_refused(data, channels, upright):
     assert image is None or (image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] <= channels)
     image = check_and_decode(Path("a.jpg"), data, (20, 24), channels)
     assert image.shape == (20, 24, channels)
-
-
-def _arrays_of_a_built_dataset():
-    _JSON.write_text(_TEXT)
-    path = _FOLDER / "index.npz"
-    save_arrays(path, read_dataset(_JSON, _IMAGES).file, 0)
-    return path.read_bytes()
-
-
-_ARRAYS = _arrays_of_a_built_dataset()
-
-
-@hostile("arrays of a built dataset", made=damages)
-def test_hostile_arrays_of_a_built_dataset_are_read_or_refused(made):
-    path = _FOLDER / "index.npz"
-    path.write_bytes(damage_bytes(_ARRAYS, made))
-    load_arrays(path, _JSON)
 
 
 def test_a_run_tries_ten_thousand_hostile_files():

@@ -10,7 +10,8 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data import loader as loader_module
 from maskrcnn_jax.data import transforms
-from maskrcnn_jax.data.coco import drop_labels, load_index
+from maskrcnn_jax.data.coco import drop_labels
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Plan, buckets_for, training_subset
 from maskrcnn_jax.data.shapes import write_dataset
@@ -27,7 +28,7 @@ def index(tmp_path_factory):
     """22 images of shapes, 96 pixels a side."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_dataset(root, num_train=22, num_val=1, image_size=96, seed=1)
-    return load_index(root, "train2017")
+    return load_coco(root, "train2017")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def mixed(dataset):
     """7 wide, 5 tall and 2 square images, with one object in every wide one."""
     square = {"bbox": [4, 2, 8, 6], "segmentation": [[4, 2, 12, 2, 12, 8, 4, 8]]}
     annotations = [{"id": i, "image_id": i, "category_id": 2, "iscrowd": 0, "area": 48} | square for i in range(1, 8)]
-    return load_index(dataset.write([(24, 32)] * 7 + [(32, 24)] * 5 + [(24, 24)] * 2, annotations), "train2017")
+    return load_coco(dataset.write([(24, 32)] * 7 + [(32, 24)] * 5 + [(24, 24)] * 2, annotations), "train2017")
 
 
 def assert_equal_batches(first, second):
@@ -203,7 +204,7 @@ def test_objects_without_masks_and_regions_are_marked(dataset, workers):
         {"id": 4, "image_id": 1, "category_id": 99} | square | {"bbox": [16, 2, 8, 6]},
         {"id": 5, "image_id": 2, "category_id": 1} | square,
     ]
-    index = load_index(dataset.write([(24, 32)] * 2, annotations), "train2017", keep_unlisted=True)
+    index = load_coco(dataset.write([(24, 32)] * 2, annotations), "train2017", keep_unlisted=True)
     settings = TRAIN | {"batch_size": 2, "train": False, "short_side": 24, "long_side": 32, "workers": workers}
     (plain,) = load(index, **settings)
     assert plain.gt.ignored is None
@@ -341,12 +342,12 @@ def test_in_evaluation_three_processes_take_turns_at_the_batches_of_one(index):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_reaches_the_consumer_by_name(dataset, workers):
-    index = load_index(dataset.write([(24, 32)] * 6), "train2017")
+    index = load_coco(dataset.write([(24, 32)] * 6), "train2017")
     dataset.image_path("5.jpg").write_bytes(b"no image")
     batches = iter(load(index, **EVALUATE | {"batch_size": 2}, workers=workers))
     assert next(batches).image_index.tolist() == [0, 1]
     next(batches)
-    with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true$"):
+    with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true to train without it$"):
         next(batches)
 
 
@@ -364,7 +365,7 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(index, workers
 
 
 def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):
-    index = load_index(dataset.write([(24, 32)] * 4), "train2017")
+    index = load_coco(dataset.write([(24, 32)] * 4), "train2017")
     dataset.image_path("2.jpg").unlink()
     loader_module._warn_once.cache_clear()
     settings = TRAIN | {"num_steps": 3, "skip_broken": True}
@@ -382,7 +383,7 @@ def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):
 def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
     rle = {"size": [24, 32], "counts": [10, 30, 728]}
     fields = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": rle}
-    index = load_index(dataset.write([(24, 32)], [fields]), "train2017")
+    index = load_coco(dataset.write([(24, 32)], [fields]), "train2017")
     longer = coco_mask.frPyObjects({"size": [90, 90], "counts": [10, 9000, 2]}, 90, 90)["counts"]
     counts = np.frombuffer(longer, np.uint8)
     index = dataclasses.replace(index, rle_counts=counts, rle_offsets=np.array([0, len(counts)]))
@@ -410,7 +411,7 @@ def test_settings_that_make_no_sense_are_refused(index, setting, told):
 
 
 def test_on_coco_boxes_and_masks_agree_in_every_batch(coco_dir):
-    index = load_index(coco_dir, "val2017")
+    index = load_coco(coco_dir, "val2017")
     settings = {
         "batch_size": 4,
         "short_side": 800,

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from maskrcnn_jax.data import shapes
-from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_the_layout_is_cocos_and_pycocotools_reads_it(root):
 
 def test_the_reader_finds_nothing_to_repair(root):
     for split, num in (("train2017", 150), ("val2017", 20)):
-        index = load_index(root, split)
+        index = load_coco(root, split)
         assert len(index) == num
         assert index.problems == {}
         assert index.categories.num_classes == 9
@@ -61,7 +61,7 @@ def test_there_are_all_classes_empty_images_crowds_polygons_and_run_lengths():
 
 
 def test_masks_of_an_image_never_overlap(root):
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     assert all(index.masks(i, with_crowd=True).sum(axis=0, dtype=int).max(initial=0) <= 1 for i in range(150))
 
 
@@ -150,7 +150,7 @@ def test_masks_are_described_exactly_by_polygons_or_else_by_run_lengths():
 
 
 def test_pixels_inside_a_mask_have_another_colour_than_those_around_it(root):
-    index = load_index(root, "train2017")
+    index = load_coco(root, "train2017")
     contrasts = []
     for i in range(40):
         image, masks = index.read_image(i).astype(float), index.masks(i)
@@ -198,7 +198,7 @@ def test_other_files_are_never_overwritten_and_an_empty_folder_is_filled(tmp_pat
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     shapes.write_dataset(tmp_path / "empty", num_train=1, num_val=1, image_size=64)
-    assert len(load_index(tmp_path / "empty", "train2017")) == 1
+    assert len(load_coco(tmp_path / "empty", "train2017")) == 1
 
 
 def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_some_classes_with_any_ids_in_folders_of_any_name(tmp_path):
     shapes.write_dataset(
         tmp_path / "own", num_train=12, num_val=1, image_size=64, categories=categories, splits=("train", "val")
     )
-    index = load_index(tmp_path / "own", "train")
+    index = load_coco(tmp_path / "own", "train")
     assert index.categories.ids == (7, 12, 900)
     assert index.categories.names == ("circle", "star", "ring")
     content = json.loads((tmp_path / "own" / "annotations" / "instances_train.json").read_text())

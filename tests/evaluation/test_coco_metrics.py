@@ -9,8 +9,16 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from maskrcnn_jax.data.dataset import load_coco, read_dataset
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.coco_metrics import STATISTICS, evaluate, format_table, load_annotations, write_files
+from maskrcnn_jax.evaluation.coco_metrics import (
+    STATISTICS,
+    evaluate,
+    format_table,
+    ground_truth,
+    load_annotations,
+    write_files,
+)
 
 HEIGHT, WIDTH = 60, 80
 
@@ -203,13 +211,43 @@ def test_results_of_unknown_images_and_missing_files_are_the_users_to_mend(datas
 def test_reading_a_part_gives_the_numbers_of_restricting_the_whole(coco_dir):
     path = coco_dir / "annotations" / "instances_val2017.json"
     whole = load_annotations(path)
-    ids = sorted(whole.imgs)[20:50]
-    part = load_annotations(path, ids)
-    assert sorted(part.imgs) == ids
+    dataset = load_coco(coco_dir, "val2017", keep_flat=True)
+    part = ground_truth(dataset, range(20, 50))
+    ids = dataset.image_ids[20:50].tolist()
+    assert list(part.imgs) == ids
     assert {a["image_id"] for a in part.anns.values()} <= set(ids)
     results = ground_truth_as_results(part)[::2]
     assert results
     assert evaluate(part, results, image_ids=ids) == evaluate(whole, results, image_ids=ids)
+
+
+def test_the_ground_truth_of_a_dataset_has_the_numbers_of_the_file(coco_dir):
+    """To the last bit: boxes neither clipped nor rounded to float32, areas, masks, crowds."""
+    reference = COCO(str(coco_dir / "annotations" / "instances_val2017.json"))
+    found = ground_truth(load_coco(coco_dir, "val2017", keep_flat=True))
+    assert list(found.imgs) == list(reference.imgs)
+    for image_id, image in found.imgs.items():
+        assert image == {key: reference.imgs[image_id][key] for key in image}
+        pairs = list(zip(found.imgToAnns[image_id], reference.imgToAnns[image_id], strict=True))
+        for ours, theirs in pairs:
+            for key in ("image_id", "category_id", "iscrowd", "bbox", "area"):
+                assert ours[key] == theirs[key], key
+            assert ours["segmentation"] == reference.annToRLE(theirs)
+    assert len(found.anns) == len(reference.anns) and 0 not in found.anns
+
+
+def test_boxes_that_training_clips_or_drops_are_evaluated_as_the_file_has_them(dataset):
+    path, big = dataset
+    content = json.loads(path.read_text())
+    kinds = {"over the border": (-5, 10, 30.7, 20), "outside": (100, 100, 9, 9), "flat": (3, 3, 0, 5)}
+    content["annotations"] += [annotation(i, big + 2, 21, box) for i, box in enumerate(kinds.values(), 3)]
+    path.write_text(json.dumps(content))
+    images = path.parent / "val2017"
+    images.mkdir()
+    found = read_dataset(path, images, skip_broken=True)
+    assert [a["bbox"] for a in ground_truth(found, [2]).anns.values()] == [list(box) for box in kinds.values()]
+    learnt = found.without_flat()
+    np.testing.assert_array_equal(learnt.annotations(2).boxes, np.float32([[0, 10, 25.7, 30]]))
 
 
 def test_ground_truth_of_coco_as_detections_scores_one(coco_dir):

@@ -22,7 +22,7 @@ def truth_of(tmp_path):
         categories = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}]
         document = {"images": images, "categories": categories, "annotations": annotations}
         write_json(tmp_path / "truth.json", document)
-        return load_annotations(tmp_path / "truth.json", [1, 2, 3])
+        return load_annotations(tmp_path / "truth.json")
 
     return truth_of
 

@@ -16,7 +16,7 @@ SIDE = 200
 
 
 def square(box):
-    x, y, width, height = box
+    x, y, width, height = map(int, box)
     mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
     mask[y : y + height, x : x + width] = 1
     rle = coco_mask.encode(mask)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.config import to_options
-from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.training.loop import train
@@ -58,7 +58,7 @@ def test_two_steps_train_on_rgbd_and_are_evaluated(config, rgbd_dir, tmp_path):
 
 @pytest.mark.parametrize("resize", ["uint8", "float32", "pillow"])
 def test_depth_is_resized_and_mirrored_and_keeps_its_values_when_colours_change(rgbd_dir, resize):
-    index = load_index(rgbd_dir, "train2017")
+    index = load_coco(rgbd_dir, "train2017")
     options = {"batch_size": 4, "short_side": 96, "long_side": 96, "train": True, "annotations": False}
     options |= {"resize": resize, "hflip": 1.0, "color_jitter": 0.5}
     rgbd, rgb = (next(iter(load(index, **options, channels=channels))).images for channels in (4, 3))
@@ -70,7 +70,7 @@ def test_depth_is_resized_and_mirrored_and_keeps_its_values_when_colours_change(
 
 
 def test_a_file_without_depth_is_named(rgbd_dir):
-    index = load_index(rgbd_dir, "train2017")
+    index = load_coco(rgbd_dir, "train2017")
     path = index.image_path(0)
     cv2.imwrite(str(path), cv2.imread(str(path)))
     with pytest.raises(UserError, match=rf"{path.name} has 3 channels where model.in_channels is 4; replace it"):
@@ -80,7 +80,7 @@ def test_a_file_without_depth_is_named(rgbd_dir):
 
 
 def test_a_depth_of_16_bits_keeps_its_upper_8(rgbd_dir):
-    index = load_index(rgbd_dir, "train2017")
+    index = load_coco(rgbd_dir, "train2017")
     pixels = np.random.default_rng(0).integers(0, 2**16, (64, 64, 4), dtype=np.uint16)
     cv2.imwrite(str(index.image_path(0)), pixels)
     np.testing.assert_array_equal(index.read_image(0, 4), pixels[..., [2, 1, 0, 3]] >> 8)

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.loader import make_loader
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
@@ -31,7 +31,7 @@ def run(settings: Settings) -> list[Row]:
     if not settings.coco_dir:
         raise UserError("data needs --coco_dir, a folder with val2017 and annotations/instances_val2017.json")
     settings = settings.having(height=800, width=1333, rounds=5, num_images=50)
-    index, rows = load_index(settings.coco_dir, SPLIT), []
+    index, rows = load_coco(settings.coco_dir, SPLIT), []
     chosen = np.arange(min(settings.num_images, len(index)))
     with one_core():
         references = {}

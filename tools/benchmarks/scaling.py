@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from maskrcnn_jax import page
 from maskrcnn_jax.config import load_config
-from maskrcnn_jax.data.coco import load_index
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.structures import Batch
 from tests.data import large_index
 from tools.benchmarks import inference, train
@@ -134,7 +134,7 @@ def write_dataset(settings: Settings, folder: str, num_images: str) -> dict:
 def open_dataset(settings: Settings, folder: str) -> dict:
     """Open that dataset; returns the seconds, and the peak memory beyond that of the libraries."""
     before, start = peak_memory(), time.perf_counter()
-    load_index(Path(folder) / "dataset", "train2017")
+    load_coco(Path(folder) / "dataset", "train2017")
     return {"seconds": time.perf_counter() - start, "mb": peak_memory() - before}
 
 

@@ -6,7 +6,8 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoIndex, load_index
+from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -23,23 +24,25 @@ def compare_ap(
     """Compare box and mask AP on ``options.data.eval_split``; without any AP on either side this fails."""
     data = options.data
     ours = Evaluator(options, categories)(model).metrics
-    index = load_index(data.coco_dir, data.eval_split)
-    count = data.eval_limit or len(index)
-    path = index.image_dir.parent / "annotations" / f"instances_{data.eval_split}.json"
-    found = reference_results(reference, index, categories, count)
-    theirs = evaluate(path, found, image_ids=index.image_ids[:count].tolist())
+    dataset = load_coco(data.coco_dir, data.eval_split)
+    count = data.eval_limit or len(dataset)
+    path = dataset.image_dir.parent / "annotations" / f"instances_{data.eval_split}.json"
+    found = reference_results(reference, dataset, categories, count)
+    theirs = evaluate(path, found, image_ids=dataset.image_ids[:count].tolist())
     for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50"):
         result.add("AP by pycocotools", name, ours[name], theirs[name], AP_LIMIT, absolute=True)
     result.add("AP by pycocotools", "mask AP above 0.01", float(theirs["segm_AP"] > 0.01), 1.0, 0.0)
 
 
 @torch.no_grad()
-def reference_results(reference: torch.nn.Module, index: CocoIndex, categories: Categories, count: int) -> list[dict]:
+def reference_results(
+    reference: torch.nn.Module, dataset: CocoDataset, categories: Categories, count: int
+) -> list[dict]:
     """Return COCO results of torchvision's model for the first images of a dataset."""
     reference.eval()
     results = []
     for i in tqdm(range(count), desc="torchvision", unit="image"):
-        (found,) = reference(to_torch([index.read_image(i)], "float32"))
+        (found,) = reference(to_torch([dataset.read_image(i)], "float32"))
         masks = found["masks"][:, 0].numpy() >= 0.5
         columns = (found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), masks)
         for (x1, y1, x2, y2), label, score, mask in zip(*columns, strict=True):
@@ -48,7 +51,7 @@ def reference_results(reference: torch.nn.Module, index: CocoIndex, categories: 
             rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             results.append(
                 {
-                    "image_id": int(index.image_ids[i]),
+                    "image_id": int(dataset.image_ids[i]),
                     "category_id": categories.category_id(label),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": score,

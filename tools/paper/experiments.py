@@ -61,8 +61,8 @@ COMPARISONS = {
         "RoIAlign and RoIPool",
         {"RoIAlign": {}, "RoIPool": {"model.roi_operator": "pool"}},
         (
-            Claim("RoIAlign gives better masks (Sec. 2.3)", "RoIAlign", "RoIPool", "segm_AP"),
-            Claim("RoIAlign sharpens masks (Sec. 4.2)", "RoIAlign", "RoIPool", "segm_AP75"),
+            Claim("RoIAlign improves mask AP (Sec. 2.3)", "RoIAlign", "RoIPool", "segm_AP"),
+            Claim("RoIAlign improves the outlines of masks (Sec. 4.2)", "RoIAlign", "RoIPool", "segm_AP75"),
         ),
     ),
     "losses": Comparison(
@@ -75,20 +75,20 @@ COMPARISONS = {
         },
         (
             Claim(
-                "The second set improves performance with few images (Sec. 3.2)",
+                "The second set of losses improves performance with few images (Sec. 3.2)",
                 f"{_SECOND}; few images",
                 f"{_FIRST}; few images",
                 "segm_AP",
             ),
             Claim(
-                "It improves accuracy with few images (Sec. 3.2)",
+                "The second set of losses improves accuracy with few images (Sec. 3.2)",
                 f"{_SECOND}; few images",
                 f"{_FIRST}; few images",
                 "eval_accuracy",
             ),
             *(
                 Claim(
-                    f"Its training accuracy stays behind with {size} images (Sec. 3.2: with many)",
+                    f"Its training accuracy is lower with {size} images (Sec. 3.2 claims this for many)",
                     f"{_FIRST}; {size} images",
                     f"{_SECOND}; {size} images",
                     "train_accuracy",
@@ -96,46 +96,52 @@ COMPARISONS = {
                 for size in ("all", "few")
             ),
         ),
-        f"Few images are one in {_FEW}, seen {_FEW} times as often. With focal loss a RoI counts as background where\n"
-        "no class is given more than one half, which this loss is cautious to give: part of its lower accuracy is\n"
-        "this rule. Dice is V-Net's, with squares. With plain sums, which are as common, masks could end as whole\n"
-        "boxes: mask AP of 0.341, 0.080 and 0.071 with all images and seeds 0, 1 and 2, withdrawn since.",
+        f'"Few images" are one in {_FEW}, seen {_FEW} times as often. With focal loss, a RoI is background unless a\n'
+        "class has a probability above one half, which focal loss rarely gives; this explains part of its lower\n"
+        "accuracy. Dice loss has squares in the denominator, as in V-Net. With plain sums, which are as common,\n"
+        "masks could collapse to whole boxes: mask AP 0.341, 0.080 and 0.071 with all images and seeds 0, 1 and 2.\n"
+        "Those runs were replaced.",
     ),
     "proposals": Comparison(
-        "Where the proposals of training come from",
+        "Sources of training proposals",
         {
             "rpn": {},
             "gt": {"model.train_proposals": "gt"},
             "gt_then_rpn": _GT_THEN_RPN,
         },
         (
-            Claim("Annotated boxes first improve accuracy (Sec. 2.2)", "gt_then_rpn", "rpn", "eval_accuracy"),
-            Claim("Annotated boxes first improve boxes", "gt_then_rpn", "rpn", "bbox_AP"),
+            Claim(
+                "Ground-truth boxes before RPN proposals improve accuracy (Sec. 2.2)",
+                "gt_then_rpn",
+                "rpn",
+                "eval_accuracy",
+            ),
+            Claim("Ground-truth boxes before RPN proposals improve box AP", "gt_then_rpn", "rpn", "bbox_AP"),
         ),
     ),
     "min_proposals": Comparison(
-        "The least number of proposals, with gt_then_rpn",
+        "Minimum number of proposals with gt_then_rpn",
         {"15": _GT_THEN_RPN, "30": _GT_THEN_RPN | {"model.min_proposals": 30}},
         (
             Claim("30 instead of 15 improves accuracy (Sec. 3.2)", "30", "15", "eval_accuracy"),
-            Claim("30 instead of 15 improves that of objects", "30", "15", "eval_accuracy_foreground"),
-            Claim("30 instead of 15 improves boxes", "30", "15", "bbox_AP"),
+            Claim("30 instead of 15 improves foreground accuracy", "30", "15", "eval_accuracy_foreground"),
+            Claim("30 instead of 15 improves box AP", "30", "15", "bbox_AP"),
         ),
     ),
     "deconvolution": Comparison(
-        "Masks with and without deconvolution (Sec. 2.5)",
-        {"28 x 28, with it": {}, "14 x 14, without": {"model.mask_deconv": False}},
+        "Mask head with and without deconvolution (Sec. 2.5)",
+        {"28 x 28, with": {}, "14 x 14, without": {"model.mask_deconv": False}},
     ),
     "learning_rate": Comparison(
-        "Learning rates, in the proportions of the paper's 5e-4, 7e-4 and 1e-4 (Sec. 3.2)",
+        "Learning rates in the ratio of the paper's 5e-4, 7e-4 and 1e-4 (Sec. 3.2)",
         {"1.5e-3": {}, "2.1e-3": {"optim.lr": 2.1e-3}, "3e-4": {"optim.lr": 3e-4}},
     ),
     "dropped_labels": Comparison(
-        "Annotations left out of training (Sec. 5)",
+        "Missing training annotations (Sec. 5)",
         {f"{share:.0%}": {"data.drop_labels": share} if share else {} for share in (0, 0.2, 0.4, 0.6)},
         (Claim("Missing labels make training harder (Sec. 5)", "0%", "60%", "segm_AP"),),
     ),
-    "curves": Comparison("Loss and accuracy while training (Fig. 4)", {"10 epochs": {"epochs": 10, "eval_every": 1}}),
+    "curves": Comparison("Loss and accuracy during training (Fig. 4)", {"10 epochs": {"epochs": 10, "eval_every": 1}}),
 }
 
 

@@ -25,7 +25,7 @@ _COLUMNS = {
     "mask AP": "segm_AP",
     "mask AP75": "segm_AP75",
     "val accuracy": "eval_accuracy",
-    "of objects": "eval_accuracy_foreground",
+    "foreground accuracy": "eval_accuracy_foreground",
     "train accuracy": "train_accuracy",
     "train mask AP": "train_segm_AP",
 }
@@ -165,11 +165,9 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
 
 
 def _verdict(differences: Sequence[float]) -> str:
-    if all(difference > 0 for difference in differences):
-        return f"held, with each of {len(differences)} seeds"
-    if all(difference <= 0 for difference in differences):
-        return f"did not hold, with any of {len(differences)} seeds"
-    return "undecided, the seeds disagree"
+    held = sum(difference > 0 for difference in differences)
+    verdict = {len(differences): "holds", 0: "does not hold"}.get(held, "undecided")
+    return f"{verdict} ({held} of {len(differences)} seeds)"
 
 
 def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> tuple[bool, bool]:
