@@ -66,7 +66,6 @@ def parse(command: ModuleType, arguments: Sequence[str], name: str | None = None
         name,
         description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     command.add_options(parser)
     known = ["--help", *re.findall(r"--\w+", parser.format_usage())]
@@ -102,7 +101,7 @@ def _hint(option: str, known: Sequence[str], parser: argparse.ArgumentParser) ->
 
 def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     """Return the names of all fields, such as "optim.lr"."""
-    names = []
+    names: list[str] = []
     for name, value in config.items():
         names += _field_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
     return names

@@ -37,7 +37,8 @@ def _find(name: str) -> ModuleType:
 
 
 def _help() -> str:
-    lines = [f"  {name:20}{_find(name).__doc__.splitlines()[0]}" for name in COMMANDS]
+    summaries = {name: (_find(name).__doc__ or "").partition("\n")[0] for name in COMMANDS}
+    lines = [f"  {name:20}{summary}" for name, summary in summaries.items()]
     return "\n".join(
         ["usage: maskrcnn-jax COMMAND [OPTIONS]", "", *lines, "", "maskrcnn-jax COMMAND --help explains a command."]
     )

@@ -113,7 +113,8 @@ except SystemExit:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_messages_are_sentences_on_stdout_and_warnings_on_stderr(terminal, capsys):
+def test_messages_are_sentences_on_stdout_and_warnings_on_stderr(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])  # as absl adds one
     app.set_up_logging()
     app.set_up_logging()
     log = logging.getLogger("maskrcnn_jax.training.loop")
