@@ -53,7 +53,7 @@ def get_config(which: str = "table=1,row=1") -> ConfigDict:
     """
     rows = {f"table={table},row={row}": values for (table, row), values in ROWS.items()}
     if which not in rows:
-        raise UserError(f"the paper has no {which!r}; give --config=configs/paper.py: and one of {'; '.join(rows)}")
+        raise UserError(f"the paper has no {which!r}; give paper: and one of {'; '.join(rows)}")
     row = rows[which]
     config = default_config()
     config.epochs = row.epochs

@@ -41,16 +41,16 @@ def join(
     given = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in given):
         if coordinator_address is None or num_processes is None or process_id is None:
-            raise UserError("give all of --coordinator_address, --num_processes and --process_id, or none of them")
+            raise UserError("give all of coordinator_address, num_processes and process_id, or none of them")
         if not 0 <= process_id < num_processes:
-            raise UserError(f"--process_id={process_id} must lie in 0..{num_processes - 1}, with --num_processes")
+            raise UserError(f"process_id is {process_id}; with num_processes {num_processes} use 0 to {num_processes - 1}")
     elif not search and not _launched():
         return
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the other processes cannot be joined ({str(error).splitlines()[0]}); look at --coordinator_address, "
+            f"the other processes cannot be joined ({str(error).splitlines()[0]}); check coordinator_address, "
             "which all of them must reach"
         ) from None
 

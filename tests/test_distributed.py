@@ -45,7 +45,7 @@ def test_what_a_launcher_started_and_what_options_say_is_joined(initialised, mon
 
 @pytest.mark.parametrize("given", [("host:1234", 2, None), (None, None, 0), ("host:1234", 2, 2)])
 def test_options_that_do_not_fit_are_refused(initialised, given):
-    with pytest.raises(UserError, match="--process_id"):
+    with pytest.raises(UserError, match="process_id"):
         distributed.join(*given)
     assert initialised == []
 

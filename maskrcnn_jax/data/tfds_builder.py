@@ -56,14 +56,14 @@ def build(
         splits = [path.stem.removeprefix("instances_") for path in paths]
         if not splits:
             raise UserError(
-                f"--coco_dir={coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder"
+                f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder"
             )
     odd = [split for split in splits if not re.fullmatch(r"[A-Za-z0-9_]+", split) or split == "all"]
     if odd:
         raise UserError(f"TFDS cannot have a split named {odd[0]!r}; rename it to letters, digits and _, but not all")
     folder = dataset_folder(tfds_dir)
     if folder.exists():
-        raise UserError(f"{folder} exists already; remove it to build it again, or choose another --tfds_dir")
+        raise UserError(f"{folder} exists already; remove it to build it again, or choose another folder")
     # TFDS prints that it downloads a dataset of unknown size, and makes a folder for what it downloads.
     quiet, downloads = contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory()
     try:

@@ -70,7 +70,7 @@ class Records:
             except Exception as error:  # of array_record, protobuf or TFDS, wherever the damage shows
                 raise UserError(
                     f"example {i} of {self._split} in {dataset_folder(self._tfds_dir)} cannot be read ({error}); "
-                    "remove that folder and build it again by tools/build_tfds.py"
+                    "remove that folder and build it again by maskrcnn-jax build-tfds"
                 ) from None
             self._last.i = i
         return self._last.example
@@ -121,7 +121,7 @@ def load_tfds(
         UserError: the folder holds no such dataset or split, or its annotations are refused.
     """
     folder = dataset_folder(tfds_dir)
-    how = "a folder that tools/build_tfds.py wrote"
+    how = "a folder that maskrcnn-jax build-tfds wrote"
     if not os.fspath(tfds_dir):
         raise UserError(f"no dataset was given; set data.tfds_dir to {how}")
     if not folder.is_dir():
@@ -138,7 +138,7 @@ def load_tfds(
     if len(records) != len(dataset):
         raise UserError(
             f"{folder} has {len(records)} examples of {len(dataset)} images of {split}; remove that folder and build "
-            "it again by tools/build_tfds.py"
+            "it again by maskrcnn-jax build-tfds"
         )
     per_image = np.diff(dataset.offsets)
     dataset = TfdsDataset(

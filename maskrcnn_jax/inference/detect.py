@@ -146,5 +146,5 @@ def _map(function: Callable, items: Iterable[dict], workers: int) -> Iterator:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
-                "a process that encodes masks died, perhaps for want of memory; take fewer with --config.eval_workers"
+                "a process that encodes masks died, perhaps for want of memory; set eval_workers to fewer"
             ) from None

@@ -234,7 +234,7 @@ def test_a_folder_without_the_dataset_or_the_split_is_refused(odd, tmp_path):
     with pytest.raises(UserError, match="no dataset was given; set .*data.tfds_dir"):
         load_dataset(DataOptions(source="tfds"), "train2017")
     data = DataOptions(source="tfds", tfds_dir=str(tmp_path))
-    with pytest.raises(UserError, match="has no coco_instances/1.0.0; .*tools/build_tfds.py"):
+    with pytest.raises(UserError, match="has no coco_instances/1.0.0; .*maskrcnn-jax build-tfds"):
         load_dataset(data, "train2017")
     build(odd, tmp_path)
     with pytest.raises(UserError, match="has no split val2017; use one of train2017"):

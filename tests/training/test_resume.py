@@ -157,7 +157,7 @@ def test_a_disk_that_refuses_ends_a_run_in_a_sentence_that_goes_on_when_it_no_lo
     assert "Traceback" not in printed(workdir)
     runs.assert_as_if_never_ended("refused")
     assert "resuming at step 6 of" in printed(workdir)
-    assert "did not have before" not in printed(workdir)
+    assert "options that changed" not in printed(workdir)
 
 
 @pytest.mark.slow
