@@ -33,9 +33,7 @@ def get_config(which: str = "full") -> ConfigDict:
         UserError: if it is another word.
     """
     if which not in _STARTS:
-        raise UserError(
-            f"own_dataset has no {which!r}; give own_dataset: and one of {', '.join(_STARTS)}"
-        )
+        raise UserError(f"own_dataset has no {which!r}; give own_dataset: and one of {', '.join(_STARTS)}")
     config = load_config(_STARTS[which])
     config.epochs = 0  # chosen by images_to_see
     config.eval_every = 10

@@ -43,7 +43,9 @@ def join(
         if coordinator_address is None or num_processes is None or process_id is None:
             raise UserError("give all of coordinator_address, num_processes and process_id, or none of them")
         if not 0 <= process_id < num_processes:
-            raise UserError(f"process_id is {process_id}; with num_processes {num_processes} use 0 to {num_processes - 1}")
+            raise UserError(
+                f"process_id is {process_id}; with num_processes {num_processes} use 0 to {num_processes - 1}"
+            )
     elif not search and not _launched():
         return
     try:

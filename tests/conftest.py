@@ -16,6 +16,7 @@ from absl import flags
 from jaxtyping import install_import_hook
 
 from tests import shape_checker
+from tests.children import children, kill_children
 
 # Check the annotated shapes and dtypes at every call. This must come before the first import of these modules.
 install_import_hook(["maskrcnn_jax.ops", "maskrcnn_jax.models"], f"{shape_checker.__name__}.check")
@@ -26,6 +27,13 @@ if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Grain's worker processes read absl flags, which nothing parses under pytest.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left_behind():
+    before = children()
+    yield
+    kill_children(spared=before)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from maskrcnn_jax import ops
 from maskrcnn_jax.commands.app import parse
 from maskrcnn_jax.config import config_names, to_options
 from maskrcnn_jax.weights.published import PUBLISHED
+from tests.children import PATIENCE
 from tests.documents import CONFIGS, DOCUMENTS, PROGRAMS, ROOT, blocks, commands
 from tools import options_page
 
@@ -186,7 +187,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}})
+    client = nbclient.NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     assert "box AP" in json.dumps(notebook)
     assert json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["bbox_AP50"] > 0.1

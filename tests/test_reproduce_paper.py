@@ -12,6 +12,7 @@ import pytest
 
 from configs import paper
 from maskrcnn_jax.errors import UserError
+from tests.children import PATIENCE
 from tools.paper import running
 from tools.paper.experiments import COMPARISONS, comparison_run, table_run
 from tools.paper.results_page import load_results, write_report
@@ -184,15 +185,15 @@ def test_a_signal_to_stop_reaches_the_training_which_ends_by_itself(tmp_path):
         "    sys.exit(128 + number)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "open(sys.argv[1], 'w').write('started')\n"
-        "time.sleep(60)\n"
+        "time.sleep(3000)\n"
     )
     said = tmp_path / "said"
     command = [sys.executable, str(tmp_path / "training.py"), str(said)]
     code = f"from tools.paper import running; print(running._run({command}))"
     tool = subprocess.Popen([sys.executable, "-c", code], cwd=running.ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
+    deadline = time.time() + PATIENCE
     while not (said.exists() and said.read_text() == "started") and time.time() < deadline:
         time.sleep(0.1)
     tool.terminate()
-    assert tool.communicate(timeout=60)[0].strip() == "143"
+    assert tool.communicate(timeout=PATIENCE)[0].strip() == "143"
     assert said.read_text() == "saved"

@@ -55,9 +55,7 @@ def build(
         paths = sorted((Path(coco_dir) / "annotations").glob("instances_*.json"))
         splits = [path.stem.removeprefix("instances_") for path in paths]
         if not splits:
-            raise UserError(
-                f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder"
-            )
+            raise UserError(f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder")
     odd = [split for split in splits if not re.fullmatch(r"[A-Za-z0-9_]+", split) or split == "all"]
     if odd:
         raise UserError(f"TFDS cannot have a split named {odd[0]!r}; rename it to letters, digits and _, but not all")

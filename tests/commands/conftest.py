@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from maskrcnn_jax.data.shapes import write_dataset
+from tests.children import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +61,6 @@ def run(tmp_path, quick_compilation):
     def run(script, *arguments):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=PATIENCE)
 
     return run

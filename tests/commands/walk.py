@@ -71,7 +71,7 @@ if __name__ == "__main__":  # the loader's processes import this file
 def run(*command: str) -> subprocess.CompletedProcess:
     """Run a command and return what it printed."""
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     seconds = time.monotonic() - start
     print(f"{seconds:5.0f} s  {' '.join(word for word in command[:6] if chr(10) not in word)}", flush=True)
     return done

@@ -12,6 +12,7 @@ import pytest
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, load_annotations
 from maskrcnn_jax.evaluation.report import write_report
+from tests.children import PATIENCE
 
 # Appended to a copy of the page: reports what a reader would see.
 CHECK = """<script>
@@ -65,7 +66,7 @@ def test_a_browser_shows_the_whole_page(truth, tmp_path, some):
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--dump-dom"]
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "checked.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE).stdout
     seen = json.loads(re.search(r"<title>(.*?)</title>", shown)[1].replace("&lt;", "<").replace("&gt;", ">"))
     headings = seen.pop("headings")
     assert len(headings) == 7 and headings[0] == "Average precision" and headings[-1] == "Training"

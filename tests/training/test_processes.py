@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.config import load_config
+from tests.children import PATIENCE
 from tests.training.saved import saved_arrays
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def start(command, workdir, *, processes=1, devices=1, float64=False):
 
 def finish(started, status=0):
     """Wait for processes and return what the first one printed."""
-    outputs = [process.communicate(timeout=400) for process in started]
+    outputs = [process.communicate(timeout=PATIENCE) for process in started]
     for process, (_, errors) in zip(started, outputs, strict=True):
         assert process.returncode == status, errors[-3000:]
     assert not any("starting" in out for out, _ in outputs[1:]), "only the first process prints"

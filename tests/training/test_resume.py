@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.children import PATIENCE
 from tests.training.forked_run import start
 from tests.training.saved import saved_arrays
 
@@ -61,7 +62,7 @@ class Runs:
     def finish(self, name):
         """Start the command of this run and let it come to its end."""
         process = self.start(name)
-        process.join(300)
+        process.join(PATIENCE)
         assert process.exitcode == 0, printed(self.folder / name)[-3000:]
 
     def assert_as_if_never_ended(self, name):
@@ -103,7 +104,7 @@ class Stopper:
             process.join(self.rng.uniform(0, 0.5 if lines else 8))
         if process.is_alive():
             os.kill(process.pid, self.number)
-        process.join(100)
+        process.join(PATIENCE)
         if process.exitcode == 0:
             return False
         if process.exitcode == 128 + signal.SIGTERM:  # what it was told at has been saved
@@ -150,7 +151,7 @@ def test_a_disk_that_refuses_ends_a_run_in_a_sentence_that_goes_on_when_it_no_lo
     process = runs.start_up_to("refused", 6)
     # Like a full disk: no file can grow beyond this, which what is printed does not reach.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-    process.join(100)
+    process.join(PATIENCE)
     assert process.exitcode == 1, printed(workdir)[-3000:]
     (error,) = [line for line in printed(workdir).splitlines() if "error: " in line]
     assert "cannot be written (File too large); make room" in error
