@@ -35,6 +35,7 @@ docs: $(DOCS)
 lint: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 $(RUNTIME): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)

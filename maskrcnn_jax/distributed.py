@@ -38,16 +38,16 @@ def join(
     Raises:
       UserError: when some of the first three are given and others not, or the others cannot be reached.
     """
-    given = [coordinator_address, num_processes, process_id]
+    given = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in given):
-        if any(value is None for value in given):
+        if coordinator_address is None or num_processes is None or process_id is None:
             raise UserError("give all of --coordinator_address, --num_processes and --process_id, or none of them")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} must lie in 0..{num_processes - 1}, with --num_processes")
     elif not search and not _launched():
         return
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the other processes cannot be joined ({str(error).splitlines()[0]}); look at --coordinator_address, "

@@ -1,4 +1,4 @@
-"""Settings of every test: eight simulated devices, strict broadcasting, compiled programs kept between runs."""
+"""Settings of every test: eight simulated devices, checked shapes, strict broadcasting, kept compiled programs."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import jax
 import pytest
 from absl import flags
+from jaxtyping import install_import_hook
 
+from tests import shape_checker
+
+# Check the annotated shapes and dtypes at every call. This must come before the first import of these modules.
+install_import_hook(["maskrcnn_jax.ops", "maskrcnn_jax.models"], f"{shape_checker.__name__}.check")
 # A missing axis is a bug more often than a wish: [N] + [N, 4] must say what it means.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -44,6 +44,9 @@ FORBIDDEN_LIBRARIES = {
     "checking": {"jax", "flax", "optax", "orbax"},
     "weights": {"torch", "torchvision"},
 }
+# The code that is there for CPUs alone, and what may import it: everything else gets it from these.
+CPU_CODE = "maskrcnn_jax.ops.cpu"
+CPU_DOORS = ("maskrcnn_jax.ops.", "maskrcnn_jax.models.layers")
 # Reading and writing .pth files needs torch, where it is installed.
 EXCEPTIONS = {("maskrcnn_jax.weights.files", "torch")}
 ENTRY_POINTS = {"train", "eval", "predict", "tools", "configs", "tests"}
@@ -79,7 +82,8 @@ def violations(source: str, module: str) -> list[str]:
         first, *rest = name.split(".")
         if first == PACKAGE:
             target = rest[0] if rest else ""
-            if target != part and target not in ALLOWED[part]:
+            closed = name.startswith(CPU_CODE) and not module.startswith(CPU_DOORS)
+            if closed or (target != part and target not in ALLOWED[part]):
                 found.append(f"{module} imports {name}")
         elif (module, first) in EXCEPTIONS:
             continue
@@ -118,6 +122,7 @@ def test_no_module_is_called_utils():
         ("maskrcnn_jax.ops.boxes", "from ..models import layers"),
         ("maskrcnn_jax.ops.nms", "import maskrcnn_jax.models.rpn"),
         ("maskrcnn_jax.models.rpn", "from maskrcnn_jax import training"),
+        ("maskrcnn_jax.models.resnet", "from maskrcnn_jax.ops.cpu.max_pool import max_pool"),
         ("maskrcnn_jax.data.loader", "def f():\n    import jax.numpy as jnp"),
         ("maskrcnn_jax.data.loader", "from maskrcnn_jax.ops.boxes import box_area"),
         ("maskrcnn_jax.training.loop", "from maskrcnn_jax.evaluation import coco_eval"),
@@ -140,6 +145,8 @@ def test_a_forbidden_import_is_found(module, source):
             "from maskrcnn_jax.models import losses\nfrom maskrcnn_jax.structures import Batch",
         ),
         ("maskrcnn_jax.data.loader", "from maskrcnn_jax.errors import DataError\nfrom . import coco"),
+        ("maskrcnn_jax.models.layers", "from maskrcnn_jax.ops.cpu.relu import relu"),
+        ("maskrcnn_jax.ops.nms", "from maskrcnn_jax.ops.cpu.nms import nms_one_by_one"),
         ("maskrcnn_jax.inference.detect", "from maskrcnn_jax.data import loader\nimport jax"),
     ],
 )

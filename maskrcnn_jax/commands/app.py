@@ -197,7 +197,7 @@ class _Terminal(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Print what the library logs, warnings of other processes too, and drop noise of the libraries below it."""
+    """Print what the library logs, of several processes the warnings of all, and drop noise of other libraries."""
     import jax
 
     from maskrcnn_jax.distributed import is_first
@@ -208,7 +208,7 @@ def set_up_logging() -> None:
         logger.propagate = False  # absl adds a handler to the root logger
     # Alone, do not ask JAX: it would take a GPU's memory for commands that have no use of it.
     first = not jax.distributed.is_initialized() or is_first()
-    logger.setLevel(logging.INFO if first else logging.CRITICAL)
+    logger.setLevel(logging.INFO if first else logging.WARNING)  # each process reads images of its own
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
     sys.unraisablehook = _print_unraisable

@@ -164,12 +164,12 @@ class _BatchReader:
                 sample = (self.plan.seed, epoch, step * len(images) + position + 1)
                 try:
                     self._fill(batch, row, int(images[position]), sample)
-                except BrokenImageError as e:
+                except BrokenImageError as error:
                     if not self.options.skip_broken:
-                        return e
-                    _warn_once(str(e))
-                except UserError as e:
-                    return e
+                        return error
+                    _warn_once(str(error))
+                except UserError as error:
+                    return error
         return batch
 
     def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
@@ -270,8 +270,8 @@ class Loader:
                 if isinstance(batch, Exception):
                     raise batch
                 yield _copy(batch) if options.workers else batch
-        except RuntimeError as e:
-            if "terminated unexpectedly" not in str(e):
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
                 raise
             raise UserError(
                 "a process that loads images died, perhaps for want of memory; set data.workers to fewer"

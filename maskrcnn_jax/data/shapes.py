@@ -395,8 +395,8 @@ def main() -> int:
             categories=args.categories,
             splits=args.splits,
         )
-    except UserError as e:
-        print(e, file=sys.stderr)
+    except UserError as error:
+        print(error, file=sys.stderr)
         return 1
     return 0
 

@@ -40,7 +40,8 @@ def measure_losses(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, flo
     for batch in tqdm(batches, unit="batch", desc="losses", disable=not is_first()):
         metrics = jax.device_get(_losses(graphdef, state, place_batch(batch, mesh)))
         measured.append((int(np.sum(batch.valid)), {name: float(value) for name, value in metrics.items()}))
-    totals, num_images, num_foreground = {}, 0, 0.0
+    totals: dict[str, float] = {}
+    num_images, num_foreground = 0, 0.0
     # Batch after batch as one process would have them, so that the sums are the same.
     for images, metrics in (row for turn in itertools.zip_longest(*gather(measured)) for row in turn if row):
         foreground = metrics["num_foreground"] * images

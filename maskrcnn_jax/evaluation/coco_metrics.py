@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -126,7 +127,7 @@ def evaluate(
             f"{len(unknown)} images with results are not in the annotation file, image {min(unknown)} for one; "
             "evaluate with the annotations of the split that was detected on"
         )
-    metrics = {}
+    metrics: dict[str, Any] = {}
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _make_coco(coco_class, coco.dataset)

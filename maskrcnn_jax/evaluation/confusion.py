@@ -45,15 +45,16 @@ def confusion(truth: COCO, results: list[dict]) -> tuple[Counter, dict[int, Imag
       How often each pair (category id of the object, category id of the detection) comes, None standing for missed or
       invented; and the errors of every image by its id.
     """
-    found = defaultdict(list)
+    found: defaultdict[int, list[dict]] = defaultdict(list)
     for result in results:
         if result["score"] >= MIN_SCORE:
             found[result["image_id"]].append(result)
-    pairs, images = Counter(), {}
+    pairs: Counter[tuple] = Counter()
+    images = {}
     for image_id in truth.imgs:
         of_image = Counter(_pairs(truth.imgToAnns.get(image_id, []), found[image_id]))
         pairs.update(of_image)
-        counts = Counter()
+        counts: Counter[str] = Counter()
         for (there, said), number in of_image.items():
             kind = "missed" if said is None else "invented" if there is None else "confused"
             counts["right" if there == said else kind] += number

@@ -25,8 +25,8 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise _no_results(path, e.strerror) from None
+    except OSError as error:
+        raise _no_results(path, error.strerror) from None
     except (ValueError, RecursionError):
         raise _no_results(path, "it is no JSON") from None
     if not isinstance(results, list):
@@ -34,10 +34,10 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
     for place, result in enumerate(results):
         try:
             _check(result, images, category_ids)
-        except KeyError as e:
-            raise _no_results(path, f"entry {place} has no {e}") from None
-        except (ValueError, TypeError, AttributeError) as e:
-            raise _no_results(path, f"entry {place}: {e}") from None
+        except KeyError as error:
+            raise _no_results(path, f"entry {place} has no {error}") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _no_results(path, f"entry {place}: {error}") from None
     return results
 
 

@@ -159,7 +159,10 @@ def differences(errors: Errors, against: Errors, draws: np.ndarray) -> dict[str,
 
 def _middle(drawn: np.ndarray, value: float) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
-    return tuple(map(float, np.quantile(drawn, [tail, 1 - tail]))) if len(drawn) else (value, value)
+    if not len(drawn):
+        return value, value
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _groups_of(truth: COCO) -> dict[int, tuple[str, str]]:
@@ -193,7 +196,7 @@ def _match(truth, results, kind, groups, name, limits=(0, 1e10)) -> list[_Matche
         evaluation.evaluate()
     params = evaluation.params
     cells = np.array(evaluation.evalImgs, dtype=object).reshape(len(params.catIds), len(params.imgIds))
-    return [_collect(row, len(params.iouThrs)) for row in cells]
+    return [_collect(list(row), len(params.iouThrs)) for row in cells]
 
 
 def _collect(of_images: Sequence[dict | None], num_thresholds: int) -> _Matched:

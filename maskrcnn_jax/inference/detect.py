@@ -134,7 +134,8 @@ def _map(function: Callable, items: Iterable[dict], workers: int) -> Iterator:
         yield from (function(**item) for item in items)
         return
     # Not forked: this process has threads, whose locks a fork would leave locked for ever.
-    context, waiting = multiprocessing.get_context("spawn"), collections.deque()
+    context = multiprocessing.get_context("spawn")
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         try:
             for item in items:

@@ -29,8 +29,8 @@ def draw_instances(
     image: np.ndarray,
     boxes: np.ndarray,
     names: Sequence[str],
-    scores: Sequence[float] | None = None,
-    masks: Sequence[dict | np.ndarray] | None = None,
+    scores: Sequence[float] | np.ndarray | None = None,
+    masks: Sequence[dict | np.ndarray] | np.ndarray | None = None,
     *,
     min_side: int = MIN_SIDE,
 ) -> np.ndarray:
@@ -214,7 +214,8 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
 
 
 def _round(box: np.ndarray) -> tuple[int, int, int, int]:
-    return tuple(round(float(value)) for value in box)
+    x1, y1, x2, y2 = (round(float(value)) for value in box)
+    return x1, y1, x2, y2
 
 
 def _font(picture_size: tuple[int, int]) -> tuple[float, int]:

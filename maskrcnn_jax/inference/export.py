@@ -74,7 +74,7 @@ def export_model(
     predictor: Predictor,
     path: str | os.PathLike,
     *,
-    sizes: Sequence[tuple[int, int]] = (),
+    sizes: Sequence[tuple[int, ...]] = (),
     int8: bool = False,
 ) -> None:
     """Write a model into one file.
@@ -118,7 +118,7 @@ def export_model(
     replace_file(path, content.getvalue())
 
 
-def describe(predictor: Predictor, sizes: Sequence[tuple[int, int]], num_weights: int, int8: bool) -> dict:
+def describe(predictor: Predictor, sizes: Sequence[tuple[int, ...]], num_weights: int, int8: bool) -> dict:
     """Return what ``model.json`` says: all that a program that runs the export has to know."""
     data, model, categories = predictor.options.data, predictor.options.model, predictor.categories
     rows = zip(categories.labels, categories.ids, categories.names, strict=True)

@@ -118,7 +118,9 @@ def predict_video(
         raise UserError(f"the video in {output} would overwrite the input; choose another output folder")
     capture = cv2.VideoCapture(str(path))
     fps = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
-    images, results, writer = [], [], None
+    images: list[dict] = []
+    results: list[dict] = []
+    writer = None
     try:
         for found in predictor.stream(_read_frames(capture), min_score=min_score):
             height, width = found.image.shape[:2]
@@ -161,7 +163,7 @@ def _read_frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 def _open_writer(target: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
-    writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    writer = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
     if not writer.isOpened():
         raise UserError(f"the video {target} cannot be written; check that the folder is writable")
     return writer

@@ -100,8 +100,8 @@ def encode_rle(crop: np.ndarray, y0: int, x0: int, image_size: tuple[int, int]) 
 def _widen(box: np.ndarray, scale: float) -> tuple[int, int, int, int]:
     """Scale a box about its centre and cut its corners to integers, in float32 and in torchvision's order."""
     x1, y1, x2, y2 = np.asarray(box, np.float32)
-    half, scale = np.float32(0.5), np.float32(scale)
-    half_width, half_height = (x2 - x1) * half * scale, (y2 - y1) * half * scale
+    half, factor = np.float32(0.5), np.float32(scale)
+    half_width, half_height = (x2 - x1) * half * factor, (y2 - y1) * half * factor
     x_centre, y_centre = (x2 + x1) * half, (y2 + y1) * half
     # int() cuts towards zero, also for negative corners.
     return (

@@ -34,9 +34,9 @@ def prune_channels(network: MaskRCNN, fraction: float) -> MaskRCNN:
     """
     if not 0 <= fraction < 1:
         raise UserError(f"the share of channels to prune is {fraction}; use 0 or more and less than 1, such as 0.3")
+    network = nnx.clone(network)
     if not isinstance(network.backbone, ResNet):
         raise UserError(f"channels of a {type(network.backbone).__name__} cannot be pruned; use a ResNet")
-    network = nnx.clone(network)
     chains = [block.convs for stage in network.backbone.stages for block in stage]
     for layers in (*chains, network.box_head.fcs):
         for layer, reader in zip(layers[:-1], layers[1:], strict=True):
@@ -60,7 +60,7 @@ def _prune_between(layer: ConvNorm | Linear, reader: ConvNorm | Linear, fraction
         if variable is not None:
             variable.set_value(jnp.take(variable[...], kept, axis=-1))
     readers.kernel.set_value(jnp.take(readers.kernel[...], kept, axis=-2))
-    if isinstance(layer, Linear):
+    if isinstance(layer, Linear) and isinstance(reader, Linear):
         layer.out_features = reader.in_features = len(kept)
 
 

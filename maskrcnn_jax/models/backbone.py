@@ -1,10 +1,11 @@
-"""Backbones by name or brought along, and what they may return."""
+"""Named and custom backbones, and the forms of their outputs."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mobilenet import MobileNetV3
@@ -67,18 +68,18 @@ def check_backbone(backbone: nnx.Module) -> nnx.Module:
 
 
 def feature_list(
-    features: jax.Array | list[jax.Array] | tuple[jax.Array, ...] | Mapping[str, jax.Array],
+    features: object,
     out_channels: tuple[int, ...],
-) -> list[jax.Array]:
-    """Return what a backbone returned as a list of maps, finest first.
+) -> list[Float[Array, "B _ _ _"]]:
+    """Return the maps of a backbone as a list, finest first.
 
     Args:
-      features: one map [B, H, W, K]; a list or tuple of them, finest first; or a dict from "0", the finest, to "3", as
-        torchvision's backbones return. Each map has half the height and width of the one before, rounded up.
-      out_channels: of each map.
+        features: one map [B, H, W, K]; a list or tuple of maps, finest first; or a dict from "0", the finest, to "3",
+            as in torchvision. Each map has half the height and width of the one before, rounded up.
+        out_channels: of each map.
 
     Raises:
-      UserError: for anything else.
+        UserError: for anything else.
     """
     if isinstance(features, Mapping):
         wanted = [str(i) for i in range(len(out_channels))]

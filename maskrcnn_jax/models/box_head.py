@@ -1,12 +1,12 @@
-"""Box head: class and box offsets of every RoI from its pooled 7x7 features."""
+"""Box head: class logits and box offsets of every RoI from its pooled 7x7 features."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
 from maskrcnn_jax.models.layers import ConvNorm, Linear, relu
-from maskrcnn_jax.ops.dtypes import at_least_float32
+from maskrcnn_jax.ops.precision import at_least_float32
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings them to about unit variance
 
@@ -28,7 +28,7 @@ class BoxHead(nnx.Module):
         fc_channels: tuple[int, ...] = (1024, 1024),
         norm: str = "none",
         class_bias: float = 0.0,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         def linear(in_features, out_features, kernel_init, bias=0.0):
@@ -64,12 +64,14 @@ class BoxHead(nnx.Module):
         self.cls_score = linear(features, num_classes, normal(0.01), class_bias)
         self.bbox_pred = linear(features, 4 * num_classes, normal(0.001))
 
-    def __call__(self, pooled: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, pooled: Float[Array, "*B S S K"], valid: Bool[Array, "*B"] | None = None
+    ) -> tuple[Float[Array, "*B C1"], Float[Array, "*B C1 4"]]:
         """Return class logits [..., C + 1] and offsets [..., C + 1, 4], float32 or wider.
 
         Args:
-          pooled: [..., 7, 7, K].
-          valid: [...] bool, the RoIs that batch statistics are taken of; all when not given.
+            pooled: [..., 7, 7, K].
+            valid: [...] bool, RoIs that count for batch statistics; all by default.
         """
         leading = pooled.shape[:-3]
         x = pooled.reshape(-1, *pooled.shape[-3:])

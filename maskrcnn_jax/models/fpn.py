@@ -1,8 +1,11 @@
 """Feature Pyramid Network: the backbone's maps, merged from coarse to fine, plus a coarser one."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from maskrcnn_jax.models.layers import ConvNorm
 
@@ -20,26 +23,27 @@ class FPN(nnx.Module):
         out_channels: int,
         *,
         norm: str = "none",
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        options = {"norm": norm, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"norm": norm, "dtype": dtype, "rngs": rngs}
         self.inner = nnx.List([ConvNorm(k, out_channels, 1, **options) for k in in_channels])
         self.layer = nnx.List([ConvNorm(out_channels, out_channels, 3, **options) for _ in in_channels])
 
-    def __call__(self, features: list[jax.Array]) -> list[jax.Array]:
-        """Return the levels [B, H_l, W_l, K], one more than the backbone's maps, which come finest first."""
+    def __call__(self, features: list[Float[Array, "B _ _ _"]]) -> list[Float[Array, "B _ _ K"]]:
+        """Return the pyramid of the backbone's maps, finest first; it has one level more than there are maps."""
         merged = self.inner[-1](features[-1])
         outputs = [self.layer[-1](merged)]
         for i in reversed(range(len(features) - 1)):
             lateral = self.inner[i](features[i])
-            merged = lateral + upsample_nearest(merged, lateral.shape[1:3])
+            _, height, width, _ = lateral.shape
+            merged = lateral + upsample_nearest(merged, (height, width))
             outputs.insert(0, self.layer[i](merged))
         outputs.append(outputs[-1][:, ::2, ::2])
         return outputs
 
 
-def upsample_nearest(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def upsample_nearest(x: Float[Array, "B h w K"], shape: tuple[int, int]) -> Float[Array, "B H W K"]:
     """Double x [B, h, w, K] and crop to ``shape``, which is 2h or 2h - 1 and likewise in width.
 
     For these sizes this is the nearest-neighbour rule floor(i * h / H).

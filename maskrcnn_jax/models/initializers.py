@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
 
@@ -18,13 +19,13 @@ def normal(std: float) -> Initializer:
     return _initializer(draw)
 
 
-def kaiming_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def kaiming_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Draw from the normal distribution whose variance is 2 / fan-out, for what a ReLU follows.
 
     Args:
-      key: a random key.
-      shape: [..., in, out], what comes before being the window of a convolution.
-      dtype: float32 or float64.
+        key: a random key.
+        shape: [..., in, out], what comes before being the window of a convolution.
+        dtype: float32 or float64.
     """
     fan_out = np.prod(shape) / shape[-2]
     return normal((2 / fan_out) ** 0.5)(key, shape, dtype)
@@ -41,7 +42,7 @@ def kaiming_uniform(gain: float) -> Initializer:
 
 
 def _initializer(draw: Callable[[np.random.Generator, tuple[int, ...], np.dtype], np.ndarray]) -> Initializer:
-    def initializer(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def initializer(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         dtype = jnp.dtype(dtype)
 
         def values(key_data):

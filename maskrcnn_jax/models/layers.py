@@ -4,37 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
-from maskrcnn_jax.ops.dtypes import at_least_float32
+from maskrcnn_jax.ops.cpu.max_pool import max_pool as max_pool
+from maskrcnn_jax.ops.cpu.relu import relu as relu
+from maskrcnn_jax.ops.precision import at_least_float32
 
 default_init = kaiming_uniform(1.0)
 
 
-@jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
-    """Return the positive part of x.
-
-    Its gradient goes by its output, which the layer that it feeds keeps anyway. jax.nn.relu's goes by its input, and a
-    training step has to keep both: a fifth of its memory.
-    """
-    return jnp.maximum(x, 0)
-
-
-@relu.defjvp
-def _relu_jvp(primals, tangents):
-    positive = jax.lax.optimization_barrier(relu(*primals))
-    return positive, jnp.where(positive > 0, tangents[0], 0)
-
-
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(x: Float[Array, "*shape K"], bias: Float[Array, " K"]) -> Float[Array, "*shape K"]:
     """Add bias [K] to x [..., K], in the dtype of x."""
     shape = (1,) * (x.ndim - 1) + (-1,)
     if x.dtype == jnp.float16:
-        # Repeated before it is rounded, so that its gradient is summed in float32: times the loss scale, the sum over
-        # all cells easily is beyond 65504.
+        # Broadcast before it is rounded, so that its gradient is summed in float32: multiplied by the loss scale, the
+        # sum over all cells easily exceeds 65504.
         return x + jnp.broadcast_to(bias.reshape(shape), x.shape).astype(x.dtype)
     return x + bias.astype(x.dtype).reshape(shape)
 
@@ -42,9 +30,9 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 class Linear(nnx.Linear):
     """A fully connected layer."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to x [..., K] in the compute dtype."""
-        return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])
+    def __call__(self, x: Float[Array, "*shape K"]) -> Float[Array, "*shape C"]:  # type: ignore[override]
+        """Apply to x in the compute dtype."""
+        return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])  # type: ignore[index]
 
 
 class Conv(nnx.Module):
@@ -60,7 +48,7 @@ class Conv(nnx.Module):
         depthwise: bool = False,
         use_bias: bool = True,
         kernel_init: Initializer = default_init,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         kept = at_least_float32(dtype)
@@ -69,21 +57,22 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels, kept)) if use_bias else None
         self.stride, self.depthwise, self.dtype = stride, depthwise, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to x [N, H, W, K] in the compute dtype."""
+    def __call__(self, x: Float[Array, "N H W K"]) -> Float[Array, "N _ _ C"]:
+        """Apply to x in the compute dtype."""
         convolve = depthwise_conv2d if self.depthwise else conv2d
         x = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride)
         return x if self.bias is None else add_bias(x, self.bias[...])
 
 
-def apply_together(convolutions: list[Conv], x: jax.Array) -> list[jax.Array]:
-    """Apply convolutions of the same form to one input, as one, so that the input is read once."""
+def apply_together(convolutions: list[Conv], x: Float[Array, "N H W K"]) -> list[Float[Array, "N _ _ _"]]:
+    """Apply convolutions of the same form to one input as a single convolution, so that the input is read once."""
     first = convolutions[0]
     kernel = jnp.concatenate([convolution.kernel[...] for convolution in convolutions], axis=-1)
-    bias = jnp.concatenate([convolution.bias[...] for convolution in convolutions])
+    biases = [convolution.bias[...] for convolution in convolutions if convolution.bias is not None]
+    bias = jnp.concatenate(biases)
     outputs = conv2d(x.astype(first.dtype), kernel.astype(first.dtype), stride=first.stride)
     outputs = add_bias(outputs, bias)
-    ends = np.cumsum([convolution.bias.shape[0] for convolution in convolutions])
+    ends = np.cumsum([array.shape[0] for array in biases])
     return jnp.split(outputs, ends[:-1], axis=-1)
 
 
@@ -103,7 +92,7 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(
-        self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0
+        self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5, momentum: float = 0.1, gain: float = 1.0
     ):
         kept = at_least_float32(dtype)
         self.scale = nnx.Param(jnp.full(channels, gain, kept))
@@ -114,8 +103,8 @@ class BatchNorm(nnx.Module):
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
         self.use_running_average = False  # set by Module.train() and Module.eval()
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Normalise x [N, H, W, K]; in training by the statistics of the rows for which ``valid`` [N] holds."""
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
+        """Normalise x; in training with the statistics of its valid rows."""
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
@@ -132,7 +121,7 @@ class BatchNorm(nnx.Module):
 class FrozenBatchNorm(nnx.Module):
     """Batch normalisation with fixed statistics and affine parameters, for fine-tuning pretrained backbones."""
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, eps: float = 1e-5, gain: float = 1.0):
+    def __init__(self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5, gain: float = 1.0):
         kept = at_least_float32(dtype)
         self.scale = FrozenStatistics(jnp.full(channels, gain, kept))
         self.bias = FrozenStatistics(jnp.zeros(channels, kept))
@@ -140,16 +129,16 @@ class FrozenBatchNorm(nnx.Module):
         self.var = FrozenStatistics(jnp.ones(channels, kept))
         self.eps, self.dtype = eps, dtype
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Normalise x [N, H, W, K]; ``valid`` changes nothing here."""
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
+        """Normalise x; ``valid`` has no effect here."""
         return _normalize(x, self.mean[...], self.var[...], self.scale[...], self.bias[...], self.eps, self.dtype)
 
 
 def _statistics(x, valid, shift):
     """Return the mean [K] and the (biased) variance [K] of x [N, H, W, K] over its valid rows, and their cells.
 
-    In one pass over x: two read the activations twice. The difference of two squares loses the digits that they share,
-    few if x is first moved by ``shift`` [K], something near its mean.
+    In one pass over x, since two would read the activations twice. The difference of two squares cancels few digits if
+    x is first moved by ``shift`` [K], an estimate of its mean.
     """
     x = x - jax.lax.stop_gradient(shift).reshape(1, 1, 1, -1)
     rows = jnp.ones(x.shape[0], x.dtype) if valid is None else valid.astype(x.dtype)
@@ -169,20 +158,20 @@ def _normalize(x, mean, var, scale, bias, eps, dtype):
 
 
 def make_norm(
-    kind: str, channels: int, *, eps: float, momentum: float, gain: float, dtype: jnp.dtype
+    kind: str, channels: int, *, eps: float, momentum: float, gain: float, dtype: DTypeLike
 ) -> nnx.Module | None:
     """Build a normalisation layer.
 
     Args:
-      kind: "batch", "frozen" or "none".
-      channels: of its input.
-      eps: added to the variance.
-      momentum: weight of a batch in the running statistics.
-      gain: initial scale.
-      dtype: of its output.
+        kind: "batch", "frozen" or "none".
+        channels: of its input.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics.
+        gain: initial scale.
+        dtype: of its output.
 
     Raises:
-      UserError: for another kind.
+        UserError: for another kind.
     """
     if kind == "none":
         return None
@@ -209,7 +198,7 @@ class ConvNorm(nnx.Module):
         norm_momentum: float = 0.1,
         norm_gain: float = 1.0,
         kernel_init: Initializer = default_init,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.conv = Conv(
@@ -225,7 +214,7 @@ class ConvNorm(nnx.Module):
         )
         self.norm = make_norm(norm, out_channels, eps=norm_eps, momentum=norm_momentum, gain=norm_gain, dtype=dtype)
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        """Apply to x [N, H, W, K]; rows for which ``valid`` [N] does not hold count for no statistics."""
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N _ _ C"]:
+        """Apply to x; only its valid rows count for batch statistics."""
         x = self.conv(x)
         return x if self.norm is None else self.norm(x, valid)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
@@ -27,9 +28,9 @@ from maskrcnn_jax.models.proposals import (
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
-from maskrcnn_jax.ops.dtypes import at_least_float32
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, ignore_covered, match, sample_balanced
+from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
 from maskrcnn_jax.ops.roi_pool import multiscale_roi_pool
 from maskrcnn_jax.options import ModelOptions
@@ -115,7 +116,9 @@ class MaskRCNN(nnx.Module):
 
     # Stages
 
-    def normalize(self, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    def normalize(
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]
+    ) -> Float[Array, "B H W I"]:
         """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
         channels = self.options.in_channels
         if images.shape[-1] != channels:
@@ -130,12 +133,16 @@ class MaskRCNN(nnx.Module):
         inside = inside_y[:, :, None, None] & inside_x[:, None, :, None]
         return jnp.where(inside, normalized, 0).astype(self.dtype)
 
-    def features(self, images: jax.Array, sizes: jax.Array) -> list[jax.Array]:
+    def features(
+        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]
+    ) -> list[Float[Array, "B _ _ K"]]:
         """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
         maps = self.backbone(self.normalize(images, sizes))
         return self.fpn(feature_list(maps, self.backbone.out_channels))
 
-    def anchors(self, features: list[jax.Array], image_shape: tuple[int, int]) -> list[jax.Array]:
+    def anchors(
+        self, features: list[Float[Array, "B _ _ K"]], image_shape: tuple[int, ...]
+    ) -> list[Float[Array, "_ 4"]]:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
         levels = grid_anchors(
@@ -148,7 +155,15 @@ class MaskRCNN(nnx.Module):
         )
         return [jnp.asarray(level) for level in levels]
 
-    def propose(self, objectness, deltas, anchors, sizes: jax.Array, *, train: bool) -> Proposals:
+    def propose(
+        self,
+        objectness: list[Float[Array, "B _"]],
+        deltas: list[Float[Array, "B _ 4"]],
+        anchors: list[Float[Array, "_ 4"]],
+        sizes: Int[Array | np.ndarray, "B 2"],
+        *,
+        train: bool,
+    ) -> Proposals:
         """Select the proposals of every image from the RPN's outputs; no gradient flows through them.
 
         In training (``train``) more of them are kept, as the options say.
@@ -167,7 +182,13 @@ class MaskRCNN(nnx.Module):
         objectness, deltas = jax.lax.stop_gradient((objectness, deltas))
         return jax.vmap(lambda o, d, s: select(o, d, anchors, s))(objectness, deltas, sizes)
 
-    def pool(self, features: list[jax.Array], boxes: jax.Array, image_shape, output_size: int) -> jax.Array:
+    def pool(
+        self,
+        features: list[Float[Array, "B _ _ K"]],
+        boxes: Float[Array, "B R 4"],
+        image_shape: tuple[int, ...],
+        output_size: int,
+    ) -> Float[Array, "B R {output_size} {output_size} K"]:
         """Pool boxes [B, R, 4] from all levels but the coarsest to [B, R, output_size, output_size, K]."""
         operator = functools.partial(
             multiscale_roi_align, sampling_ratio=self.options.roi_sampling_ratio, aligned=self.options.roi_aligned
@@ -177,7 +198,13 @@ class MaskRCNN(nnx.Module):
         pool = functools.partial(operator, image_shape=image_shape, output_size=output_size)
         return jax.vmap(pool)(features[:-1], boxes)
 
-    def select(self, logits: jax.Array, deltas: jax.Array, proposals: Proposals, sizes: jax.Array) -> tuple:
+    def select(
+        self,
+        logits: Float[Array, "B N C1"],
+        deltas: Float[Array, "B N C1 4"],
+        proposals: Proposals,
+        sizes: Int[Array | np.ndarray, "B 2"],
+    ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         options = self.options
         if options.classification_loss == "focal":
@@ -193,7 +220,14 @@ class MaskRCNN(nnx.Module):
         )
         return jax.vmap(select)(scores, deltas, proposals, sizes)
 
-    def mask_logits(self, features: list[jax.Array], boxes, labels, valid: jax.Array, image_shape) -> jax.Array:
+    def mask_logits(
+        self,
+        features: list[Float[Array, "B _ _ K"]],
+        boxes: Float[Array, "B F 4"],
+        labels: Int[Array, "B F"],
+        valid: Bool[Array, "B F"],
+        image_shape: tuple[int, ...],
+    ) -> Float[Array, "B F M M"]:
         """Return the mask logits [B, F, M, M] of boxes [B, F, 4] for their labels [B, F]; M is 28, or 14.
 
         The mask head is the most expensive part per box, and of its F slots ``valid`` [B, F] often has few, which come
@@ -213,7 +247,7 @@ class MaskRCNN(nnx.Module):
 
         return nnx.cond(jnp.any(valid[:, few:]), with_slots(num_slots), with_slots(few), self.mask_head)
 
-    def match_anchors(self, anchors: list[jax.Array], gt: GroundTruth) -> jax.Array:
+    def match_anchors(self, anchors: list[Float[Array, "_ 4"]], gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
         flat = jnp.concatenate(anchors)
         match_image = functools.partial(
@@ -230,7 +264,7 @@ class MaskRCNN(nnx.Module):
             matches, gt.boxes, gt.ignored
         )
 
-    def sample_anchors(self, key: jax.Array, matches: jax.Array) -> Sample:
+    def sample_anchors(self, key: Key[Array, ""], matches: Int[Array, "B A"]) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
         keys = jax.random.split(key, matches.shape[0])
         sample = functools.partial(
@@ -241,7 +275,7 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(lambda k, m: sample(k, m >= 0, m == BACKGROUND))(keys, matches)
 
     def sample_rois(
-        self, key: jax.Array, proposals: Proposals, gt: GroundTruth, *, proposals_from_rpn: bool = False
+        self, key: Key[Array, ""], proposals: Proposals, gt: GroundTruth, *, proposals_from_rpn: bool = False
     ) -> RoISamples:
         """Draw the RoIs that the heads are trained on from the annotated boxes and some or all of the proposals."""
         options = self.options
@@ -262,8 +296,8 @@ class MaskRCNN(nnx.Module):
     # Training
 
     def losses(
-        self, batch: Batch, key: jax.Array, *, proposals_from_rpn: bool = False
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        self, batch: Batch, key: Key[Array, ""], *, proposals_from_rpn: bool = False
+    ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
         """Compute the five losses of a batch.
 
         Args:
@@ -292,7 +326,15 @@ class MaskRCNN(nnx.Module):
         head_terms, metrics = self.head_losses(features, rois, batch._replace(gt=gt))
         return terms | head_terms, metrics
 
-    def rpn_losses(self, objectness, deltas, anchors, matches, sample: Sample, gt: GroundTruth) -> dict:
+    def rpn_losses(
+        self,
+        objectness: list[Float[Array, "B _"]],
+        deltas: list[Float[Array, "B _ 4"]],
+        anchors: list[Float[Array, "_ 4"]],
+        matches: Int[Array, "B A"],
+        sample: Sample,
+        gt: GroundTruth,
+    ) -> dict[str, Float[Array, ""]]:
         """Return the RPN's two losses over the sampled anchors."""
 
         def gather(objectness, deltas, matches, index, gt_boxes):
@@ -309,7 +351,9 @@ class MaskRCNN(nnx.Module):
             "loss_rpn_box_reg": losses.box_loss(predicted, targets, sample.foreground, sample.valid),
         }
 
-    def head_losses(self, features, rois: RoISamples, batch: Batch) -> tuple[dict, dict]:
+    def head_losses(
+        self, features: list[Float[Array, "B _ _ K"]], rois: RoISamples, batch: Batch
+    ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
         """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
         options, image_shape = self.options, batch.images.shape[1:3]
         foreground = rois.valid & (rois.labels > 0)
@@ -349,7 +393,7 @@ class MaskRCNN(nnx.Module):
         }
         return terms, metrics
 
-    def mask_targets(self, rois: RoISamples, batch: Batch) -> jax.Array:
+    def mask_targets(self, rois: RoISamples, batch: Batch) -> Float[Array, "B F M M"]:
         """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
         targets = jax.vmap(
             lambda packed, boxes, index, mask_size, size: mask_targets(
@@ -367,7 +411,7 @@ class MaskRCNN(nnx.Module):
 
     # Testing
 
-    def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
+    def detect(self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]) -> Detections:
         """Find the objects in a batch of images.
 
         Args:

@@ -1,20 +1,22 @@
 """MobileNetV3-Large as a feature extractor: the last output of each of the strides 4, 8, 16 and 32.
 
-As torchvision's mobilenet_v3_large, also in that the squeeze averages over the padding: unlike with a ResNet, how far
-an image is padded changes what is found far from its border. torchvision's own detection networks on it have other
-maps, both of stride 32 (its layers 13 and 16; here 3, 6, 12 and 16).
+As in torchvision's mobilenet_v3_large, the squeeze averages over the padding: unlike with a ResNet, the amount of
+padding changes results far from the border. torchvision's own detection networks use other maps, both of stride 32
+(layers 13 and 16; here 3, 6, 12 and 16).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal
 from maskrcnn_jax.models.layers import Conv, ConvNorm, relu
-from maskrcnn_jax.ops.dtypes import at_least_float32
+from maskrcnn_jax.ops.precision import at_least_float32
 
 STEM_CHANNELS = 16
 LAST_CHANNELS = 960  # of the 1x1 convolution at the end
@@ -62,12 +64,13 @@ STAGES = (
 class ConvNormActivation(ConvNorm):
     """A convolution, a normalisation and an activation."""
 
-    def __init__(self, *args, activation: Callable[[jax.Array], jax.Array], **options):
+    def __init__(self, *args, activation: Callable[[Array], Array], **options):
         super().__init__(*args, **options)
         self.activation = activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.activation(super().__call__(x))
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N _ _ C"]:
+        """Apply to x; only its valid rows count for batch statistics."""
+        return self.activation(super().__call__(x, valid))
 
 
 class SqueezeExcitation(nnx.Module):
@@ -76,13 +79,14 @@ class SqueezeExcitation(nnx.Module):
     Source: Sec. 5.3, Searching for MobileNetV3.
     """
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         squeezed = _round_to_eights(channels // 4)
-        options = {"kernel_init": kaiming_normal, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"kernel_init": kaiming_normal, "dtype": dtype, "rngs": rngs}
         self.fc1 = Conv(channels, squeezed, 1, **options)
         self.fc2 = Conv(squeezed, channels, 1, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "N H W K"]) -> Float[Array, "N H W K"]:
+        """Scale the channels of x."""
         means = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=at_least_float32(x.dtype))
         return x * jax.nn.hard_sigmoid(self.fc2(relu(self.fc1(means))))
 
@@ -90,15 +94,15 @@ class SqueezeExcitation(nnx.Module):
 class InvertedResidual(nnx.Module):
     """Expand by a 1x1 convolution, filter each channel, squeeze and excite, project; a shortcut where sizes allow."""
 
-    def __init__(self, in_channels: int, setting: Setting, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options):
+    def __init__(self, in_channels: int, setting: Setting, *, dtype: DTypeLike, rngs: nnx.Rngs, **options):
         """Build the block.
 
         Args:
-          in_channels: of the input.
-          setting: of the block.
-          dtype: compute dtype.
-          rngs: for the initial values.
-          options: of the convolutions and norms.
+            in_channels: of the input.
+            setting: of the block.
+            dtype: compute dtype.
+            rngs: for the initial values.
+            options: of the convolutions and norms.
         """
         kernel_size, expanded, out_channels, squeeze, hard_swish, stride = setting
         options |= {"dtype": dtype, "rngs": rngs}
@@ -111,7 +115,8 @@ class InvertedResidual(nnx.Module):
         self.project = ConvNorm(expanded, out_channels, 1, **options)
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "N H W K"]) -> Float[Array, "N _ _ C"]:
+        """Apply to x."""
         y = x if self.expand is None else self.expand(x)
         y = self.depthwise(y)
         y = y if self.squeeze is None else self.squeeze(y)
@@ -123,7 +128,7 @@ class MobileNetV3(nnx.Module):
     """MobileNetV3-Large without its classifier.
 
     Attributes:
-      out_channels: channels of the four outputs.
+        out_channels: channels of the four outputs.
     """
 
     def __init__(
@@ -132,20 +137,26 @@ class MobileNetV3(nnx.Module):
         in_channels: int = 3,
         norm: str = "batch",
         remat: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Build the network.
 
         Args:
-          in_channels: of the images.
-          norm: "batch" or "frozen".
-          remat: compute each block again in the gradient instead of keeping what is inside it.
-          dtype: compute dtype.
-          rngs: for the initial values.
+            in_channels: of the images.
+            norm: "batch" or "frozen".
+            remat: recompute each block in the gradient instead of keeping its activations.
+            dtype: compute dtype.
+            rngs: for the initial values.
         """
-        options = {"norm": norm, "norm_eps": NORM_EPS, "norm_momentum": NORM_MOMENTUM, "kernel_init": kaiming_normal}
-        options |= {"dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {
+            "norm": norm,
+            "norm_eps": NORM_EPS,
+            "norm_momentum": NORM_MOMENTUM,
+            "kernel_init": kaiming_normal,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         swish = options | {"activation": jax.nn.hard_swish}
         self.stem = nnx.List(
             [
@@ -153,9 +164,10 @@ class MobileNetV3(nnx.Module):
                 InvertedResidual(STEM_CHANNELS, STEM_BLOCK, **options),
             ]
         )
-        stages, channels = [], STEM_BLOCK.out_channels
+        stages: list[nnx.List[ConvNormActivation | InvertedResidual]] = []
+        channels = STEM_BLOCK.out_channels
         for settings in STAGES:
-            blocks = []
+            blocks: list[ConvNormActivation | InvertedResidual] = []
             for setting in settings:
                 blocks.append(InvertedResidual(channels, setting, **options))
                 channels = setting.out_channels
@@ -165,8 +177,8 @@ class MobileNetV3(nnx.Module):
         self.out_channels = (*(settings[-1].out_channels for settings in STAGES[:-1]), LAST_CHANNELS)
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Return the outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, I]."""
+    def __call__(self, images: Float[Array, "B H W I"]) -> list[Float[Array, "B _ _ _"]]:
+        """Return the outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images."""
         run = nnx.remat(_apply) if self.remat else _apply
         x, outputs = images, []
         for layer in self.stem:
@@ -178,7 +190,7 @@ class MobileNetV3(nnx.Module):
         return outputs
 
 
-def _apply(layer: nnx.Module, x: jax.Array) -> jax.Array:
+def _apply(layer, x: Float[Array, "N H W K"]) -> Float[Array, "N _ _ C"]:
     return layer(x)
 
 

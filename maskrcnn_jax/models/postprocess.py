@@ -1,7 +1,7 @@
-"""From the box head's outputs to the final boxes of one image."""
+"""Select the final boxes of one image from the box head's outputs."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS
 from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
@@ -10,30 +10,30 @@ from maskrcnn_jax.structures import Proposals
 
 
 def select_detections(
-    class_scores: jax.Array,
-    deltas: jax.Array,
+    class_scores: Float[Array, "N C"],
+    deltas: Float[Array, "N C+1 4"],
     proposals: Proposals,
-    size: jax.Array,
+    size: Int[Array, "2"],
     *,
     score_thresh: float,
     nms_thresh: float,
     min_size: float,
     detections_per_img: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "D 4"], Float[Array, " D"], Int[Array, " D"], Bool[Array, " D"]]:
     """Decode a box for every class, suppress duplicates within each class, keep the best.
 
     Args:
-      class_scores: [N, C] probabilities, without background.
-      deltas: [N, C + 1, 4].
-      proposals: without batch axis.
-      size: [2] (height, width) of the image inside the padding.
-      score_thresh: probability at or below which nothing is detected.
-      nms_thresh: overlap above which the worse box goes.
-      min_size: pixels; boxes with a smaller side are dropped.
-      detections_per_img: D.
+        class_scores: [N, C] probabilities, without background.
+        deltas: [N, C + 1, 4].
+        proposals: without batch axis.
+        size: [2] (height, width) of the image inside the padding.
+        score_thresh: probability at or below which nothing is detected.
+        nms_thresh: overlap above which the worse box goes.
+        min_size: pixels; boxes with a smaller side are dropped.
+        detections_per_img: D.
 
     Returns:
-      boxes [D, 4], scores [D], labels [D] and valid [D], best first.
+        boxes [D, 4], scores [D], labels [D] and valid [D], best first.
     """
     boxes = clip_boxes(decode_boxes(deltas[:, 1:], proposals.boxes[:, None], BOX_WEIGHTS), size)  # [N, C, 4]
     scores = jnp.where(proposals.valid[:, None] & is_large(boxes, min_size), class_scores, 0)

@@ -1,7 +1,11 @@
-"""From RPN outputs to proposals, and from proposals to the RoIs that the heads are trained on; for one image."""
+"""Select proposals from the RPN's outputs, and the RoIs for training from the proposals; for one image."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
 from maskrcnn_jax.ops.matching import BACKGROUND, ignore_covered, match, sample_balanced
@@ -12,10 +16,10 @@ RPN_BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 def select_proposals(
-    objectness: list[jax.Array],
-    deltas: list[jax.Array],
-    anchors: list[jax.Array],
-    size: jax.Array,
+    objectness: Sequence[Float[Array, " _"]],
+    deltas: Sequence[Float[Array, "_ 4"]],
+    anchors: Sequence[Float[Array | np.ndarray, "_ 4"]],
+    size: Int[Array, "2"],
     *,
     pre_nms_top_n: int,
     post_nms_top_n: int,
@@ -25,30 +29,30 @@ def select_proposals(
     """Pick the best boxes of each level, suppress duplicates within the level, and keep the best of all levels.
 
     Args:
-      objectness: [A_l] logits per level.
-      deltas: [A_l, 4] per level.
-      anchors: [A_l, 4] per level.
-      size: [2] (height, width) of the image inside the padding; boxes are clipped to it.
-      pre_nms_top_n: candidates per level before suppression.
-      post_nms_top_n: N, proposals of the image.
-      nms_thresh: overlap above which the worse box goes.
-      min_size: pixels; proposals with a smaller side are dropped.
+        objectness: [A_l] logits per level.
+        deltas: [A_l, 4] per level.
+        anchors: [A_l, 4] per level.
+        size: [2] (height, width) of the image inside the padding; boxes are clipped to it.
+        pre_nms_top_n: candidates per level before suppression.
+        post_nms_top_n: N, proposals of the image.
+        nms_thresh: overlap above which the worse box goes.
+        min_size: pixels; proposals with a smaller side are dropped.
 
     Returns:
-      Proposals without batch axis: boxes [N, 4], scores [N], valid [N]. N is smaller where all levels together have
-      fewer candidates.
+        Proposals without batch axis: boxes [N, 4], scores [N], valid [N]. N is smaller where all levels together have
+        fewer candidates.
     """
     width = min(pre_nms_top_n, max(level.shape[0] for level in objectness))
-    boxes, scores = [], []
+    padded_boxes, padded_scores = [], []
     for level_scores, level_deltas, level_anchors in zip(objectness, deltas, anchors, strict=True):
         count = min(width, level_scores.shape[0])
         top, index = jax.lax.top_k(level_scores, count)
         level_boxes = decode_boxes(level_deltas[index], jnp.asarray(level_anchors)[index], RPN_BOX_WEIGHTS)
         # Padded to one length, so that all levels are suppressed in one loop.
-        boxes.append(jnp.pad(level_boxes, ((0, width - count), (0, 0))))
-        scores.append(jnp.pad(top, (0, width - count), constant_values=-jnp.inf))
-    boxes = clip_boxes(jnp.stack(boxes), size)  # [L, width, 4]
-    scores = jnp.stack(scores)
+        padded_boxes.append(jnp.pad(level_boxes, ((0, width - count), (0, 0))))
+        padded_scores.append(jnp.pad(top, (0, width - count), constant_values=-jnp.inf))
+    boxes = clip_boxes(jnp.stack(padded_boxes), size)  # [L, width, 4]
+    scores = jnp.stack(padded_scores)
     keep = jax.vmap(lambda b, v: nms(b, v, iou_threshold=nms_thresh))(
         boxes, jnp.isfinite(scores) & is_large(boxes, min_size)
     )
@@ -59,17 +63,16 @@ def select_proposals(
 
 
 def limit_proposals(proposals: Proposals, gt: GroundTruth, *, source: str, min_proposals: int) -> Proposals:
-    """Keep of one image's proposals those that its heads are trained on beside its annotated boxes.
+    """Limit the proposals of one image to those that its heads are trained on.
 
     Args:
-      proposals: of one image, without batch axis, best first.
-      gt: of one image, without batch axis.
-      source: "rpn", all proposals; "gt", none; "gt_then_rpn", the best up to ``min_proposals`` boxes.
-      min_proposals: with "gt_then_rpn", how many annotated boxes and proposals there are together at least; without
-        annotated boxes all of them are proposals.
+        proposals: of one image, without batch axis, best first.
+        gt: of one image, without batch axis.
+        source: "rpn", all proposals; "gt", none; "gt_then_rpn", the best up to ``min_proposals`` boxes.
+        min_proposals: with "gt_then_rpn", the smallest number of annotated boxes and proposals together.
 
     Returns:
-      The proposals, fewer of them valid. Source: Sec. 2.2 and 3.2 of the paper.
+        The proposals, with fewer of them valid. Source: Sec. 2.2 and 3.2 of the paper.
     """
     if source == "rpn":
         return proposals
@@ -78,7 +81,7 @@ def limit_proposals(proposals: Proposals, gt: GroundTruth, *, source: str, min_p
 
 
 def sample_rois(
-    key: jax.Array,
+    key: Key[Array, ""],
     proposals: Proposals,
     gt: GroundTruth,
     *,
@@ -86,19 +89,19 @@ def sample_rois(
     positive_fraction: float,
     iou_thresh: float,
 ) -> RoISamples:
-    """Draw the RoIs of one training image from its proposals and its annotated boxes.
+    """Sample the RoIs of one training image from its proposals and its annotated boxes.
 
     Args:
-      key: random key.
-      proposals: of one image, without batch axis.
-      gt: of one image, without batch axis.
-      size: R.
-      positive_fraction: share of foreground at most.
-      iou_thresh: overlap with an object at or above which a RoI is foreground.
+        key: random key.
+        proposals: of one image, without batch axis.
+        gt: of one image, without batch axis.
+        size: R.
+        positive_fraction: largest share of foreground.
+        iou_thresh: overlap with an object at or above which a RoI is foreground.
 
     Returns:
-      RoISamples without batch axis. Source: Sec. 2.3, Fast R-CNN; the annotated boxes are among the candidates so
-      that there is foreground even while the RPN knows nothing.
+        RoISamples without batch axis. Source: Sec. 2.3, Fast R-CNN. The annotated boxes are candidates too, so that
+        there is foreground even before the RPN is trained.
     """
     boxes = jnp.concatenate([proposals.boxes, gt.boxes.astype(proposals.boxes.dtype)])
     valid = jnp.concatenate([proposals.valid, gt.valid])

@@ -1,11 +1,14 @@
 """ResNet-18/34/50/101 as a feature extractor: the outputs of its four stages (strides 4, 8, 16, 32)."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from maskrcnn_jax.models.initializers import kaiming_normal
-from maskrcnn_jax.models.layers import ConvNorm, relu
+from maskrcnn_jax.models.layers import ConvNorm, max_pool, relu
 
 # Blocks per stage, and whether they are bottlenecks. Table 1, Deep Residual Learning.
 ARCHITECTURES = {
@@ -23,15 +26,21 @@ class Block(nnx.Module):
         """Build the block.
 
         Args:
-          in_channels: of the input.
-          layers: (kernel size, channels, stride) of each convolution.
-          stride: of the whole block.
-          norm: kind of normalisation.
-          norm_eps: added to its variance.
-          dtype: compute dtype.
-          rngs: for the initial values.
+            in_channels: of the input.
+            layers: (kernel size, channels, stride) of each convolution.
+            stride: of the whole block.
+            norm: kind of normalisation.
+            norm_eps: added to its variance.
+            dtype: compute dtype.
+            rngs: for the initial values.
         """
-        options = {"norm": norm, "norm_eps": norm_eps, "kernel_init": kaiming_normal, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {
+            "norm": norm,
+            "norm_eps": norm_eps,
+            "kernel_init": kaiming_normal,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         convs, channels = [], in_channels
         for i, (kernel_size, out_channels, conv_stride) in enumerate(layers):
             # A trained norm that starts the residual branch at zero makes deep nets from scratch easier to train.
@@ -43,7 +52,8 @@ class Block(nnx.Module):
         self.shortcut = ConvNorm(in_channels, channels, 1, stride=stride, **options) if projected else None
         self.out_channels = channels
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W K"]) -> Float[Array, "B _ _ C"]:
+        """Apply to x."""
         identity = x if self.shortcut is None else self.shortcut(x)
         for i, convolution in enumerate(self.convs):
             x = convolution(x if i == 0 else relu(x))
@@ -58,30 +68,11 @@ def _block_layers(bottleneck_channels: int, out_channels: int, stride: int, stri
     return ((1, bottleneck_channels, first), (3, bottleneck_channels, second), (1, out_channels, 1))
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """Pool [B, H, W, K] by the maximum over 3 x 3 with stride 2 and one cell of padding.
-
-    As maxima of shifted slices: XLA's gradient of a windowed maximum is 10 times slower on CPUs. Of equal maxima all
-    share the gradient, where torch gives it to the first; equal values come from equal patches, for which the
-    gradients of all parameters are the same.
-    """
-    for axis in (1, 2):
-        size = x.shape[axis]
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (1, 1)
-        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
-        first, second, third = (
-            jax.lax.slice_in_dim(padded, start, start + size, stride=2, axis=axis) for start in range(3)
-        )
-        x = jnp.maximum(jnp.maximum(first, second), third)
-    return x
-
-
 class ResNet(nnx.Module):
     """Residual network without its classifier.
 
     Attributes:
-      out_channels: channels of the four outputs.
+        out_channels: channels of the four outputs.
     """
 
     def __init__(
@@ -96,27 +87,27 @@ class ResNet(nnx.Module):
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
         remat: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Build the network.
 
         Args:
-          name: one of ARCHITECTURES.
-          in_channels: of the images.
-          stem_channels: outputs of the 7x7 convolution.
-          stage_channels: outputs of the first stage, twice as many in each later one; 0 means the 256 of networks with
-            bottlenecks and the 64 of those without.
-          bottleneck_channels: inside the bottlenecks of the first stage, likewise; unused where there are none.
-          norm: "batch" or "frozen".
-          norm_eps: added to its variance.
-          stride_in_1x1: put the stride of a bottleneck in its first convolution (MSRA's original weights).
-          remat: compute each block again in the gradient instead of keeping what is inside it.
-          dtype: compute dtype.
-          rngs: for the initial values.
+            name: one of ARCHITECTURES.
+            in_channels: of the images.
+            stem_channels: outputs of the 7x7 convolution.
+            stage_channels: outputs of the first stage, twice as many in each later one; 0 selects 256 for networks
+                with bottlenecks and 64 for those without.
+            bottleneck_channels: inside the bottlenecks of the first stage, likewise; unused where there are none.
+            norm: "batch" or "frozen".
+            norm_eps: added to its variance.
+            stride_in_1x1: put the stride of a bottleneck in its first convolution (MSRA's original weights).
+            remat: recompute each block in the gradient instead of keeping its activations.
+            dtype: compute dtype.
+            rngs: for the initial values.
         """
         depths, bottleneck = ARCHITECTURES[name]
-        options = {"norm": norm, "norm_eps": norm_eps, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"norm": norm, "norm_eps": norm_eps, "dtype": dtype, "rngs": rngs}
         inner = bottleneck_channels if bottleneck else 0
         outer = stage_channels or (256 if bottleneck else 64)
         self.stem = ConvNorm(in_channels, stem_channels, 7, stride=2, kernel_init=kaiming_normal, **options)
@@ -134,8 +125,8 @@ class ResNet(nnx.Module):
         self.out_channels = tuple(stage[-1].out_channels for stage in stages)
         self.remat = remat
 
-    def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images [B, H, W, I]."""
+    def __call__(self, images: Float[Array, "B H W I"]) -> list[Float[Array, "B _ _ _"]]:
+        """Return the stages' outputs [B, H / s, W / s, K], s = 4, 8, 16, 32, for normalised images."""
         x = max_pool(relu(self.stem(images)))
         outputs, run = [], nnx.remat(Block.__call__) if self.remat else Block.__call__
         for stage in self.stages:

@@ -1,12 +1,12 @@
 """Region proposal network: for every anchor, how likely it holds an object and how to move it onto the object."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from maskrcnn_jax.models.initializers import normal
 from maskrcnn_jax.models.layers import Conv, ConvNorm, apply_together, relu
-from maskrcnn_jax.ops.dtypes import at_least_float32
+from maskrcnn_jax.ops.precision import at_least_float32
 
 _small_normal = normal(0.01)
 
@@ -15,7 +15,7 @@ class RPNHead(nnx.Module):
     """3x3 convolutions shared by all levels, then two 1x1 convolutions. Source: Sec. 3.1, Faster R-CNN."""
 
     def __init__(
-        self, in_channels: int, channels: int, num_anchors: int, *, depth: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, in_channels: int, channels: int, num_anchors: int, *, depth: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         inputs = (in_channels, *[channels] * (depth - 1))
         self.convs = nnx.List(
@@ -24,15 +24,17 @@ class RPNHead(nnx.Module):
         self.cls_logits = Conv(channels, num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
         self.bbox_pred = Conv(channels, 4 * num_anchors, 1, kernel_init=_small_normal, dtype=dtype, rngs=rngs)
 
-    def __call__(self, features: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def __call__(
+        self, features: list[Float[Array, "B _ _ K"]]
+    ) -> tuple[list[Float[Array, "B _"]], list[Float[Array, "B _ 4"]]]:
         """Predict for every anchor of every level.
 
         Args:
-          features: [B, H_l, W_l, K] per level.
+            features: [B, H_l, W_l, K] per level.
 
         Returns:
-          objectness logits [B, A_l] and offsets [B, A_l, 4] per level, float32 or wider, in the order of
-          ops.anchors.grid_anchors.
+            objectness logits [B, A_l] and offsets [B, A_l, 4] per level, float32 or wider, in the order of
+            ops.anchors.grid_anchors.
         """
         objectness, deltas = [], []
         for feature in features:

@@ -5,19 +5,20 @@ Boxes are ``x1, y1, x2, y2`` with width = x2 - x1, without the +1 of the origina
 
 import math
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Num
 
 # A regressed side may grow at most 62.5-fold; beyond, exp() would overflow. 1000 / 16 is Detectron's choice.
 MAX_LOG_RATIO = math.log(1000.0 / 16)
 
 
-def box_area(boxes: jax.Array) -> jax.Array:
+def box_area(boxes: Float[Array, "*shape 4"]) -> Float[Array, "*shape"]:
     """Return the areas [...] of boxes [..., 4] in square pixels."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
+def box_iou(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M"]:
     """Return the intersection over union [N, M] of every box of ``a`` [N, 4] with every box of ``b`` [M, 4].
 
     Two boxes without area have overlap 0, where torchvision has NaN.
@@ -25,19 +26,19 @@ def box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     return paired_iou(*jnp.broadcast_arrays(a[:, None], b[None, :]))
 
 
-def box_coverage(a: jax.Array, b: jax.Array) -> jax.Array:
+def box_coverage(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M"]:
     """Return the share [N, M] of every box of ``a`` [N, 4] that each box of ``b`` [M, 4] covers."""
     a, b = jnp.broadcast_arrays(a[:, None], b[None, :])
     return _ratio(_intersection_and_union(a, b)[0], box_area(a))
 
 
-def paired_iou(a: jax.Array, b: jax.Array) -> jax.Array:
+def paired_iou(a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]) -> Float[Array, "*shape"]:
     """Return the intersection over union [...] of boxes [..., 4] with boxes [..., 4], one by one."""
     intersection, union = _intersection_and_union(a, b)
     return _ratio(intersection, union)
 
 
-def paired_giou(a: jax.Array, b: jax.Array) -> jax.Array:
+def paired_giou(a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]) -> Float[Array, "*shape"]:
     """Return the generalised IoU [...], in -1..1, of boxes [..., 4] with boxes [..., 4], one by one.
 
     The IoU less the share of the smallest box around both that neither covers. Source: Algorithm 1, Generalized
@@ -49,28 +50,57 @@ def paired_giou(a: jax.Array, b: jax.Array) -> jax.Array:
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
-def _intersection_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _intersection_and_union(
+    a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     sides = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0)
     intersection = sides[..., 0] * sides[..., 1]
     return intersection, box_area(a) + box_area(b) - intersection
 
 
-def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """Divide, with 0 for parts of nothing and a finite gradient there."""
+def _ratio(part: Float[Array, "*shape"], whole: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Divide; 0 / 0 is 0 and has a finite gradient."""
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
-def encode_boxes(boxes: jax.Array, references: jax.Array, weights: tuple[float, ...]) -> jax.Array:
+def exceeds_iou(box: Float[Array, "4"], corners: Float[Array, "4 N"], iou_threshold: float) -> Bool[Array, " N"]:
+    """Return whether the IoU of one box with each of the others, given by ``corners``, exceeds the threshold.
+
+    Each coordinate of the others is contiguous: with boxes [N, 4] in a loop, XLA's code for CPUs is not vectorised and
+    takes 3 to 20 times as long, depending on the version.
+    """
+    x1, y1, x2, y2 = corners
+    width = jnp.maximum(jnp.minimum(box[2], x2) - jnp.maximum(box[0], x1), 0)
+    height = jnp.maximum(jnp.minimum(box[3], y2) - jnp.maximum(box[1], y1), 0)
+    intersection = width * height
+    # Divided, as torchvision does: a product with the threshold would round differently at the border.
+    union = box_area(box) + (x2 - x1) * (y2 - y1) - intersection
+    return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, corners.dtype)
+
+
+def _rounded_down(threshold: float, dtype: np.dtype) -> np.ndarray | np.floating:
+    """Return the largest number of a dtype that is not above a threshold.
+
+    torchvision compares float32 overlaps with a float64 threshold. Rounding the threshold up would change results: an
+    overlap of 3 / 10 in float32 is above 0.3, but not above 0.3 rounded to float32.
+    """
+    rounded = np.asarray(threshold, dtype)
+    return np.nextafter(rounded, np.asarray(-np.inf, dtype)) if float(rounded) > threshold else rounded
+
+
+def encode_boxes(
+    boxes: Float[Array, "*shape 4"], references: Float[Array, "*shape 4"], weights: tuple[float, float, float, float]
+) -> Float[Array, "*shape 4"]:
     """Express boxes as offsets from reference boxes.
 
     Args:
-      boxes: [..., 4] targets.
-      references: [..., 4] anchors or proposals.
-      weights: (wx, wy, ww, wh), factors that bring the offsets to about unit variance.
+        boxes: [..., 4] targets.
+        references: [..., 4] anchors or proposals.
+        weights: (wx, wy, ww, wh), factors that bring the offsets to about unit variance.
 
     Returns:
-      [..., 4] dx, dy in reference sides and log ratios dw, dh, times the weights. Where either box has no area the
-      offset is 0, so that padding stays finite.
+        [..., 4] dx, dy in sides of the reference and log ratios dw, dh, times the weights; 0 where either box has no
+        area, so that padding stays finite.
 
     Source: Eqn. 2, Faster R-CNN. Example: a box twice as wide as its reference and with the same centre has
     dx = 0, dw = log 2.
@@ -87,16 +117,20 @@ def encode_boxes(boxes: jax.Array, references: jax.Array, weights: tuple[float, 
     return jnp.where(proper, deltas * _like(weights, deltas), 0)
 
 
-def decode_boxes(deltas: jax.Array, references: jax.Array, weights: tuple[float, ...]) -> jax.Array:
+def decode_boxes(
+    deltas: Float[Array, "*shape 4"],
+    references: Float[Array, "*#shape 4"],
+    weights: tuple[float, float, float, float],
+) -> Float[Array, "*shape 4"]:
     """Invert :func:`encode_boxes`.
 
     Args:
-      deltas: [..., 4] weighted offsets.
-      references: [..., 4], broadcast against deltas by the caller.
-      weights: as in encoding.
+        deltas: [..., 4] weighted offsets.
+        references: [..., 4], of the shape of deltas or one that broadcasts to it.
+        weights: as in encoding.
 
     Returns:
-      [..., 4] boxes, not clipped to the image.
+        [..., 4] boxes, not clipped to the image.
     """
     size = references[..., 2:] - references[..., :2]
     centre = references[..., :2] + 0.5 * size
@@ -106,12 +140,12 @@ def decode_boxes(deltas: jax.Array, references: jax.Array, weights: tuple[float,
     return jnp.concatenate([new_centre - half, new_centre + half], axis=-1)
 
 
-def _like(weights: tuple[float, ...], deltas: jax.Array) -> jax.Array:
+def _like(weights: tuple[float, float, float, float], deltas: Float[Array, "*shape 4"]) -> Float[Array, "..."]:
     """Return the weights with the rank and dtype of deltas [..., 4]."""
     return jnp.asarray(weights, deltas.dtype).reshape((1,) * (deltas.ndim - 1) + (4,))
 
 
-def clip_boxes(boxes: jax.Array, size: jax.Array) -> jax.Array:
+def clip_boxes(boxes: Float[Array, "*shape 4"], size: Num[Array, "2"]) -> Float[Array, "*shape 4"]:
     """Clip boxes [..., 4] to an image of ``size`` (height, width)."""
     height, width = size[0], size[1]
     limits = jnp.stack([width, height, width, height]).astype(boxes.dtype)
@@ -119,6 +153,6 @@ def clip_boxes(boxes: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.clip(boxes, 0, limits)
 
 
-def is_large(boxes: jax.Array, min_side: float) -> jax.Array:
+def is_large(boxes: Float[Array, "*shape 4"], min_side: float) -> Bool[Array, "*shape"]:
     """Return [...] whether both sides of boxes [..., 4] are at least ``min_side`` pixels."""
     return jnp.all(boxes[..., 2:] - boxes[..., :2] >= min_side, axis=-1)

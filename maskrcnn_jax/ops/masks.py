@@ -1,17 +1,18 @@
 """Mask targets: the part of a ground-truth mask inside an RoI, resampled to the resolution of the mask head.
 
-torchvision resizes every mask to the network input (nearest) and then applies RoIAlign with as many samples a bin as
-it has pixels. Both steps are separable, so here each RoI gets two small matrices, target = rows @ mask @ columns^T,
+torchvision resizes every mask to the network input (nearest) and then applies RoIAlign with one sample per pixel of
+a bin. Both steps are separable, so here each RoI gets two small matrices, target = rows @ mask @ columns^T,
 and the mask stays bit-packed at the resolution of its image file.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
 
 from maskrcnn_jax.ops.roi_align import interpolation_corners
 
 
-def unpack_mask(packed: jax.Array) -> jax.Array:
+def unpack_mask(packed: UInt8[Array, "*shape W8"]) -> UInt8[Array, "*shape 8*W8"]:
     """Unpack [..., H, W / 8] uint8, lowest bit first, to [..., H, W] uint8 of 0 and 1."""
     shifts = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * packed.ndim + (8,))
     bits = (packed[..., None] >> shifts) & 1
@@ -19,31 +20,31 @@ def unpack_mask(packed: jax.Array) -> jax.Array:
 
 
 def mask_targets(
-    packed: jax.Array,
-    boxes: jax.Array,
-    gt_index: jax.Array,
+    packed: UInt8[Array, "G M M//8"],
+    boxes: Float[Array, "F 4"],
+    gt_index: Int[Array, " F"],
     *,
-    mask_size: jax.Array,
-    image_size: jax.Array,
+    mask_size: Int[Array, "2"],
+    image_size: Int[Array, "2"],
     max_size: tuple[int, int],
     output_size: int = 28,
     aligned: bool = False,
-) -> jax.Array:
+) -> Float[Array, "F {output_size} {output_size}"]:
     """Crop and resample the matched masks of one image.
 
     Args:
-      packed: [G, M, M / 8] uint8 bit-packed masks; the raster fills the top-left ``mask_size`` of the canvas.
-      boxes: [F, 4] RoIs, network-input pixels.
-      gt_index: [F] int32, the mask of each RoI.
-      mask_size: [2] int32 (height, width) of the raster, which covers the whole image.
-      image_size: [2] int32 (height, width) of the image inside the padded network input.
-      max_size: (H, W) of the padded network input, which bounds the number of samples.
-      output_size: side of the target.
-      aligned: take pixel i to be centred at i + 0.5, where it is; torchvision's Mask R-CNN takes it to be at i, which
-        shifts the targets by half a pixel.
+        packed: [G, M, M / 8] uint8 bit-packed masks; the raster fills the top-left ``mask_size`` of the canvas.
+        boxes: [F, 4] RoIs, network-input pixels.
+        gt_index: [F] int32, the mask of each RoI.
+        mask_size: [2] int32 (height, width) of the raster, which covers the whole image.
+        image_size: [2] int32 (height, width) of the image inside the padded network input.
+        max_size: (H, W) of the padded network input, which bounds the number of samples.
+        output_size: side of the target.
+        aligned: pixel i is centred at i + 0.5. torchvision's Mask R-CNN puts it at i, which shifts the targets by half
+            a pixel.
 
     Returns:
-      [F, output_size, output_size] float in 0..1: the soft targets that torchvision trains on, unless aligned.
+        [F, output_size, output_size] float in 0..1: the soft targets that torchvision trains on, unless aligned.
 
     Source: torchvision's project_masks_on_boxes and resize of targets; RoIAlign with sampling_ratio -1.
     """
@@ -57,7 +58,7 @@ def mask_targets(
         half = jnp.matmul(rows, mask, precision=jax.lax.Precision.HIGHEST)
         return jnp.matmul(half, columns.T, precision=jax.lax.Precision.HIGHEST)
 
-    # One RoI after the other in small groups: unpacked masks of all RoIs at once would take gigabytes.
+    # In small groups of RoIs: the unpacked masks of all RoIs at once would take gigabytes.
     return jax.lax.map(lambda args: target(*args), (boxes, gt_index), batch_size=8)
 
 

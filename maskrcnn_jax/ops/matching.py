@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from maskrcnn_jax.ops.boxes import box_coverage, box_iou
 
@@ -12,27 +13,27 @@ IGNORED = -2
 
 
 def match(
-    boxes: jax.Array,
-    gt_boxes: jax.Array,
-    gt_valid: jax.Array,
+    boxes: Float[Array, "N 4"],
+    gt_boxes: Float[Array, "G 4"],
+    gt_valid: Bool[Array, " G"],
     *,
     high_threshold: float,
     low_threshold: float,
     allow_low_quality: bool = False,
-) -> jax.Array:
+) -> Int32[Array, " N"]:
     """Match each box to the ground-truth object that it overlaps most.
 
     Args:
-      boxes: [N, 4] anchors or proposals.
-      gt_boxes: [G, 4].
-      gt_valid: [G] bool.
-      high_threshold: overlap at or above which a box is foreground.
-      low_threshold: overlap below which it is background; between the two it is ignored.
-      allow_low_quality: also match the boxes that overlap an object best of all boxes (ties included), however
-        little, with the object that they themselves overlap most.
+        boxes: [N, 4] anchors or proposals.
+        gt_boxes: [G, 4].
+        gt_valid: [G] bool.
+        high_threshold: overlap at or above which a box is foreground.
+        low_threshold: overlap below which it is background; between the two it is ignored.
+        allow_low_quality: also match the boxes that overlap an object best of all boxes (ties included), however
+            little, with the object that they themselves overlap most.
 
     Returns:
-      [N] int32: index of the object, BACKGROUND or IGNORED. Without valid objects all are BACKGROUND.
+        [N] int32: index of the object, BACKGROUND or IGNORED. Without valid objects all are BACKGROUND.
 
     Source: Sec. 3.1.2, Faster R-CNN. Exactly as torchvision's Matcher, including that an object which overlaps no
     box at all is overlapped equally well, by 0, by every box, and so makes every box foreground.
@@ -50,19 +51,24 @@ def match(
 
 
 def ignore_covered(
-    matches: jax.Array, boxes: jax.Array, regions: jax.Array, valid: jax.Array, *, threshold: float = 0.5
-) -> jax.Array:
-    """Take out of the background what lies in regions where nobody can say what is background.
+    matches: Int32[Array, " N"],
+    boxes: Float[Array, "N 4"],
+    regions: Float[Array, "G 4"],
+    valid: Bool[Array, " G"],
+    *,
+    threshold: float = 0.5,
+) -> Int32[Array, " N"]:
+    """Ignore background boxes inside regions that may hold unannotated objects.
 
     Args:
-      matches: [N] int32, as :func:`match` returns them.
-      boxes: [N, 4] anchors or proposals.
-      regions: [G, 4] boxes around crowds, or around objects of categories that are not to be learnt.
-      valid: [G] bool.
-      threshold: share of a box inside one region at or above which it is ignored.
+        matches: [N] int32, as :func:`match` returns them.
+        boxes: [N, 4] anchors or proposals.
+        regions: [G, 4] boxes around crowds, or around objects of categories that are left out.
+        valid: [G] bool.
+        threshold: share of a box inside one region at or above which it is ignored.
 
     Returns:
-      [N] int32: matches with IGNORED in place of some BACKGROUND; foreground stays what it is.
+        [N] int32: matches with IGNORED in place of some BACKGROUND; foreground is unchanged.
     """
     covered = jnp.any((box_coverage(boxes, regions) >= threshold) & valid[None, :], axis=1)
     return jnp.where((matches == BACKGROUND) & covered, IGNORED, matches)
@@ -71,27 +77,32 @@ def ignore_covered(
 class Sample(NamedTuple):
     """Indices drawn by :func:`sample_balanced`, foreground first."""
 
-    index: jax.Array  # [S] int32 into the candidates
-    foreground: jax.Array  # [S] bool
-    valid: jax.Array  # [S] bool, False where there were too few candidates
+    index: Int32[Array, "*B S"]  # type: ignore[assignment]  # into the candidates; hides tuple.index
+    foreground: Bool[Array, "*B S"]
+    valid: Bool[Array, "*B S"]  # False where there were too few candidates
 
 
 def sample_balanced(
-    key: jax.Array, foreground: jax.Array, background: jax.Array, *, size: int, positive_fraction: float
+    key: Key[Array, ""],
+    foreground: Bool[Array, " N"],
+    background: Bool[Array, " N"],
+    *,
+    size: int,
+    positive_fraction: float,
 ) -> Sample:
     """Draw ``size`` candidates uniformly, at most ``positive_fraction`` of them foreground, the rest background.
 
     Args:
-      key: random key.
-      foreground: [N] bool, disjoint from background.
-      background: [N] bool.
-      size: S; fewer are valid when there are not enough candidates.
-      positive_fraction: share of the foreground at most; background fills what foreground leaves.
+        key: random key.
+        foreground: [N] bool, disjoint from background.
+        background: [N] bool.
+        size: S; fewer are valid when there are not enough candidates.
+        positive_fraction: largest share of foreground; background fills the rest.
 
     Returns:
-      The drawn indices: foreground ones, then background ones, then invalid ones.
+        The drawn indices: foreground ones, then background ones, then invalid ones.
     """
-    # The limit is a share of the size that was asked for, also where there are fewer candidates, as in torchvision.
+    # A share of the requested size, also where there are fewer candidates, as in torchvision.
     max_foreground = int(size * positive_fraction)
     size = min(size, foreground.shape[0])
     max_foreground = min(max_foreground, size)

@@ -1,50 +1,26 @@
-"""Non-maximum suppression with static shapes: every form returns exactly what the greedy algorithm keeps."""
+"""Non-maximum suppression with static shapes. Every form keeps exactly what the greedy algorithm keeps."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
 
-from maskrcnn_jax.ops.boxes import box_area
-
-
-def _overlaps(box: jax.Array, corners: jax.Array, iou_threshold: float) -> jax.Array:
-    """Return [N] whether the boxes of ``corners`` [4, N] overlap one box [4] by more than the threshold.
-
-    Each coordinate of all boxes lies in one piece: from boxes [N, 4], in a loop, XLA's code for CPUs reads number by
-    number and takes 3 to 20 times as long, by the version.
-    """
-    x1, y1, x2, y2 = corners
-    width = jnp.maximum(jnp.minimum(box[2], x2) - jnp.maximum(box[0], x1), 0)
-    height = jnp.maximum(jnp.minimum(box[3], y2) - jnp.maximum(box[1], y1), 0)
-    intersection = width * height
-    # Divided, as torchvision does: a product with the threshold would round differently at the border.
-    union = box_area(box) + (x2 - x1) * (y2 - y1) - intersection
-    return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, corners.dtype)
+from maskrcnn_jax.ops.boxes import exceeds_iou
+from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
 
 
-def _rounded_down(threshold: float, dtype: jnp.dtype) -> np.ndarray:
-    """Return the largest number of a dtype that is not above a threshold.
-
-    torchvision compares float32 overlaps with a float64 threshold. An overlap of 3 / 10 is above 0.3 then, because in
-    float32 it is; 0.3 in float32 would be the same number, and not below it.
-    """
-    rounded = np.asarray(threshold, dtype)
-    return np.nextafter(rounded, np.asarray(-np.inf, dtype)) if float(rounded) > threshold else rounded
-
-
-def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
+def nms(boxes: Float[Array, "N 4"], valid: Bool[Array, " N"], *, iou_threshold: float) -> Bool[Array, " N"]:
     """Suppress boxes that overlap a better one that is itself kept.
 
     Args:
-      boxes: [N, 4], best first.
-      valid: [N] bool; invalid boxes are never kept and suppress nothing.
-      iou_threshold: overlap above which (strictly) the worse box goes.
+        boxes: [N, 4], best first.
+        valid: [N] bool; invalid boxes are never kept and suppress nothing.
+        iou_threshold: overlap above which (strictly) the worse box goes.
 
     Returns:
-      [N] bool, the boxes kept.
+        [N] bool, the boxes kept.
     """
     if boxes.shape[0] == 0:
         return valid
@@ -53,25 +29,14 @@ def nms(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Arra
     return jax.lax.platform_dependent(boxes, valid, **forms)
 
 
-def nms_one_by_one(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
-    """As :func:`nms`, N steps of N overlaps: little work and much waiting, right where steps are cheap."""
-    position, corners = jnp.arange(boxes.shape[0]), boxes.T
+def nms_in_rounds(boxes: Float[Array, "N 4"], valid: Bool[Array, " N"], *, iou_threshold: float) -> Bool[Array, " N"]:
+    """Return what :func:`nms` returns, from all N^2 overlaps at once and a few rounds; for accelerators.
 
-    def visit(i, keep):
-        suppressed = _overlaps(corners[:, i], corners, iou_threshold) & (position > i)
-        return keep & ~(suppressed & keep[i])
-
-    return jax.lax.fori_loop(0, boxes.shape[0], visit, valid)
-
-
-def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -> jax.Array:
-    """As :func:`nms`, all N^2 overlaps at once and then a few rounds over all boxes: for accelerators.
-
-    A round keeps the boxes that no better box of the round before suppresses. What is kept of the best k boxes is
-    right after k rounds at the latest; usually all is after a handful, and then nothing changes any more.
+    A round keeps the boxes that no better box kept by the round before suppresses. After k rounds the best k boxes are
+    final. The loop ends when a round changes nothing, usually after a handful.
     """
     position = jnp.arange(boxes.shape[0])
-    overlaps = jax.vmap(functools.partial(_overlaps, iou_threshold=iou_threshold), (0, None))(boxes, boxes.T)
+    overlaps = jax.vmap(functools.partial(exceeds_iou, iou_threshold=iou_threshold), (0, None))(boxes, boxes.T)
     suppresses = overlaps & (position[:, None] < position[None, :])  # [N, N]: whether the row's box is the better
 
     def changed(state):
@@ -88,14 +53,19 @@ def nms_in_rounds(boxes: jax.Array, valid: jax.Array, *, iou_threshold: float) -
 class Picks(NamedTuple):
     """Result of :func:`class_nms`, best first."""
 
-    box_index: jax.Array  # [D] int32
-    class_index: jax.Array  # [D] int32
-    scores: jax.Array  # [D]
-    valid: jax.Array  # [D] bool
+    box_index: Int32[Array, " D"]
+    class_index: Int32[Array, " D"]
+    scores: Float[Array, " D"]
+    valid: Bool[Array, " D"]
 
 
 def class_nms(
-    boxes: jax.Array, scores: jax.Array, *, iou_threshold: float, score_threshold: float, max_picks: int
+    boxes: Float[Array, "N C 4"],
+    scores: Float[Array, "N C"],
+    *,
+    iou_threshold: float,
+    score_threshold: float,
+    max_picks: int,
 ) -> Picks:
     """Suppress within each class and return the best of all classes together.
 
@@ -103,14 +73,14 @@ def class_nms(
     updated. This needs no cap on candidates, so the result is that of the full per-class algorithm.
 
     Args:
-      boxes: [N, C, 4], a box for each class.
-      scores: [N, C]; set to 0 or below what must not be picked.
-      iou_threshold: overlap above which (strictly) the worse box of a class goes.
-      score_threshold: scores at or below it are never picked; at least 0.
-      max_picks: D.
+        boxes: [N, C, 4], a box for each class.
+        scores: [N, C]; 0 or below for pairs that must not be picked.
+        iou_threshold: overlap above which (strictly) the worse box of a class goes.
+        score_threshold: scores at or below it are never picked; at least 0.
+        max_picks: D.
 
     Returns:
-      The picks, in descending order of score; of equal scores the lower class and box index come first.
+        The picks, in descending order of score; of equal scores the lower class and box index come first.
     """
     corners = boxes.transpose(1, 2, 0)  # [C, 4, N]
     alive = jnp.where(scores > score_threshold, scores, -1).T  # [C, N]
@@ -129,7 +99,7 @@ def class_nms(
             picks.scores.at[count].set(best[c]),
             picks.valid.at[count].set(True),
         )
-        survivors = jnp.where(_overlaps(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
+        survivors = jnp.where(exceeds_iou(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
         return count + 1, alive.at[c].set(survivors), best.at[c].set(jnp.max(survivors)), picks
 
     nothing = Picks(

@@ -1,15 +1,17 @@
-"""Where a RoI is in the feature pyramid: its level, and all levels as one table of feature vectors."""
+"""The place of RoIs in the feature pyramid: their levels, and all levels as one table of feature vectors."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 
-def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int, aligned: bool = False) -> jax.Array:
-    """Return the pyramid level [R] of boxes [R, 4]: 224^2 pixels map to level 4, twice the side to the next.
+def assign_levels(
+    boxes: Float[Array, "R 4"], *, finest: int, coarsest: int, aligned: bool = False
+) -> Int32[Array, " R"]:
+    """Return the pyramid level of each box: 224^2 pixels map to level 4, twice the side to the next.
 
     Source: Eqn. 1, Feature Pyramid Networks; the small constant is torchvision's, or detectron2's where ``aligned``.
     """
@@ -25,28 +27,32 @@ def assign_levels(boxes: jax.Array, *, finest: int, coarsest: int, aligned: bool
 class Placed(NamedTuple):
     """RoIs in the cells of their levels."""
 
-    table: jax.Array  # [N, K], the levels laid end to end, row by row
-    boxes: jax.Array  # [R, 4] in cells
-    starts: jax.Array  # [R] int32, row of the table at which the RoI's level begins
-    heights: jax.Array  # [R] int32, of the level
-    widths: jax.Array  # [R] int32
+    table: Float[Array, "N K"]  # the levels one after the other, row by row
+    boxes: Float[Array, "R 4"]  # in cells
+    starts: Int32[Array, " R"]  # row of the table at which the RoI's level begins
+    heights: Int32[Array, " R"]  # of the level
+    widths: Int32[Array, " R"]
 
 
-def place_on_level(features: jax.Array, boxes: jax.Array, spatial_scale: float) -> Placed:
-    """Place boxes [R, 4] in image pixels on a single level [H, W, K] of so many cells per pixel."""
+def place_on_level(features: Float[Array, "H W K"], boxes: Float[Array, "R 4"], spatial_scale: float) -> Placed:
+    """Place boxes in image pixels on a single level of ``spatial_scale`` cells per pixel."""
     return _place([features], boxes, jnp.zeros(boxes.shape[0], jnp.int32), (spatial_scale,))
 
 
 def place_on_pyramid(
-    features: Sequence[jax.Array], boxes: jax.Array, *, image_shape: tuple[int, int], aligned: bool = False
+    features: Sequence[Float[Array, "_ _ K"]],
+    boxes: Float[Array, "R 4"],
+    *,
+    image_shape: tuple[int, int],
+    aligned: bool = False,
 ) -> Placed:
     """Place each box on the level that fits its size.
 
     Args:
-      features: [H_l, W_l, K] per level, finest first.
-      boxes: [R, 4] in pixels of the padded network input.
-      image_shape: (H, W) of the padded network input, from which the levels' scales follow.
-      aligned: selects the rule of :func:`assign_levels`.
+        features: [H_l, W_l, K] per level, finest first.
+        boxes: [R, 4] in pixels of the padded network input.
+        image_shape: (H, W) of the padded network input, from which the levels' scales follow.
+        aligned: selects the rule of :func:`assign_levels`.
     """
     # Scales are powers of two even where the grid was rounded up.
     scales = tuple(2.0 ** round(math.log2(feature.shape[0] / image_shape[0])) for feature in features)

@@ -4,11 +4,12 @@ Each of the output_size^2 bins averages sampling_ratio^2 points, each interpolat
 points of all RoIs are looked up in a table of feature vectors by one gather per (sample, corner), which accumulates
 instead of holding all corners at once; the gradient scatters back in chunks of RoIs for the same reason.
 
-Adaptive sampling (sampling_ratio 0, detectron2) takes about one point per cell instead, so that the number differs
-from RoI to RoI. Shapes cannot, so RoIs of similar numbers are processed together, as many steps as the largest needs.
+Adaptive sampling (sampling_ratio 0, detectron2) takes about one point per cell instead, so the number of points varies
+from RoI to RoI. Shapes cannot vary, so RoIs with similar numbers are processed together, for as many steps as the
+largest of them needs.
 
-As torchvision 0.28: there is no gradient with respect to the boxes; a point beyond [-1, size] counts as 0, one within
-a cell of the border takes the border's value. Unlike there, adaptive sampling is limited, by MAX_MAP_LENGTHS.
+As in torchvision 0.28, there is no gradient with respect to the boxes; a point beyond [-1, size] counts as 0, and one
+within a cell of the border takes the border's value. Unlike there, MAX_MAP_LENGTHS limits adaptive sampling.
 """
 
 import functools
@@ -17,107 +18,112 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
 
-from maskrcnn_jax.ops.dtypes import at_least_float32
+from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
 
-# RoIs whose gradient is scattered at once: few enough that the updates stay in cache. Also those that share the
-# number of steps of adaptive sampling: few enough to need similar numbers.
+# RoIs whose gradient is scattered at once, few enough that the updates stay in cache. Also the RoIs that share a
+# number of steps in adaptive sampling, few enough to need similar numbers.
 CHUNK = 16
-# Adaptive sampling takes no more points than a box of this many times the size of the feature map needs, so that the
-# time has a limit whatever the boxes hold.
+# Adaptive sampling takes no more points than a box of this many times the size of the feature map needs. This bounds
+# the time whatever the boxes are.
 MAX_MAP_LENGTHS = 2
 
 
 def roi_align(
-    features: jax.Array,
-    boxes: jax.Array,
+    features: Float[Array, "H W K"],
+    boxes: Float[Array, "R 4"],
     *,
     output_size: int,
     spatial_scale: float = 1.0,
     sampling_ratio: int = 2,
     aligned: bool = False,
-) -> jax.Array:
+) -> Float[Array, "R {output_size} {output_size} K"]:
     """Pool boxes from one feature map.
 
     Args:
-      features: [H, W, K].
-      boxes: [R, 4] in image pixels.
-      output_size: side of the pooled grid.
-      spatial_scale: feature cells per image pixel.
-      sampling_ratio: points per bin and axis; 0 is adaptive, ceil(side / output_size) of a box with this side in
-        cells, and 0 as result where that is 0.
-      aligned: True shifts by half a cell, so that the centre of cell 0 lies at 0.5 pixels (detectron2); False is the
-        original, which also treats boxes as at least one cell large (torchvision's Mask R-CNN).
+        features: [H, W, K].
+        boxes: [R, 4] in image pixels.
+        output_size: side of the pooled grid.
+        spatial_scale: feature cells per image pixel.
+        sampling_ratio: points per bin and axis; 0 is adaptive, ceil(side / output_size) of a box with this side in
+            cells, and 0 as result where that is 0.
+        aligned: True shifts by half a cell, so that the centre of cell 0 lies at 0.5 pixels (detectron2); False is the
+            original, which also treats boxes as at least one cell large (torchvision's Mask R-CNN).
 
     Returns:
-      [R, output_size, output_size, K] in the dtype of the features.
+        [R, output_size, output_size, K] in the dtype of the features.
 
     Source: Sec. 3, Mask R-CNN.
     """
-    placed = place_on_level(features, boxes, spatial_scale)
-    return _pool(placed, features.shape[:2], output_size, sampling_ratio, aligned)
+    placed, (height, width) = place_on_level(features, boxes, spatial_scale), features.shape[:2]
+    return _pool(placed, (height, width), output_size, sampling_ratio, aligned)
 
 
 def multiscale_roi_align(
-    features: Sequence[jax.Array],
-    boxes: jax.Array,
+    features: Sequence[Float[Array, "_ _ K"]],
+    boxes: Float[Array, "R 4"],
     *,
     image_shape: tuple[int, int],
     output_size: int,
     sampling_ratio: int = 2,
     aligned: bool = False,
-) -> jax.Array:
+) -> Float[Array, "R {output_size} {output_size} K"]:
     """Pool each box from the pyramid level that fits its size.
 
     Args:
-      features: [H_l, W_l, K] per level, finest first.
-      boxes: [R, 4] in pixels of the padded network input.
-      image_shape: (H, W) of the padded network input, from which the levels' scales follow.
-      output_size: side of the pooled grid.
-      sampling_ratio: points per bin and axis, 0 for adaptive sampling, as in :func:`roi_align`.
-      aligned: as in :func:`roi_align`; also selects the rule of :func:`.pyramid.assign_levels`.
+        features: [H_l, W_l, K] per level, finest first.
+        boxes: [R, 4] in pixels of the padded network input.
+        image_shape: (H, W) of the padded network input, from which the levels' scales follow.
+        output_size: side of the pooled grid.
+        sampling_ratio: points per bin and axis, 0 for adaptive sampling, as in :func:`roi_align`.
+        aligned: as in :func:`roi_align`; also selects the rule of :func:`.pyramid.assign_levels`.
 
     Returns:
-      [R, output_size, output_size, K].
+        [R, output_size, output_size, K].
     """
     placed = place_on_pyramid(features, boxes, image_shape=image_shape, aligned=aligned)
-    largest = tuple(max(feature.shape[axis] for feature in features) for axis in (0, 1))
+    largest = max(feature.shape[0] for feature in features), max(feature.shape[1] for feature in features)
     return _pool(placed, largest, output_size, sampling_ratio, aligned)
 
 
-def sample_points(start: jax.Array, bin_size: jax.Array, output_size: int, sampling_ratio: int) -> jax.Array:
-    """Return the coordinates [R, output_size, sampling_ratio] of the points along one axis.
+def sample_points(
+    start: Float[Array, " R"], bin_size: Float[Array, " R"], output_size: int, sampling_ratio: int
+) -> Float[Array, "R {output_size} {sampling_ratio}"]:
+    """Return the coordinates of the sample points along one axis.
 
     Args:
-      start: [R] where the boxes begin.
-      bin_size: [R] width of a bin.
-      output_size: bins.
-      sampling_ratio: points per bin, at the centres of its equal parts.
+        start: [R] where the boxes begin.
+        bin_size: [R] width of a bin.
+        output_size: bins.
+        sampling_ratio: points per bin, at the centres of its equal parts.
     """
-    # In the order of torchvision's additions: others round differently, which shows in what is sampled at 1e-5.
+    # In the order of torchvision's additions: another order rounds differently and changes the samples by 1e-5.
     start, bin_size = start[:, None, None], bin_size[:, None, None]
     bins = jnp.arange(output_size, dtype=start.dtype).reshape(1, -1, 1)
     samples = jnp.arange(sampling_ratio, dtype=start.dtype).reshape(1, 1, -1) + 0.5
     return start + bins * bin_size + samples * bin_size / sampling_ratio
 
 
-def interpolation_corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def interpolation_corners(
+    points: Float[Array, "*shape"], size: Int[Array, "*#shape"]
+) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Return the two cells that each point lies between, and their weights.
 
     Args:
-      points: coordinates in cells, where cell i sits at i.
-      size: number of cells, broadcast against points.
+        points: coordinates in cells, where cell i sits at i.
+        size: number of cells, broadcast against points.
 
     Returns:
-      low, high: int32 indices; low_weight, high_weight: both 0 for points beyond [-1, size].
+        low, high: int32 indices; low_weight, high_weight: both 0 for points beyond [-1, size].
     """
     inside = (points >= -1) & (points <= size)
     last = (size - 1).astype(points.dtype)
     clamped = jnp.clip(points, 0, last)
     # XLA computes the points once for the indices and again for the weights, and may round the two differently. Boxes
-    # of whole pixels have many points on a cell, which would then get the index of one side and the weight of the
-    # other; so what lies within rounding below a cell belongs to that cell.
+    # of whole pixels have many points exactly on a cell, which could get the index of one side and the weight of the
+    # other. So a point within rounding below a cell belongs to that cell.
     rounding = 4 * jnp.finfo(points.dtype).eps * (clamped + 1)
     low = jnp.minimum(jnp.floor(clamped + rounding), last)
     fraction = jnp.maximum(clamped - low, 0)
@@ -127,7 +133,9 @@ def interpolation_corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array
     return low.astype(jnp.int32), high.astype(jnp.int32), low_weight, high_weight
 
 
-def _pool(placed: Placed, largest: tuple[int, int], output_size: int, sampling_ratio: int, aligned: bool) -> jax.Array:
+def _pool(
+    placed: Placed, largest: tuple[int, int], output_size: int, sampling_ratio: int, aligned: bool
+) -> Float[Array, "R {output_size} {output_size} K"]:
     """Gather the sample points of all boxes from the table; ``largest`` is the (height, width) of the finest level."""
     table, boxes, starts, heights, widths = placed
     x1, y1, x2, y2 = (boxes - (0.5 if aligned else 0.0)).T
@@ -174,7 +182,7 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
 def _weighted_rows(table, index, weight):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
     total = jnp.zeros((*index.shape[1:], table.shape[1]), at_least_float32(table.dtype))
-    # In two steps of a loop: XLA would merge the sum into what uses it, with all T arrays of rows waiting in memory.
+    # In two steps of a loop: XLA would fuse the sum into its consumer, with all T arrays of rows in memory.
     halves = [array.reshape(2, len(array) // 2, *array.shape[1:]) for array in (index, weight)]
     total, _ = jax.lax.scan(lambda total, half: (_add_rows(total, table, *half), None), total, halves)
     return total.astype(table.dtype)
@@ -271,7 +279,7 @@ def _over_images(function: Callable) -> Callable:
     the new state of every image in every step: of the whole table, in the gradient.
 
     Args:
-      function: takes and returns arrays [B, ...].
+        function: takes and returns arrays [B, ...].
     """
 
     @jax.custom_batching.custom_vmap
@@ -334,8 +342,8 @@ def _chunks_of_similar_counts(rois):
     """Sort the RoIs [B, R] of each image by their number of samples, the most first, and cut them into chunks.
 
     Returns:
-      The order [B, R / CHUNK, CHUNK], R where no RoI is left; the chunks [R / CHUNK, B, CHUNK]; and the number of
-      samples [R / CHUNK] of the largest RoI of each, over all images, as these go through the loop together.
+        The order [B, R / CHUNK, CHUNK], R where no RoI is left; the chunks [R / CHUNK, B, CHUNK]; and the number of
+        samples [R / CHUNK] of the largest RoI of each, over all images, as these go through the loop together.
     """
     batch, num_rois = rois.x.shape
     chunk = min(CHUNK, max(num_rois, 1))

@@ -1,7 +1,7 @@
 """RoIPool: pool a box to a fixed grid by the maximum of each bin, after rounding the box and the bins to whole cells.
 
-What RoIAlign replaced; here to measure by how much. The number of cells in a bin differs from RoI to RoI, so all bins
-look at one cell after another, as many as the largest bin has.
+RoIAlign replaced it; it is here for comparison. The number of cells per bin varies from RoI to RoI, so all bins visit
+their cells one by one, for as many steps as the largest bin has cells.
 """
 
 import functools
@@ -10,24 +10,27 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
 
-# A box is treated as at most this many times as long as the longest level, so that the bins have limits to look up.
+# A box counts as at most this many times as long as the longest level, so that the limits of its bins fit a table.
 MAX_MAP_LENGTHS = 2
 
 
-def roi_pool(features: jax.Array, boxes: jax.Array, *, output_size: int, spatial_scale: float = 1.0) -> jax.Array:
+def roi_pool(
+    features: Float[Array, "H W K"], boxes: Float[Array, "R 4"], *, output_size: int, spatial_scale: float = 1.0
+) -> Float[Array, "R {output_size} {output_size} K"]:
     """Pool boxes from one feature map.
 
     Args:
-      features: [H, W, K].
-      boxes: [R, 4] in image pixels; longer than MAX_MAP_LENGTHS times the map, they are pooled as if cut to that.
-      output_size: side of the pooled grid.
-      spatial_scale: feature cells per image pixel.
+        features: [H, W, K].
+        boxes: [R, 4] in image pixels; those longer than MAX_MAP_LENGTHS times the map are cut to that length.
+        output_size: side of the pooled grid.
+        spatial_scale: feature cells per image pixel.
 
     Returns:
-      [R, output_size, output_size, K] in the dtype of the features; 0 in bins that lie beyond the map.
+        [R, output_size, output_size, K] in the dtype of the features; 0 in bins that lie beyond the map.
 
     Source: Sec. 2.1, Fast R-CNN; rounding as torchvision's roi_pool.
     """
@@ -35,24 +38,28 @@ def roi_pool(features: jax.Array, boxes: jax.Array, *, output_size: int, spatial
 
 
 def multiscale_roi_pool(
-    features: Sequence[jax.Array], boxes: jax.Array, *, image_shape: tuple[int, int], output_size: int
-) -> jax.Array:
+    features: Sequence[Float[Array, "_ _ K"]],
+    boxes: Float[Array, "R 4"],
+    *,
+    image_shape: tuple[int, int],
+    output_size: int,
+) -> Float[Array, "R {output_size} {output_size} K"]:
     """Pool each box from the pyramid level that fits its size.
 
     Args:
-      features: [H_l, W_l, K] per level, finest first.
-      boxes: [R, 4] in pixels of the padded network input.
-      image_shape: (H, W) of the padded network input, from which the levels' scales follow.
-      output_size: side of the pooled grid.
+        features: [H_l, W_l, K] per level, finest first.
+        boxes: [R, 4] in pixels of the padded network input.
+        image_shape: (H, W) of the padded network input, from which the levels' scales follow.
+        output_size: side of the pooled grid.
 
     Returns:
-      [R, output_size, output_size, K].
+        [R, output_size, output_size, K].
     """
     placed = place_on_pyramid(features, boxes, image_shape=image_shape)
     return _pool(placed, output_size, max(side for feature in features for side in feature.shape[:2]))
 
 
-def _pool(placed: Placed, output_size: int, longest: int) -> jax.Array:
+def _pool(placed: Placed, output_size: int, longest: int) -> Float[Array, "R {output_size} {output_size} K"]:
     corners = _round_half_away(placed.boxes)
     # Of a box of n cells, where each bin begins and ends.
     limits = _bin_limits(MAX_MAP_LENGTHS * longest, output_size, placed.boxes.dtype)
@@ -73,8 +80,8 @@ def _pool(placed: Placed, output_size: int, longest: int) -> jax.Array:
     return pooled.reshape(*first.shape, placed.table.shape[1])
 
 
-def _round_half_away(x: jax.Array) -> jax.Array:
-    """Round as C does: halves away from zero."""
+def _round_half_away(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Round to the nearest integer, halves away from zero, as C does."""
     whole = jnp.floor(jnp.abs(x))
     return (jnp.sign(x) * (whole + (jnp.abs(x) - whole >= 0.5))).astype(jnp.int32)
 

@@ -42,7 +42,7 @@ def is_frozen(path: tuple[str | int, ...], frozen_stages: int) -> bool:
     match path:
         case ("backbone", "stem", *_):
             return frozen_stages >= 1
-        case ("backbone", "stages", stage, *_):
+        case ("backbone", "stages", int(stage), *_):
             return frozen_stages >= stage + 2
     return False
 

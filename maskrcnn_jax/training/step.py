@@ -78,7 +78,7 @@ def create_train_state(
     for path, module in nnx.iter_modules(model):
         if is_frozen(path, optim.frozen_stages):
             module.eval()
-    graphdef, params, variables = nnx.split(model, nnx.Param, ...)
+    graphdef, params, variables = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
     if model.dtype == jnp.float16:
         state = state._replace(loss_scale=LossScale(jnp.float32(optim.loss_scale), jnp.zeros((), jnp.int32)))
@@ -144,7 +144,7 @@ class TrainStep:
         return jax.jit(self._step, donate_argnums=0, out_shardings=layouts).lower(state, batch, key)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """Return the options of XLA with which steps are compiled for these devices."""
     if mesh.devices.flat[0].platform != "cpu":
         return {}

@@ -347,7 +347,7 @@ def test_a_broken_image_reaches_the_consumer_by_name(dataset, workers):
     batches = iter(load(index, **EVALUATE | {"batch_size": 2}, workers=workers))
     assert next(batches).image_index.tolist() == [0, 1]
     next(batches)
-    with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true to go on without it$"):
+    with pytest.raises(BrokenImageError, match=r"5.jpg is not an image .*skip_broken=true to train without it$"):
         next(batches)
 
 

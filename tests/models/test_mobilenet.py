@@ -81,7 +81,9 @@ def test_gradients_reach_every_parameter_and_recomputing_blocks_does_not_change_
         graph, params, rest = nnx.split(model.backbone, nnx.Param, ...)
 
         def loss(params):
-            return sum(jnp.sum(jnp.square(output)) for output in nnx.merge(graph, params, rest, copy=True)(x))
+            return sum(
+                jnp.sum(jnp.square(output)) for output in nnx.merge(graph, params, rest, copy=True)(jnp.asarray(x))
+            )
 
         traced = jax.jit(jax.grad(loss)).trace(params)
         assert ("prevent_cse" in str(traced.jaxpr)) == remat  # a parameter of what recomputes

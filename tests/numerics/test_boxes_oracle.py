@@ -39,8 +39,12 @@ def test_coding_overlap_and_clipping_equal_torchvisions(dtype):
     ta, tb = torch.tensor(a), torch.tensor(b)
     with jax.enable_x64(dtype == "float64"):
         close = TOLERANCES[dtype]
-        np.testing.assert_allclose(box_ops.box_iou(a, b), torchvision.ops.box_iou(ta, tb), **close)
-        np.testing.assert_allclose(box_ops.encode_boxes(a, b, WEIGHTS), coder.encode_single(ta, tb), **close)
+        np.testing.assert_allclose(
+            box_ops.box_iou(jnp.asarray(a), jnp.asarray(b)), torchvision.ops.box_iou(ta, tb), **close
+        )
+        np.testing.assert_allclose(
+            box_ops.encode_boxes(jnp.asarray(a), jnp.asarray(b), WEIGHTS), coder.encode_single(ta, tb), **close
+        )
         decoded = box_ops.decode_boxes(jnp.asarray(deltas), jnp.asarray(b), WEIGHTS)
         assert decoded.dtype == dtype
         np.testing.assert_allclose(decoded, coder.decode_single(torch.tensor(deltas), tb), **close)
@@ -56,7 +60,7 @@ def test_overlaps_row_by_row_coverage_and_their_gradients_equal_torchvisions():
     ta, tb = torch.tensor(a, requires_grad=True), torch.tensor(b)
     with jax.enable_x64(True):
         close = TOLERANCES["float64"]
-        np.testing.assert_allclose(box_ops.box_area(a), torchvision.ops.box_area(ta).detach(), **close)
+        np.testing.assert_allclose(box_ops.box_area(jnp.asarray(a)), torchvision.ops.box_area(ta).detach(), **close)
         for ours, theirs in (
             (box_ops.paired_iou, torchvision.ops.box_iou),
             (box_ops.paired_giou, torchvision.ops.generalized_box_iou),
@@ -69,7 +73,9 @@ def test_overlaps_row_by_row_coverage_and_their_gradients_equal_torchvisions():
         iou = torchvision.ops.box_iou(ta, tb).detach()
         areas = torchvision.ops.box_area(ta).detach()[:, None], torchvision.ops.box_area(tb)[None, :]
         intersection = iou * sum(areas) / (1 + iou)
-        np.testing.assert_allclose(box_ops.box_coverage(a, b), intersection / areas[0], **close)
+        np.testing.assert_allclose(
+            box_ops.box_coverage(jnp.asarray(a), jnp.asarray(b)), intersection / areas[0], **close
+        )
 
 
 def torch_anchors(image_shape, feature_shapes, sizes=SIZES, scales=(1,)):

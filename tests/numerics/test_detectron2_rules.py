@@ -71,7 +71,7 @@ def test_a_side_of_exactly_112_224_or_448_pixels_belongs_to_the_next_level(dtype
 def test_the_small_constants_of_both_rules_move_the_border_between_levels(below, torchvision_level, detectron2_level):
     """Sides of 224 (1 - below): log2 is -1.44 below; torchvision adds 1e-6 to it, detectron2 1e-8 to its argument."""
     side = 224 * (1 - below)
-    box = np.array([[0, 0, side, side]])
+    box = np.array([[0, 0, side, side]], np.float64)
     with jax.enable_x64(True):
         for aligned, level in ((False, torchvision_level), (True, detectron2_level)):
             assert assign_levels(jnp.asarray(box), finest=2, coarsest=5, aligned=aligned).tolist() == [level]

@@ -69,7 +69,7 @@ def test_offsets_of_known_boxes():
 
 
 def test_decoding_inverts_encoding():
-    boxes, references = random_boxes(0, 50), random_boxes(1, 50)
+    boxes, references = jnp.asarray(random_boxes(0, 50)), jnp.asarray(random_boxes(1, 50))
     deltas = box_ops.encode_boxes(boxes, references, WEIGHTS)
     # Coordinates up to 150 in float32: 150 * 2^-24 per operation.
     np.testing.assert_allclose(box_ops.decode_boxes(deltas, references, WEIGHTS), boxes, atol=1e-4)

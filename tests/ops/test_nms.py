@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax import ops
-from maskrcnn_jax.ops.nms import nms_in_rounds, nms_one_by_one
+from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
+from maskrcnn_jax.ops.nms import nms_in_rounds
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.
 class_nms = jax.jit(ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "max_picks"))

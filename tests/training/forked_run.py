@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from maskrcnn_jax.commands.app import quieten_libraries
+from maskrcnn_jax.commands.app import set_up_logging
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.loop import train
@@ -39,7 +39,7 @@ def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
     with open(workdir.with_suffix(".log"), "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    quieten_libraries()
+    set_up_logging()
     try:
         train(to_options(config), workdir, make_evaluate=_make_evaluate)
     except UserError as error:

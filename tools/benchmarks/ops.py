@@ -15,7 +15,8 @@ from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE
 from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.models.proposals import select_proposals
 from maskrcnn_jax.ops.anchors import grid_anchors
-from maskrcnn_jax.ops.nms import nms, nms_in_rounds, nms_one_by_one
+from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
+from maskrcnn_jax.ops.nms import nms, nms_in_rounds
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
 from maskrcnn_jax.structures import Proposals
 from tools.benchmarks.inputs import STRIDE, Settings

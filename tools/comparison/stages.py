@@ -7,8 +7,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from maskrcnn_jax.data.transforms import resize_image
+from maskrcnn_jax.models.layers import max_pool
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MASK_POOL_SIZE, MaskRCNN
-from maskrcnn_jax.models.resnet import max_pool
 from maskrcnn_jax.structures import Proposals
 from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import Pair, channels_last, our_images, pad, to_torch

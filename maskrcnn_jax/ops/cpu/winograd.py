@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 TILE = 4
 _WINDOW = TILE + 2
@@ -45,15 +46,15 @@ _OUTPUT, _KERNEL, _INPUT = _transforms()
 
 
 @jax.custom_vjp
-def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv3x3(x: Float[Array, "N H W K"], kernel: Float[Array, "3 3 K C"]) -> Float[Array, "N H W C"]:
     """Convolve with stride 1 and one cell of zeros around, as lax.conv_general_dilated does, up to rounding.
 
     Args:
-      x: [N, H, W, K].
-      kernel: [3, 3, K, C].
+        x: [N, H, W, K].
+        kernel: [3, 3, K, C].
 
     Returns:
-      [N, H, W, C].
+        [N, H, W, C].
     """
     strips = _Strips(x.shape)
     num_channels, num_outputs = kernel.shape[2:]
@@ -87,8 +88,8 @@ def _kernel_gradient(x, gradient):
     strips = _Strips(x.shape)
     arranged, arranged_gradient = strips.arrange(x, around=1), strips.arrange(gradient, around=0)
 
-    # Every device adds up what is its own, and they meet once: devices that wait for each other in every round of a
-    # loop can wait for ever when they have fewer threads than they are.
+    # Each device sums its own part, and they exchange the sums once: devices that wait for each other inside a loop
+    # can deadlock when there are fewer threads than devices.
     parts = math.gcd(strips.groups, jax.device_count())
 
     def apart(tiles):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrcnn_jax.models import mask_head
+from maskrcnn_jax.ops.deconvolution import enlarged_logits
 
 
 def at_once(x, filters, kernel, bias):
@@ -22,7 +22,7 @@ def test_enlarging_in_chunks_gives_the_values_and_gradients_of_all_at_once(num_r
     with jax.enable_x64(True):
         arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
         results = []
-        for form in (at_once, mask_head._enlarged_logits):
+        for form in (at_once, enlarged_logits):
             logits, pull = jax.vjp(jax.jit(form), *arrays)
             results.append([logits, *pull(jnp.asarray(upstream))])
         for wanted, ours in zip(*results, strict=True):
