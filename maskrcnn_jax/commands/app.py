@@ -102,7 +102,7 @@ def _hint(option: str, known: Sequence[str], parser: argparse.ArgumentParser) ->
 
 def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     """Return the names of all fields, such as "optim.lr"."""
-    names = []
+    names: list[str] = []
     for name, value in config.items():
         names += _field_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
     return names

@@ -37,7 +37,7 @@ def _find(name: str) -> ModuleType:
 
 
 def _help() -> str:
-    lines = [f"  {name:20}{_find(name).__doc__.splitlines()[0]}" for name in COMMANDS]
+    lines = [f"  {name:20}{str(_find(name).__doc__).splitlines()[0]}" for name in COMMANDS]
     return "\n".join(
         ["usage: maskrcnn-jax COMMAND [OPTIONS]", "", *lines, "", "maskrcnn-jax COMMAND --help explains a command."]
     )
