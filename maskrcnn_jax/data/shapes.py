@@ -354,6 +354,7 @@ def _write_split(
     root: Path, name: str, num: int, image_size: int, seed: list[int], categories: Mapping[str, int]
 ) -> None:
     (root / name).mkdir()
+    size = {"height": image_size, "width": image_size}
     images: list[dict] = []
     annotations: list[dict] = []
     for image_id in tqdm(range(1, num + 1), desc=f"drawing {name}", unit="image"):
@@ -361,9 +362,7 @@ def _write_split(
         file_name = f"{image_id:012d}.jpg"
         data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         (root / name / file_name).write_bytes(data.tobytes())
-        images.append(
-            {"id": image_id, "file_name": file_name, "height": image_size, "width": image_size, "license": 1}
-        )
+        images.append({"id": image_id, "file_name": file_name, **size, "license": 1})
         for fields in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **fields})
     content = {
@@ -387,9 +386,7 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=500, dest="num_val", help="validation images")
     parser.add_argument("--size", type=int, default=128, dest="image_size", help="pixels, both sides of every image")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--categories", type=_parse_categories, default=CATEGORIES, help="NAME:ID,NAME:ID,... instead of all classes"
-    )
+    parser.add_argument("--categories", type=_parse_categories, default=CATEGORIES, help="NAME:ID,NAME:ID,...")
     parser.add_argument("--splits", type=lambda text: tuple(text.split(",")), default=SPLITS, help="TRAIN,VAL")
     try:
         write_dataset(**vars(parser.parse_args()))

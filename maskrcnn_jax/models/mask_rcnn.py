@@ -6,7 +6,7 @@ Each stage is a method, so that a comparison can feed the intermediate result of
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,28 @@ from maskrcnn_jax.models.backbone import Backbone, check_backbone, feature_list,
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
+from maskrcnn_jax.models.normalize import normalize_images
 from maskrcnn_jax.models.postprocess import select_detections
-from maskrcnn_jax.models.proposals import (
-    RPN_BOX_WEIGHTS,
-    limit_proposals,
-    sample_rois,
-    select_proposals,
-)
+from maskrcnn_jax.models.proposals import RPN_BOX_WEIGHTS, limit_proposals, sample_rois, select_proposals
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, ignore_covered, match, sample_balanced
-from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
 from maskrcnn_jax.ops.roi_pool import multiscale_roi_pool
 from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.structures import Batch, Detections, GroundTruth, Proposals, RoISamples
 
-# Of ImageNet's images scaled to 0..1, the statistics that pretrained backbones expect.
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-# Of further channels, about which nothing is known: roughly those of values that fill 0..1.
-EXTRA_MEAN, EXTRA_STD = 0.5, 0.25
+Images: TypeAlias = Real[Array | np.ndarray, "B H W I"]  # 0..255
+Sizes: TypeAlias = Int[Array | np.ndarray, "B 2"]  # (height, width) of the images inside the padding
+# For each level of the pyramid, finest first:
+Pyramid: TypeAlias = list[Float[Array, "B _ _ K"]]
+Anchors: TypeAlias = list[Float[Array, "_ 4"]]
+Objectness: TypeAlias = list[Float[Array, "B _"]]
+Deltas: TypeAlias = list[Float[Array, "B _ 4"]]
+Scalars: TypeAlias = dict[str, Float[Array, ""]]
+
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
 # Prior probability of the classes with a sigmoid, without which the many absent ones would dominate the loss at first.
@@ -118,33 +117,16 @@ class MaskRCNN(nnx.Module):
 
     # Stages
 
-    def normalize(
-        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]
-    ) -> Float[Array, "B H W I"]:
+    def normalize(self, images: Images, sizes: Sizes) -> Float[Array, "B H W I"]:
         """Return images [B, H, W, I] standardised, in the compute dtype; the padding beyond ``sizes`` is zero."""
-        channels = self.options.in_channels
-        if images.shape[-1] != channels:
-            raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {channels}")
-        wide = at_least_float32(self.dtype)
-        extra = channels - 3
-        values = (*IMAGE_MEAN, *[EXTRA_MEAN] * extra), (*IMAGE_STD, *[EXTRA_STD] * extra)
-        mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in values)
-        normalized = (images.astype(wide) / 255 - mean) / std
-        inside_y = jnp.arange(images.shape[1])[None, :] < sizes[:, :1]
-        inside_x = jnp.arange(images.shape[2])[None, :] < sizes[:, 1:]
-        inside = inside_y[:, :, None, None] & inside_x[:, None, :, None]
-        return jnp.where(inside, normalized, 0).astype(self.dtype)
+        return normalize_images(images, sizes, in_channels=self.options.in_channels, dtype=self.dtype)
 
-    def features(
-        self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]
-    ) -> list[Float[Array, "B _ _ K"]]:
+    def features(self, images: Images, sizes: Sizes) -> Pyramid:
         """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
         maps = self.backbone(self.normalize(images, sizes))
         return self.fpn(feature_list(maps, self.backbone.out_channels))
 
-    def anchors(
-        self, features: list[Float[Array, "B _ _ K"]], image_shape: tuple[int, ...]
-    ) -> list[Float[Array, "_ 4"]]:
+    def anchors(self, features: Pyramid, image_shape: tuple[int, ...]) -> Anchors:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
         levels = grid_anchors(
@@ -158,25 +140,17 @@ class MaskRCNN(nnx.Module):
         return [jnp.asarray(level) for level in levels]
 
     def propose(
-        self,
-        objectness: list[Float[Array, "B _"]],
-        deltas: list[Float[Array, "B _ 4"]],
-        anchors: list[Float[Array, "_ 4"]],
-        sizes: Int[Array | np.ndarray, "B 2"],
-        *,
-        train: bool,
+        self, objectness: Objectness, deltas: Deltas, anchors: Anchors, sizes: Sizes, *, train: bool
     ) -> Proposals:
         """Select the proposals of every image from the RPN's outputs; no gradient flows through them.
 
         In training (``train``) more of them are kept, as the options say.
         """
         options = self.options
-        pre_nms_top_n = options.rpn_pre_nms_top_n_train if train else options.rpn_pre_nms_top_n_test
-        post_nms_top_n = options.rpn_post_nms_top_n_train if train else options.rpn_post_nms_top_n_test
         select = functools.partial(
             select_proposals,
-            pre_nms_top_n=pre_nms_top_n,
-            post_nms_top_n=post_nms_top_n,
+            pre_nms_top_n=options.rpn_pre_nms_top_n_train if train else options.rpn_pre_nms_top_n_test,
+            post_nms_top_n=options.rpn_post_nms_top_n_train if train else options.rpn_post_nms_top_n_test,
             nms_thresh=options.rpn_nms_thresh,
             min_size=options.rpn_min_size,
         )
@@ -185,11 +159,7 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(lambda o, d, s: select(o, d, anchors, s))(objectness, deltas, sizes)
 
     def pool(
-        self,
-        features: list[Float[Array, "B _ _ K"]],
-        boxes: Float[Array, "B R 4"],
-        image_shape: tuple[int, ...],
-        output_size: int,
+        self, features: Pyramid, boxes: Float[Array, "B R 4"], image_shape: tuple[int, ...], output_size: int
     ) -> Float[Array, "B R {output_size} {output_size} K"]:
         """Pool boxes [B, R, 4] from all levels but the coarsest to [B, R, output_size, output_size, K]."""
         operator: Callable[..., Array] = functools.partial(
@@ -201,11 +171,7 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(pool)(features[:-1], boxes)
 
     def select(
-        self,
-        logits: Float[Array, "B N C1"],
-        deltas: Float[Array, "B N C1 4"],
-        proposals: Proposals,
-        sizes: Int[Array | np.ndarray, "B 2"],
+        self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N C1 4"], proposals: Proposals, sizes: Sizes
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         options = self.options
@@ -224,7 +190,7 @@ class MaskRCNN(nnx.Module):
 
     def mask_logits(
         self,
-        features: list[Float[Array, "B _ _ K"]],
+        features: Pyramid,
         boxes: Float[Array, "B F 4"],
         labels: Int[Array, "B F"],
         valid: Bool[Array, "B F"],
@@ -249,31 +215,21 @@ class MaskRCNN(nnx.Module):
 
         return nnx.cond(jnp.any(valid[:, few:]), with_slots(num_slots), with_slots(few), self.mask_head)
 
-    def match_anchors(self, anchors: list[Float[Array, "_ 4"]], gt: GroundTruth) -> Int[Array, "B A"]:
+    def match_anchors(self, anchors: Anchors, gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
-        flat = jnp.concatenate(anchors)
-        match_image = functools.partial(
-            match,
-            flat,
-            high_threshold=self.options.rpn_fg_iou_thresh,
-            low_threshold=self.options.rpn_bg_iou_thresh,
-            allow_low_quality=True,
-        )
-        matches = jax.vmap(match_image)(gt.boxes, gt.valid)
+        flat, high, low = jnp.concatenate(anchors), self.options.rpn_fg_iou_thresh, self.options.rpn_bg_iou_thresh
+        of_image = functools.partial(match, flat, high_threshold=high, low_threshold=low, allow_low_quality=True)
+        matches = jax.vmap(of_image)(gt.boxes, gt.valid)
         if gt.ignored is None:
             return matches
-        return jax.vmap(lambda m, boxes, ignored: ignore_covered(m, flat, boxes, ignored))(
-            matches, gt.boxes, gt.ignored
-        )
+        ignore = jax.vmap(lambda m, boxes, ignored: ignore_covered(m, flat, boxes, ignored))
+        return ignore(matches, gt.boxes, gt.ignored)
 
     def sample_anchors(self, key: Key[Array, ""], matches: Int[Array, "B A"]) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
         keys = jax.random.split(key, matches.shape[0])
-        sample = functools.partial(
-            sample_balanced,
-            size=self.options.rpn_batch_size_per_image,
-            positive_fraction=self.options.rpn_positive_fraction,
-        )
+        size, fraction = self.options.rpn_batch_size_per_image, self.options.rpn_positive_fraction
+        sample = functools.partial(sample_balanced, size=size, positive_fraction=fraction)
         return jax.vmap(lambda k, m: sample(k, m >= 0, m == BACKGROUND))(keys, matches)
 
     def sample_rois(
@@ -299,7 +255,7 @@ class MaskRCNN(nnx.Module):
 
     def losses(
         self, batch: Batch, key: Key[Array, ""], *, proposals_from_rpn: bool = False
-    ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Scalars, Scalars]:
         """Compute the five losses of a batch.
 
         Args:
@@ -335,14 +291,14 @@ class MaskRCNN(nnx.Module):
 
     def rpn_losses(
         self,
-        objectness: list[Float[Array, "B _"]],
-        deltas: list[Float[Array, "B _ 4"]],
-        anchors: list[Float[Array, "_ 4"]],
+        objectness: Objectness,
+        deltas: Deltas,
+        anchors: Anchors,
         matches: Int[Array, "B A"],
         sample: Sample,
         gt: GroundTruth,
-    ) -> dict[str, Float[Array, ""]]:
-        """Return the RPN's two losses over the sampled anchors."""
+    ) -> Scalars:
+        """Return the RPN's two losses over the sampled anchors; ``matches`` [B, A] as of :meth:`match_anchors`."""
 
         def gather(objectness, deltas, matches, index, gt_boxes):
             targets = encode_boxes(
@@ -359,8 +315,8 @@ class MaskRCNN(nnx.Module):
         }
 
     def head_losses(
-        self, features: list[Float[Array, "B _ _ K"]], rois: RoISamples, gt: GroundTruth, batch: Batch
-    ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
+        self, features: Pyramid, rois: RoISamples, gt: GroundTruth, batch: Batch
+    ) -> tuple[Scalars, Scalars]:
         """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
         options, image_shape = self.options, batch.images.shape[1:3]
         foreground = rois.valid & (rois.labels > 0)
@@ -402,23 +358,16 @@ class MaskRCNN(nnx.Module):
 
     def mask_targets(self, rois: RoISamples, gt: GroundTruth, batch: Batch) -> Float[Array, "B F M M"]:
         """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
-        targets = jax.vmap(
-            lambda packed, boxes, index, mask_size, size: mask_targets(
-                packed,
-                boxes,
-                index,
-                mask_size=mask_size,
-                image_size=size,
-                max_size=batch.images.shape[1:3],
-                output_size=self.mask_size,
-                aligned=self.options.roi_aligned,
-            )
-        )(gt.masks, rois.boxes, rois.gt_index, gt.mask_sizes, batch.sizes)
+        shape, side, aligned = batch.images.shape[1:3], self.mask_size, self.options.roi_aligned
+        of_image = functools.partial(mask_targets, max_size=shape, output_size=side, aligned=aligned)
+        targets = jax.vmap(lambda m, b, i, mask_size, size: of_image(m, b, i, mask_size=mask_size, image_size=size))(
+            gt.masks, rois.boxes, rois.gt_index, gt.mask_sizes, batch.sizes
+        )
         return (targets >= 0.5).astype(targets.dtype) if self.options.mask_targets_binary else targets
 
     # Testing
 
-    def detect(self, images: Real[Array | np.ndarray, "B H W I"], sizes: Int[Array | np.ndarray, "B 2"]) -> Detections:
+    def detect(self, images: Images, sizes: Sizes) -> Detections:
         """Find the objects in a batch of images.
 
         Args:

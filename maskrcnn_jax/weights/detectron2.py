@@ -8,7 +8,8 @@ its last class and has neither box deltas nor a mask; ours are zero and never re
 import numpy as np
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, IMAGE_STD, MaskRCNN
+from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
+from maskrcnn_jax.models.normalize import IMAGE_STD
 from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.weights.layouts import Entry, Layout, Path, flat_state, module_and_leaf, module_layout, then
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import IMAGE_MEAN, IMAGE_STD
+from maskrcnn_jax.models.normalize import IMAGE_MEAN, IMAGE_STD
 from tools.benchmarks.inputs import Objects, Settings, on_gpu
 from tools.benchmarks.timing import measure
 from tools.torchvision_reference import build_reference, compiled_operators_load, import_torchvision, randomise
