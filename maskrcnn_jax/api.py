@@ -1,11 +1,12 @@
 """Train, evaluate and load models from Python; the commands call the same functions."""
 
 import dataclasses
+import functools
 import logging
 import os
 from pathlib import Path
+from typing import TypeAlias
 
-from flax import nnx
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config, to_options
@@ -25,7 +26,7 @@ from maskrcnn_jax.weights.published import closest_names, find_published, is_nam
 _log = logging.getLogger(__name__)
 
 # A config, its options, the name or path of a configuration file, or the folder of a run.
-Config = ConfigDict | Options | str | os.PathLike
+Config: TypeAlias = ConfigDict | Options | str | os.PathLike
 
 
 def load(
@@ -97,11 +98,13 @@ def train(config: Config, workdir: str | os.PathLike, *, weights: str | os.PathL
 
         return evaluate
 
-    def initialize(model):
-        report = load_weights(model, read_arrays(resolve(os.fspath(weights))), source=os.fspath(weights), partial=True)
-        _log.info("%s", report)
+    initialize = functools.partial(_initialize, source=os.fspath(weights)) if weights else None
+    loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize)
 
-    loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize if weights else None)
+
+def _initialize(model: MaskRCNN, source: str) -> None:
+    """Fill a new model with weights from elsewhere."""
+    _log.info("%s", load_weights(model, read_arrays(resolve(source)), source=source, partial=True))
 
 
 def evaluate(
@@ -180,7 +183,7 @@ def _load_weights(
         categories = Categories.coco(options.data.contiguous_labels)
     elif not isinstance(categories, Categories):
         categories = Categories.load(categories)
-    network: nnx.Module = make_unfilled(categories.num_classes, options.model)
+    network = make_unfilled(categories.num_classes, options.model)
     load_weights(network, read_arrays(resolve(source)), source=source)
     network.eval()
     return network, categories

@@ -123,7 +123,7 @@ def place_state(state, mesh: Mesh, *, shard: bool):
 
     def place(array):
         axes = [axis for axis, size in enumerate(array.shape) if shard and size and size % mesh.size == 0]
-        spec = [None] * array.ndim
+        spec: list[str | None] = [None] * array.ndim
         if axes:
             spec[max(axes, key=lambda axis: array.shape[axis])] = "data"
         layout = NamedSharding(mesh, PartitionSpec(*spec))

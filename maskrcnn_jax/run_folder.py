@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -38,12 +39,12 @@ class UnreadableCheckpoint(UserError):
     """Files of a checkpoint are missing or truncated."""
 
 
-def save_options(options: Options, workdir: str | Path) -> None:
+def save_options(options: Options, workdir: str | os.PathLike) -> None:
     """Write the options of a run into ``config.json``."""
     replace_file(Path(workdir) / "config.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
 
 
-def load_options(workdir: str | Path) -> Options:
+def load_options(workdir: str | os.PathLike) -> Options:
     """Read the options of a run; options that did not exist when it was trained have their defaults.
 
     Raises:
@@ -61,7 +62,7 @@ def load_options(workdir: str | Path) -> Options:
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None
 
 
-def changed_options(options: Options, workdir: str | Path) -> list[str]:
+def changed_options(options: Options, workdir: str | os.PathLike) -> list[str]:
     """Return how options differ from those of a run's folder, such as ["batch_size 16 (8 before)"]."""
     try:
         before = _flatten(dataclasses.asdict(load_options(workdir)))
@@ -73,7 +74,7 @@ def changed_options(options: Options, workdir: str | Path) -> list[str]:
 
 def _flatten(options: dict, prefix: str = "") -> dict:
     """Return nested options by names such as "optim.lr"."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in options.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
@@ -100,13 +101,13 @@ def lock(workdir: Path) -> None:
         os.close(file)  # not every file system has locks
 
 
-def has_checkpoint(workdir: str | Path) -> bool:
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Return whether a run has left a checkpoint."""
     folder = Path(workdir) / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
-def load_run(workdir: str | Path, *, checkpoint: str = "latest") -> tuple[MaskRCNN, Categories, Options]:
+def load_run(workdir: str | os.PathLike, *, checkpoint: str = "latest") -> tuple[MaskRCNN, Categories, Options]:
     """Load the model of a run.
 
     Args:
@@ -124,7 +125,9 @@ def load_run(workdir: str | Path, *, checkpoint: str = "latest") -> tuple[MaskRC
     return model, categories, options
 
 
-def load_model(workdir: str | Path, options: Options, *, checkpoint: str = "latest") -> tuple[MaskRCNN, Categories]:
+def load_model(
+    workdir: str | os.PathLike, options: Options, *, checkpoint: str = "latest"
+) -> tuple[MaskRCNN, Categories]:
     """Load the model of a run with other options than those that it was trained with; otherwise as ``load_run``."""
     categories = Categories.load(Path(workdir) / "categories.json")
     reader = CheckpointReader(workdir)
@@ -140,7 +143,7 @@ def load_model(workdir: str | Path, options: Options, *, checkpoint: str = "late
 class CheckpointReader:
     """Reads the checkpoints in ``<workdir>/checkpoints``, named by step, and changes nothing."""
 
-    def __init__(self, workdir: str | Path, *, keep: int = 2, writes: bool = False):
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, writes: bool = False):
         """Open the folder.
 
         Args:
@@ -217,7 +220,7 @@ class CheckpointReader:
 
     def restore_model(self, step: int, model: nnx.Module) -> None:
         """Read the arrays of a model, without the optimizer's, into it; errors as in :meth:`restore_items`."""
-        _, params, variables = nnx.split(model, nnx.Param, ...)
+        _, params, variables = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # the stub has one filter
         arrays = self.restore_items(step, {"model": {"params": params, "variables": variables}})["model"]
         nnx.update(model, arrays["params"], arrays["variables"])
 

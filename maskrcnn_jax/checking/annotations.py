@@ -120,7 +120,8 @@ def _same_annotations(index: CocoDataset) -> list[Finding]:
         hashes ^= hashes >> np.uint64(29)
     order = np.argsort(hashes, kind="stable")
     alike = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    twice, first = [], -1
+    twice: list[int] = []
+    first = -1
     for earlier, later in zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True):
         # Of three in a row, the others are compared with the first one.
         first = first if twice and twice[-1] == earlier else earlier
@@ -162,13 +163,12 @@ def _categories(index: CocoDataset, evaluated: bool) -> list[Finding]:
     unused = [name for name, count in counts.items() if not count]
     if unused:
         found.append(Kind.UNUSED_CATEGORY.finding(count=len(unused), total=len(counts), names=listed(unused)))
-    most = max(counts, key=counts.get)
+    most = max(counts, key=counts.__getitem__)
     few = [
         f"{name} ({count})"
         for name, count in counts.items()
         if count and (count < _FEW_OBJECTS or count < _RARE * counts[most])
     ]
     if few:
-        details = {"most": most, "num_most": counts[most], "names": listed(few)}
-        found.append(Kind.RARE_CATEGORY.finding(count=len(few), **details))
+        found.append(Kind.RARE_CATEGORY.finding(count=len(few), most=most, num_most=counts[most], names=listed(few)))
     return found

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def check_dataset(
     Raises:
         UserError: there is no such dataset.
     """
-    how = {"open_images": open_images, "progress": progress}
+    how: dict[str, Any] = {"open_images": open_images, "progress": progress}
     if os.path.isfile(dataset):
         if not image_dir or not os.path.isdir(image_dir):
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
@@ -123,9 +124,8 @@ def check_split(
     pixels: dict[bytes, int] = {}
     if open_images:
         images = np.setdiff1d(np.arange(len(data)), data.missing)
-        sizes = {"channels": options.model.in_channels, "threads": options.data.threads}
-        facts = read_images(data, images.tolist(), **sizes)
-        facts = list(progress(facts, len(images), f"images of {name}"))
+        results = read_images(data, images.tolist(), channels=options.model.in_channels, threads=options.data.threads)
+        facts = list(progress(results, len(images), f"images of {name}"))
         by_row += check_images(data, images, facts, skip_broken=options.data.skip_broken)
         pixels = _places_by_pixels(data, images, facts)
     found += [_with_places(finding, data) for finding in by_row]
@@ -134,22 +134,21 @@ def check_split(
 
 def compare_splits(training: Split, evaluated: Split) -> tuple[Split, Split]:
     """Return the two splits with findings about what they have in common, and what only one of them has."""
-    if training.data is None or evaluated.data is None:
+    ours_data, theirs_data = training.data, evaluated.data
+    if ours_data is None or theirs_data is None:
         return training, evaluated
-    names = {"training": training.name, "evaluated": evaluated.name}
+    names: dict[str, Any] = {"training": training.name, "evaluated": evaluated.name}
     collector = Collector()
-    known = training.data.categories
-    evaluated.data.categories.check_known(known, evaluated.name, report=collector)
+    theirs_data.categories.check_known(ours_data.categories, evaluated.name, report=collector)
     theirs = collector.findings()
-    learned, wanted = (objects_per_category(split.data) for split in (training, evaluated))
+    learned, wanted = (objects_per_category(data) for data in (ours_data, theirs_data))
     unlearned = [name for name, count in wanted.items() if count and learned.get(name) == 0]
     if unlearned:
-        details = {"count": len(unlearned), "names": listed(unlearned)}
-        theirs.append(Kind.UNLEARNED_CATEGORY.finding(**details, **names))
+        theirs.append(Kind.UNLEARNED_CATEGORY.finding(count=len(unlearned), names=listed(unlearned), **names))
     ours = []
     shared = {place: evaluated.pixels[key] for key, place in training.pixels.items() if key in evaluated.pixels}
     if shared:
-        files = [_names_by_place(split.data) for split in (training, evaluated)]
+        files = [_names_by_place(data) for data in (ours_data, theirs_data)]
         pairs = list(shared.items())[:NUM_EXAMPLES]
         examples = [f"{files[0][a]} = {files[1][b]} of {evaluated.name}" for a, b in pairs]
         ours.append(Kind.LEAK.finding(list(shared), examples=examples, **names))

@@ -12,6 +12,7 @@ from maskrcnn_jax import page
 from maskrcnn_jax.checking.annotations import objects_per_category
 from maskrcnn_jax.checking.dataset import Split
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import Finding
 from maskrcnn_jax.data.images import decode_image
@@ -92,8 +93,8 @@ def _finding(split: Split, finding: Finding) -> dict:
 
 def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
     """Yield the source and the caption of a picture of each example that can be shown."""
-    places = finding.rows[:NUM_EXAMPLES].tolist()
-    if split.data is None or finding.section not in ("images", "annotations"):
+    places, index = finding.rows[:NUM_EXAMPLES].tolist(), split.data
+    if index is None or finding.section not in ("images", "annotations"):
         return
     entries = read_entries(split.json_path, {finding.section: set(places)})[finding.section]
     for place, example in zip(places, finding.examples, strict=False):
@@ -101,44 +102,45 @@ def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
         if not isinstance(entry, dict):
             continue
         image_id = entry.get("id" if finding.section == "images" else "image_id")
-        rows = np.flatnonzero(split.data.image_ids == image_id) if isinstance(image_id, int) else ()
+        if not isinstance(image_id, int):
+            continue
+        rows = np.flatnonzero(index.image_ids == image_id)
         if len(rows):
-            picture = _draw(split, int(rows[0]), place if finding.section == "annotations" else None, entry)
+            picture = _draw(index, int(rows[0]), place if finding.section == "annotations" else None, entry)
             if picture is not None:
                 yield page.image_source(picture), plain(example)
 
 
-def _draw(split: Split, image: int, place: int | None, entry: dict) -> np.ndarray | None:
+def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.ndarray | None:
     """Draw the annotation at a place of the file, or all of an image; None if the image cannot be shown."""
-    index = split.data
     pixels = _read(index.image_path(image))
     if pixels is None:
         return None
     rows = np.arange(index.offsets[image], index.offsets[image + 1])
     if place is not None:
-        rows = rows[split.data.places[rows] == place]
+        rows = rows[index.places[rows] == place]
     scale = min(1, _SIDE / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
     if place is None:
-        names = [_category(split, row) for row in rows]
+        names = [_category(index, row) for row in rows.tolist()]
     elif not len(rows):  # the annotation was dropped or is malformed; its box may show why
         boxes = _box_as_given(entry)
         names = [f"annotation {short(entry.get('id'))}"][: len(boxes)]
     if pixels.shape[:2] == tuple(index.sizes[image].tolist()) and len(rows) and index.has_mask[rows].all():
-        masks = [_mask(split, row, pixels.shape[:2], small.shape[:2]) for row in rows]
+        masks = [_mask(index, row, pixels.shape[:2], small.shape[:2]) for row in rows.tolist()]
     boxes = np.clip(boxes * scale, -1, max(small.shape[:2]) + 1)
     return draw_instances(small, boxes, [plain(name) for name in names], masks=masks, min_side=_SIDE)
 
 
-def _category(split: Split, row: int) -> str:
-    index = split.data
+def _category(index: CocoDataset, row: int) -> str:
     return index.categories.name(index.labels[row]) if index.labels[row] else "not listed"
 
 
-def _mask(split: Split, row: int, size: tuple[int, int], drawn: tuple[int, int]) -> np.ndarray:
+def _mask(index: CocoDataset, row: int, size: tuple[int, ...], drawn: tuple[int, ...]) -> np.ndarray:
     mask = np.zeros(size, np.uint8)
-    part = coco_mask.decode(split.data.rle(row, *size))  # covers the upper left corner of the image
+    height, width = size
+    part = coco_mask.decode(index.rle(row, height, width))  # covers the upper left corner of the image
     mask[: part.shape[0], : part.shape[1]] = part
     return cv2.resize(mask, drawn[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 

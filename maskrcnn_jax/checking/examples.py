@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from maskrcnn_jax.errors import UserError
 NUM_EXAMPLES = 3  # of each finding
 
 
-def images_finding(index: CocoDataset, kind: Kind, rows: np.ndarray, **details: object) -> list[Finding]:
+def images_finding(index: CocoDataset, kind: Kind, rows: np.ndarray, **details: Any) -> list[Finding]:
     """Return a finding about images, or none if there are no rows.
 
     Args:
@@ -33,7 +34,7 @@ def annotations_finding(
     kind: Kind,
     rows: np.ndarray,
     describe: Callable[[int], str] = lambda row: "",
-    **details: object,
+    **details: Any,
 ) -> list[Finding]:
     """Return a finding about annotations, or none if there are no rows.
 

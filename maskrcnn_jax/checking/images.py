@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.checking.annotations import MISMATCH, misfits
@@ -109,7 +109,7 @@ def _read_facts(index: CocoDataset, i: int, channels: int) -> ImageFacts:
     return facts
 
 
-def _forms(opened: Image.Image, channels: int) -> set[Kind]:
+def _forms(opened: ImageFile.ImageFile, channels: int) -> set[Kind]:
     forms = set()
     # Pillow would decode a PNG to see whether it has EXIF at its end.
     if opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) not in (0, 1):

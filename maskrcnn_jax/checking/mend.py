@@ -5,11 +5,13 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.checking.dataset import Progress, Split, check_split, no_progress
+from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.dataset import find_alike
 from maskrcnn_jax.data.entries import polygon_problem, short
 from maskrcnn_jax.data.findings import ANNOTATIONS, CATEGORIES, IMAGES, Kind, Mend
@@ -74,10 +76,10 @@ def mend(split: Split, output: Path) -> Changes:
     """
     if split.data is None:
         raise UserError(f"{split.json_path} cannot be mended: {split.findings[-1].sentence}")
-    mender = _Mender(split)
+    mender = _Mender(split, split.data)
     kept: dict[str, list[str]] = {IMAGES: [], ANNOTATIONS: [], CATEGORIES: []}
 
-    def handler(section: str, change: Callable[[int, object], object]) -> Callable[[object], None]:
+    def handler(section: str, change: Callable[[int, Any], object]) -> Callable[[object], None]:
         places = iter(range(2**62))
 
         def handle(entry: object) -> None:
@@ -106,8 +108,7 @@ def mend(split: Split, output: Path) -> Changes:
 class _Mender:
     """Changes entries one by one, in the order of the file."""
 
-    def __init__(self, split: Split):
-        data = split.data
+    def __init__(self, split: Split, data: CocoDataset):
         names = data.file_names.tolist()
         self.changes: Changes = {}
         # What to change where: by section and mend, the place of each entry and the kind of its finding.
@@ -176,7 +177,7 @@ class _Mender:
 
     def _mend_polygons(self, place: int, entry: dict, name: str, size: list[int]) -> None:
         """Correct the polygons in place."""
-        polygons = entry.get("segmentation")
+        polygons: Any = entry.get("segmentation")
         if self._kind(ANNOTATIONS, Mend.NEST_POLYGONS, place):
             self._note(Mend.NEST_POLYGONS, name)
             entry["segmentation"] = polygons = _flat_polygons(polygons)

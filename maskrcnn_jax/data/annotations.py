@@ -115,7 +115,8 @@ def _corners(
 
 
 def _categories(path: Path, entries: object, report: Report) -> tuple[list[int], list[str]]:
-    names, twice = {}, {}
+    names: dict[int, str] = {}
+    twice: dict[int, int] = {}
 
     def report_malformed(reason: str) -> None:
         report(malformed(path, Kind.MALFORMED_CATEGORY, place, entry, ValueError(reason)))
@@ -156,10 +157,10 @@ def _twice(path: Path, kind: Kind, ids: dict[int, int]) -> Finding:
 
 def _positions(known: np.ndarray, wanted: array) -> np.ndarray:
     """Return the position in ``known`` of each id that the annotations refer to, -1 where it is not there."""
-    wanted = to_numpy(wanted, np.int64)
+    ids = to_numpy(wanted, np.int64)
     order = np.argsort(known)
-    rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-    return np.where(known[rows] == wanted, rows, -1)
+    rows = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[rows] == ids, rows, -1)
 
 
 def _report_unlisted(path: Path, annotations: Annotations, what: str, rows: np.ndarray, report: Report) -> None:
@@ -180,8 +181,8 @@ def _check_shift(path: Path, annotations: Annotations, listed: list[int], report
         # Of all of them: one wild id must not move the others.
         if np.array_equal(used + step, np.sort(listed)):
             places = to_numpy(annotations.places, np.int64)
-            bounds = {"used": f"{used[0]}..{used[-1]}", "listed": f"{min(listed)}..{max(listed)}"}
-            report(Kind.OFF_BY_ONE.finding(places, path=path, **bounds))
+            bounds = f"{used[0]}..{used[-1]}", f"{min(listed)}..{max(listed)}"
+            report(Kind.OFF_BY_ONE.finding(places, path=path, used=bounds[0], listed=bounds[1]))
             return step
     return 0
 

@@ -38,9 +38,10 @@ class Categories(NamedTuple):
     @classmethod
     def create(cls, ids: list[int], names: list[str], contiguous: bool = False) -> "Categories":
         """Number the categories of a dataset, given in any order; COCO's from 1 to 80 if ``contiguous``."""
-        ids, names = zip(*sorted(zip(ids, names, strict=True)), strict=True)
-        labels = ids if ids == _COCO_IDS and not contiguous else tuple(range(1, len(ids) + 1))
-        return cls(ids, names, labels, max(labels) + 1)
+        ordered_ids, ordered_names = zip(*sorted(zip(ids, names, strict=True)), strict=True)
+        keeps_ids = ordered_ids == _COCO_IDS and not contiguous
+        labels = ordered_ids if keeps_ids else tuple(range(1, len(ids) + 1))
+        return cls(ordered_ids, ordered_names, labels, max(labels) + 1)
 
     @classmethod
     def coco(cls, contiguous: bool = False) -> "Categories":

@@ -228,8 +228,8 @@ def clip_boxes(dataset: CocoDataset, report: Report = stop) -> CocoDataset:
     dataset = replace(dataset, boxes=clipped, problem_places=dataset.problem_places | places)
     if dataset.num_annotations and not inside.any():
         problems = ", ".join(f"{count} {kind}" for kind, count in dataset.problems.items())
-        details = {"total": dataset.num_annotations, "path": dataset.annotation_path, "problems": problems}
-        report(Kind.NOTHING_USABLE.finding(**details))
+        total, path = dataset.num_annotations, dataset.annotation_path
+        report(Kind.NOTHING_USABLE.finding(total=total, path=path, problems=problems))
     return dataset
 
 

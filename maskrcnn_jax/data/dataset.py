@@ -143,8 +143,8 @@ def _find_missing(dataset: CocoDataset, report: Report) -> np.ndarray:
     if missing:
         alike = find_alike(present, [file_names[row] for row in missing[:3]])
         such = ", ".join(f"{name} (there is {other})" if other else name for name, other in alike.items())
-        details = {"total": len(file_names), "folder": image_dir, "names": such}
-        report(Kind.MISSING_FILE.finding(dataset.image_places[missing], **details))
+        places = dataset.image_places[missing]
+        report(Kind.MISSING_FILE.finding(places, total=len(file_names), folder=image_dir, names=such))
     return np.array(missing, np.int64)
 
 

@@ -13,7 +13,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -60,13 +60,17 @@ class _RunLengths(msgspec.Struct, gc=False):
         height, width = self.size
         if height < 1 or width < 1 or height * width > _MOST_PIXELS:  # pycocotools divides by the height
             raise ValueError(f"the size of its mask is {short(height)}x{short(width)}")
+        packed = None
         if isinstance(self.counts, str):
-            self.counts = self.counts.encode("ascii")
+            packed = self.counts.encode("ascii")
         elif all(0 <= count <= _MOST_PIXELS for count in self.counts):
-            rle = {"size": [height, width], "counts": self.counts}
-            self.counts = coco_mask.frPyObjects(rle, height, width)["counts"]
-        if isinstance(self.counts, list) or not is_well_formed(self.counts):
+            packed = coco_mask.frPyObjects({"size": [height, width], "counts": self.counts}, height, width)["counts"]
+        if packed is None or not is_well_formed(packed):
             raise ValueError("the counts of its mask are no run lengths")
+        self.counts = packed  # type: ignore[assignment]  # msgspec would decode the annotation bytes as base64
+
+
+_Mask: TypeAlias = list[list[float]] | _RunLengths | None
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -78,7 +82,10 @@ class _Annotation(msgspec.Struct, gc=False):
     iscrowd: bool | int | float | None = 0
     bbox: tuple[float, float, float, float] | None = None
     area: object = None
-    segmentation: list[list[float]] | _RunLengths | None = None
+    segmentation: _Mask = None
+
+
+_Entry = TypeVar("_Entry", _Image, _Annotation)
 
 
 class _File(msgspec.Struct):
@@ -113,11 +120,11 @@ def _decode(path: Path) -> _File | None:
         return None
 
 
-class _Section:
+class _Section(Generic[_Entry]):
     """The entries of one list of the file, collected in flat arrays."""
 
     malformed: Kind
-    type: type[msgspec.Struct]
+    type: type[_Entry]
 
     def __init__(self, path: Path, report: Report):
         self.path, self.report = path, report
@@ -153,13 +160,13 @@ class _Section:
         else:
             self.pack([place], [converted])
 
-    def convert(self, entry: object) -> msgspec.Struct:
+    def convert(self, entry: object) -> _Entry:
         return msgspec.convert(entry, self.type)
 
-    def check(self, entries: Sequence[msgspec.Struct]) -> None:
+    def check(self, entries: Sequence[_Entry]) -> None:
         """Raise ValueError where values are wrong though their types are right."""
 
-    def pack(self, places: Sequence[int], entries: Sequence[msgspec.Struct]) -> None:
+    def pack(self, places: Sequence[int], entries: Sequence[_Entry]) -> None:
         """Append well-formed entries to the arrays."""
         self.places.extend(places)
         self.ids.extend([entry.id for entry in entries])
@@ -172,12 +179,13 @@ class _Section:
             raise UserError(f"{self.path} is not valid JSON: {error}; fetch or write it again") from None
 
 
-class Images(_Section):
+class Images(_Section[_Image]):
     malformed, type = Kind.MALFORMED_IMAGE, _Image
 
     def __init__(self, path: Path, report: Report):
         super().__init__(path, report)
-        self.sizes, self.file_names = array("i"), []
+        self.sizes = array("i")
+        self.file_names: list[str] = []
 
     def pack(self, places: Sequence[int], entries: Sequence[_Image]) -> None:
         super().pack(places, entries)
@@ -185,7 +193,7 @@ class Images(_Section):
         self.file_names.extend([entry.file_name for entry in entries])
 
 
-class Annotations(_Section):
+class Annotations(_Section[_Annotation]):
     """The annotations; num_parts is -1 without a usable mask, numbers of boxes and areas NaN where there are none."""
 
     malformed, type = Kind.MALFORMED_ANNOTATION, _Annotation
@@ -227,16 +235,16 @@ class Annotations(_Section):
         self.boxes.extend(itertools.chain.from_iterable([entry.bbox or _NO_BOX for entry in entries]))
         areas = [entry.area for entry in entries]
         self.areas.extend([area if type(area) is float else _area(area) for area in areas])
-        self.num_parts.extend([0 if type(mask) is _RunLengths else len(mask) if mask else -1 for mask in masks])
+        self.num_parts.extend([0 if isinstance(mask, _RunLengths) else len(mask) if mask else -1 for mask in masks])
         self.coordinates.extend(numbers)
         self.part_lengths.extend(lengths)
         for mask in masks:
-            if type(mask) is _RunLengths:
+            if isinstance(mask, _RunLengths):
                 self.rle_sizes.extend(mask.size)
-                self.rle_counts += mask.counts
+                self.rle_counts += mask.counts  # type: ignore[arg-type]  # bytes, see _RunLengths
                 self.rle_offsets.append(len(self.rle_counts))
 
-    def _drop_polygons(self, place: int, mask: list[list[float]] | _RunLengths | None) -> object:
+    def _drop_polygons(self, place: int, mask: _Mask) -> _Mask:
         """Return a mask without the polygons that cannot be drawn."""
         if type(mask) is not list:
             return mask

@@ -297,7 +297,12 @@ class Kind(StrEnum):
         return text.format(count=_Count(count), **details)
 
     def finding(
-        self, rows: Sequence[int] = (), *, count: int | None = None, examples: Sequence[str] = (), **details: object
+        self,
+        rows: Sequence[int] | np.ndarray = (),
+        *,
+        count: int | None = None,
+        examples: Sequence[str] = (),
+        **details: object,
     ) -> "Finding":
         """Return a finding of this kind.
 
@@ -307,8 +312,8 @@ class Kind(StrEnum):
             examples: names of a few of the entries.
             **details: the other values that the sentence names.
         """
-        sentence = self.tell(len(rows) if count is None else count, **details)
-        return Finding(self, self.severity.is_error(), sentence, np.asarray(rows, np.int64), examples)
+        text = self.tell(len(rows) if count is None else count, **details)
+        return Finding(self, self.severity.is_error(), text, np.asarray(rows, np.int64), examples)
 
 
 class _Count(int):

@@ -5,6 +5,7 @@ and teach nonsense.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def correct_formats(dataset: CocoDataset, report: Report) -> CocoDataset:
     """
     limits = dataset.sizes[dataset.image_rows][:, ::-1].astype(np.float32)  # [K, 2] width, height
 
-    details = {"rows": np.sort(dataset.places), "path": dataset.annotation_path}
+    details: dict[str, Any] = {"rows": np.sort(dataset.places), "path": dataset.annotation_path}
     if _are_shares(dataset.coordinates):
         report(Kind.NORMALISED_POLYGONS.finding(**details))
         dataset = replace(dataset, coordinates=_in_pixels(dataset, limits))
@@ -107,7 +108,7 @@ def _are_corners(dataset: CocoDataset, limits: np.ndarray) -> bool:
     given = _as_given(dataset.boxes)
     first, second = given[:, :2], given[:, 2:]
     as_corners = (second > first).all(axis=1) & (second <= limits + 1).all(axis=1)
-    if len(as_corners) < _ENOUGH or as_corners.mean() < 0.99:
+    if len(given) < _ENOUGH or as_corners.mean() < 0.99:
         return False
     bounds = polygon_bounds(dataset.coordinates, dataset.part_offsets, dataset.first_part, dataset.num_parts)
     known = ~np.isnan(bounds[:, 0])

@@ -83,7 +83,7 @@ def decode_image(data: bytes, channels: int = 3, *, upright: bool = False) -> np
     if image is None or image.dtype not in (np.uint8, np.uint16):
         return None
     if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
+        image = np.right_shift(image, 8).astype(np.uint8)
     image = np.atleast_3d(image)[..., :channels]
     if image.shape[2] == 3:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -147,6 +147,6 @@ def _pixels_in_header(data: bytes) -> int | None:
         with Image.open(io.BytesIO(data)) as opened:  # reads the header only
             return opened.height * opened.width
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        return int(re.search(r"\d+", str(error))[0])  # "Image size (1000000000 pixels) exceeds ..."
+        return int(re.findall(r"\d+", str(error))[0])  # "Image size (1000000000 pixels) exceeds ..."
     except Exception:  # Pillow raises all sorts of things at broken files
         return None

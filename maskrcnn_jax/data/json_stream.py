@@ -110,7 +110,7 @@ def _decode(text: str, pos: int) -> tuple[Any, int]:
 
 
 def _skip_space(text: str, pos: int) -> int:
-    return _SPACE.match(text, pos).end()
+    return _SPACE.match(text, pos).end()  # type: ignore[union-attr]  # matches everywhere
 
 
 def _expect(text: str, pos: int, character: str) -> int:

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import overload
 
 import grain
 import numpy as np
@@ -52,6 +53,10 @@ def padded_size(height: int, width: int, buckets: list[tuple[int, int]]) -> tupl
     return next(fitting, (_round_up(height), _round_up(width)))
 
 
+@overload
+def _round_up(length: float) -> int: ...
+@overload
+def _round_up(length: np.ndarray) -> np.ndarray: ...
 def _round_up(length: float | np.ndarray) -> int | np.ndarray:
     rounded = -(-length // _STRIDE) * _STRIDE
     return rounded.astype(np.int32) if isinstance(rounded, np.ndarray) else int(rounded)
@@ -124,7 +129,7 @@ class Plan:
         order = rng.permutation(len(self._images)) if self.shuffle else np.arange(len(self._images))
         by_bucket = order[np.argsort(self._bucket_of[order], kind="stable")]
         ends = np.cumsum(np.bincount(self._bucket_of, minlength=len(self._buckets)))
-        images, buckets = [], []
+        image_parts, bucket_parts = [], []
         for bucket, members in enumerate(np.split(self._images[by_bucket], ends[:-1])):
             num_steps = -(-len(members) // self.batch_size)
             if self.shuffle:
@@ -132,9 +137,9 @@ class Plan:
             else:
                 rows = np.full(num_steps * self.batch_size, -1)
                 rows[: len(members)] = members
-            images.append(rows.reshape(num_steps, self.batch_size))
-            buckets.append(np.full(num_steps, bucket))
-        images, buckets = np.concatenate(images), np.concatenate(buckets)
+            image_parts.append(rows.reshape(num_steps, self.batch_size))
+            bucket_parts.append(np.full(num_steps, bucket))
+        images, buckets = np.concatenate(image_parts), np.concatenate(bucket_parts)
         if self.shuffle:
             batches = rng.permutation(len(images))
             images, buckets = images[batches], buckets[batches]
@@ -196,8 +201,8 @@ class _BatchReader:
         options, rng = self.options, np.random.default_rng(sample)
         flip = self.augment and rng.random() < options.hflip
         image = self.index.read_image(i, self.channels)
-        original_size = image.shape[:2]
-        size = transforms.resized_size(*original_size, options.short_side, options.long_side, options.resize)
+        height, width, _ = image.shape
+        size = transforms.resized_size(height, width, options.short_side, options.long_side, options.resize)
         if self.augment and options.color_jitter:
             image = transforms.color_jitter(image, options.color_jitter, rng)
         if flip:
@@ -206,7 +211,7 @@ class _BatchReader:
             self._fill_objects(batch.gt, row, i, size, flip)
         batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, options.resize)
         batch.sizes[row] = size
-        batch.original_sizes[row] = original_size
+        batch.original_sizes[row] = height, width
         batch.image_index[row] = i
         batch.valid[row] = True
 
@@ -250,7 +255,7 @@ class Loader:
         rows = self._read.process_rows
         return sum(int((self._read.plan.step(step)[0][rows] >= 0).sum()) for step in self.steps)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         if not len(self):
             return
         options = self._read.options
@@ -289,7 +294,7 @@ class Loader:
 def _copy(batch: Batch) -> Batch:
     """Copies a batch out of memory shared with a worker, which is freed badly if somebody holds it to the end."""
     gt = batch.gt and GroundTruth(*(array if array is None else np.array(array) for array in batch.gt))
-    return Batch(*map(np.array, batch[:-1]), gt=gt)
+    return Batch._make([*map(np.array, batch[:-1]), gt])
 
 
 def make_loader(

@@ -18,8 +18,9 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -61,7 +62,7 @@ class _Object:
     shapes: list[_Shape]
     crowd: bool
     mask: np.ndarray  # [size, size] bool, before occlusion
-    visible: np.ndarray | None = None  # [size, size] bool, after occlusion
+    visible: np.ndarray = field(init=False)  # [size, size] bool, after occlusion
 
     @property
     def area(self) -> int:
@@ -144,7 +145,7 @@ def _make_shape(
 
 
 def _make_object(rng: np.random.Generator, size: int, crowd: bool, names: Sequence[str] = NAMES) -> _Object | None:
-    category = NAMES.index(names[rng.integers(len(names))])
+    category = NAMES.index(names[int(rng.integers(len(names)))])
     if crowd:
         spread, middle = 0.16 * size, rng.uniform(0.25, 0.75, 2) * size
         places = [(middle + rng.normal(0, spread, 2), rng.uniform(4, 7)) for _ in range(rng.integers(10, 21))]
@@ -152,8 +153,8 @@ def _make_object(rng: np.random.Generator, size: int, crowd: bool, names: Sequen
         largest = max(min(_MAX_SIZE, 0.8 * size), _MIN_SIZE + 1)
         diameter = np.exp(rng.uniform(np.log(_MIN_SIZE), np.log(largest)))
         places = [(rng.uniform(0.1, 0.9, 2) * size, diameter / 2)]
-    shapes = [_make_shape(rng, size, category, radius, tuple(center)) for center, radius in places]
-    shapes = [shape for shape in shapes if shape is not None]
+    made = [_make_shape(rng, size, category, radius, tuple(center)) for center, radius in places]
+    shapes = [shape for shape in made if shape is not None]
     if not shapes:
         return None
     mask = np.zeros((size, size), bool)
@@ -168,7 +169,9 @@ def _occlude(objects: list[_Object]) -> list[_Object]:
     One object is taken out at a time, because that uncovers others.
     """
     while True:
-        covered = np.zeros_like(objects[0].mask) if objects else None
+        if not objects:
+            return objects
+        covered = np.zeros_like(objects[0].mask)
         for item in reversed(objects):
             item.visible = item.mask & ~covered
             covered |= item.mask
@@ -198,6 +201,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     angle, period, phase = rng.uniform(0, np.pi), rng.uniform(5, 16), rng.uniform(0, 2 * np.pi)
     ramp = x * np.cos(angle) + y * np.sin(angle)
     kind = rng.integers(5)
+    pattern: np.ndarray
     if kind == 0:  # plain
         pattern = np.zeros((height, width))
     elif kind == 1:  # stripes
@@ -246,12 +250,13 @@ def draw_image(
         The image [size, size, 3] uint8 RGB, and the fields ``category_id``, ``bbox``, ``area``, ``iscrowd`` and
         ``segmentation`` of each annotation.
     """
-    objects, names = [], list(categories)
+    placed: list[_Object | None] = []
+    names = list(categories)
     if rng.random() >= _EMPTY_FRACTION:
-        objects = [_make_object(rng, size, False, names) for _ in range(rng.integers(1, 8))]
+        placed = [_make_object(rng, size, False, names) for _ in range(rng.integers(1, 8))]
         if rng.random() < _CROWD_FRACTION / (1 - _EMPTY_FRACTION):
-            objects.insert(int(rng.integers(len(objects) + 1)), _make_object(rng, size, True, names))
-    objects = _occlude([item for item in objects if item is not None])
+            placed.insert(int(rng.integers(len(placed) + 1)), _make_object(rng, size, True, names))
+    objects = _occlude([item for item in placed if item is not None])
     return _paint(rng, size, objects), [_annotate(item, categories) for item in objects]
 
 
@@ -313,7 +318,8 @@ def write_dataset(
         UserError: the folder holds something else, a number is too small or a class unknown.
     """
     output_dir = Path(output_dir)
-    recipe = {"version": _VERSION, "num_train": num_train, "num_val": num_val, "image_size": image_size, "seed": seed}
+    recipe: dict[str, Any] = {"version": _VERSION, "num_train": num_train, "num_val": num_val}
+    recipe |= {"image_size": image_size, "seed": seed}
     recipe |= {"categories": dict(categories)} if categories != CATEGORIES else {}
     recipe |= {"splits": list(splits)} if splits != SPLITS else {}
     if num_train < 1 or num_val < 1 or image_size < 32 or seed < 0:
@@ -348,7 +354,8 @@ def _write_split(
     root: Path, name: str, num: int, image_size: int, seed: list[int], categories: Mapping[str, int]
 ) -> None:
     (root / name).mkdir()
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id in tqdm(range(1, num + 1), desc=f"drawing {name}", unit="image"):
         image, objects = draw_image(np.random.default_rng([*seed, image_id]), image_size, categories)
         file_name = f"{image_id:012d}.jpg"

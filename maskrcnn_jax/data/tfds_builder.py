@@ -77,7 +77,8 @@ def build(
     return folder
 
 
-class CocoInstances(tfds.core.ShardBasedBuilder, skip_registration=True):  # datasets are read without this code
+# Not registered, because datasets are read without this code. TFDS has no types.
+class CocoInstances(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The images, objects and masks of a COCO-format folder."""
 
     name = NAME

@@ -39,7 +39,7 @@ def resized_sizes(sizes: np.ndarray, short_side: int, long_side: int, resize: st
 
 def resized_size(height: int, width: int, short_side: int, long_side: int, resize: str = "uint8") -> tuple[int, int]:
     """Compute the size of one image after resizing; see ``resized_sizes``."""
-    new_height, new_width = resized_sizes([(height, width)], short_side, long_side, resize)[0]
+    new_height, new_width = resized_sizes(np.array([[height, width]]), short_side, long_side, resize)[0]
     return int(new_height), int(new_width)
 
 

@@ -57,7 +57,8 @@ def ground_truth(dataset: CocoDataset, rows: Iterable[int] | None = None) -> COC
         one id it keeps one.
     """
     rows = range(len(dataset)) if rows is None else sorted(map(int, rows))
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for i in rows:
         height, width = dataset.sizes[i].tolist()
         image_id, file_name = int(dataset.image_ids[i]), str(dataset.file_names[i])
@@ -71,7 +72,7 @@ def ground_truth(dataset: CocoDataset, rows: Iterable[int] | None = None) -> COC
 
 
 def _ground_truth_of(dataset: CocoDataset, row: int, height: int, width: int) -> dict:
-    entry = {"category_id": int(dataset.category_ids[row]), "iscrowd": int(dataset.iscrowd[row])}
+    entry: dict[str, Any] = {"category_id": int(dataset.category_ids[row]), "iscrowd": int(dataset.iscrowd[row])}
     box, area = dataset.file_boxes[row], float(dataset.areas[row])
     if dataset.num_parts[row] >= 0:
         rle = entry["segmentation"] = dataset.rle(row, height, width)

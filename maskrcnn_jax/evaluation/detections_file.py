@@ -26,7 +26,7 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _no_results(path, error.strerror) from None
+        raise _no_results(path, str(error.strerror)) from None
     except (ValueError, RecursionError):
         raise _no_results(path, "it is no JSON") from None
     if not isinstance(results, list):

@@ -1,5 +1,6 @@
 """Evaluate a model on a split of a COCO-format dataset: detect, score, and draw some of the result."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,7 @@ class Evaluator:
         )
         self._train_split = None
         if options.eval_train_limit:
-            limit = min(options.eval_train_limit, data.train_limit or np.inf)
+            limit = min(options.eval_train_limit, data.train_limit or options.eval_train_limit)
             self._train_split = self._load(
                 "train_", data.train_split, lambda dataset: training_subset(dataset, limit, options.seed)
             )
@@ -136,7 +137,7 @@ class Evaluator:
     def draw_image(self, image_id: int, results: list[dict]) -> np.ndarray | None:
         """Draw an image with ground truth beside one with predictions, [h, w, 3] uint8; None if it cannot be read."""
         dataset = self._split.dataset
-        (row,) = np.flatnonzero(dataset.image_ids == image_id)
+        (row,) = np.flatnonzero(dataset.image_ids == image_id).tolist()
         try:
             image = dataset.read_image(row)
         except BrokenImageError:
@@ -158,7 +159,7 @@ class Evaluator:
         )
         return side_by_side(truth, predicted)
 
-    def write(self, workdir: str | Path, evaluation: Evaluation) -> None:
+    def write(self, workdir: str | os.PathLike, evaluation: Evaluation) -> None:
         """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder, by the first process."""
         if not is_first():
             return

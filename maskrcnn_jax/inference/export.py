@@ -30,6 +30,7 @@ from maskrcnn_jax.data.loader import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.structures import Detections
 from maskrcnn_jax.writing import replace_file
 
@@ -64,7 +65,7 @@ def dequantize(array):
     return array.values.astype(jnp.float32) * array.scale if isinstance(array, Int8) else array
 
 
-def quantized_network(network: nnx.Module) -> nnx.Module:
+def quantized_network(network: MaskRCNN) -> MaskRCNN:
     """Return a copy of a network that computes what its export with ``int8`` does."""
     graphdef, state = nnx.split(network)
     return nnx.merge(graphdef, jax.tree.map(lambda array: jnp.asarray(dequantize(quantize(np.asarray(array)))), state))

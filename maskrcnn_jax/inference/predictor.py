@@ -191,14 +191,14 @@ class Predictor:
     def _prepare(self, image: np.ndarray) -> Batch:
         """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
         data = self.options.data
-        height, width = size = resized_size(*image.shape[:2], data.short_side, data.long_side, data.resize)
-        padded = padded_size(height, width, self._buckets)
-        images = np.zeros((1, *padded, image.shape[2]), RESIZE[data.resize])
-        images[0, :height, :width] = resize_image(image, size, data.resize)
+        height, width, channels = image.shape
+        size = resized_size(height, width, data.short_side, data.long_side, data.resize)
+        images = np.zeros((1, *padded_size(*size, self._buckets), channels), RESIZE[data.resize])
+        images[0, : size[0], : size[1]] = resize_image(image, size, data.resize)
         return Batch(
             images=images,
             sizes=np.array([size], np.int32),
-            original_sizes=np.array([image.shape[:2]], np.int32),
+            original_sizes=np.array([(height, width)], np.int32),
             image_index=np.zeros(1, np.int32),
             valid=np.ones(1, bool),
             gt=None,

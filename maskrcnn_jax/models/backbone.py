@@ -1,10 +1,11 @@
 """Named and custom backbones, and the forms of their outputs."""
 
 from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.errors import UserError
@@ -16,7 +17,21 @@ MOBILENET = "mobilenet_v3_large"
 MAX_MAPS = 4
 
 
-def make_backbone(options: ModelOptions, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+@runtime_checkable
+class Backbone(Protocol):
+    """A module that :func:`check_backbone` accepts."""
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of the maps, finest first."""
+        ...
+
+    def __call__(self, images: Float[Array, "B H W I"], /) -> object:
+        """Return what :func:`feature_list` understands."""
+        ...
+
+
+def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) -> ResNet | MobileNetV3:
     """Build the backbone that the options name.
 
     Args:
@@ -28,7 +43,7 @@ def make_backbone(options: ModelOptions, *, dtype: jnp.dtype, rngs: nnx.Rngs) ->
         UserError: if there is no backbone of this name.
     """
     name = options.backbone
-    common = {"in_channels": options.in_channels, "norm": options.norm, "remat": options.remat}
+    common: dict[str, Any] = {"in_channels": options.in_channels, "norm": options.norm, "remat": options.remat}
     common |= {"dtype": dtype, "rngs": rngs}
     if name == MOBILENET:
         return MobileNetV3(**common)
@@ -45,7 +60,7 @@ def make_backbone(options: ModelOptions, *, dtype: jnp.dtype, rngs: nnx.Rngs) ->
     raise UserError(f"model.backbone is {name!r}; use one of {', '.join((*ARCHITECTURES, MOBILENET))}")
 
 
-def check_backbone(backbone: nnx.Module) -> nnx.Module:
+def check_backbone(backbone: object) -> Backbone:
     """Return a backbone of the user's own if a feature pyramid can be built on it.
 
     Args:
@@ -57,14 +72,14 @@ def check_backbone(backbone: nnx.Module) -> nnx.Module:
     """
     if not isinstance(backbone, nnx.Module):
         raise UserError(f"the backbone is of type {type(backbone).__name__}; give an nnx.Module")
-    channels = getattr(backbone, "out_channels", None)
+    channels: Any = getattr(backbone, "out_channels", None)
     whole = isinstance(channels, tuple) and all(isinstance(k, int) and k > 0 for k in channels)
     if not (whole and 1 <= len(channels) <= MAX_MAPS):
         raise UserError(
             f"out_channels of the backbone {type(backbone).__name__} is {channels!r}; make it a tuple with the "
             f"channels of its 1 to {MAX_MAPS} maps, finest first"
         )
-    return backbone
+    return backbone  # type: ignore[return-value]  # out_channels is checked above
 
 
 def feature_list(

@@ -5,6 +5,8 @@ Each stage is a method, so that a comparison can feed the intermediate result of
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
-from maskrcnn_jax.models.backbone import check_backbone, feature_list, make_backbone
+from maskrcnn_jax.models.backbone import Backbone, check_backbone, feature_list, make_backbone
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
@@ -73,8 +75,8 @@ class MaskRCNN(nnx.Module):
         """
         self.options = options = options or ModelOptions()
         self.dtype = jnp.dtype(options.dtype)
-        common = {"dtype": self.dtype, "rngs": rngs}
-        self.backbone = make_backbone(options, **common) if backbone is None else check_backbone(backbone)
+        common: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
+        self.backbone: Backbone = make_backbone(options, **common) if backbone is None else check_backbone(backbone)
         num_maps = len(self.backbone.out_channels)
         if len(options.anchor_sizes) != num_maps + 1:
             raise UserError(
@@ -190,7 +192,7 @@ class MaskRCNN(nnx.Module):
         output_size: int,
     ) -> Float[Array, "B R {output_size} {output_size} K"]:
         """Pool boxes [B, R, 4] from all levels but the coarsest to [B, R, output_size, output_size, K]."""
-        operator = functools.partial(
+        operator: Callable[..., Array] = functools.partial(
             multiscale_roi_align, sampling_ratio=self.options.roi_sampling_ratio, aligned=self.options.roi_aligned
         )
         if self.options.roi_operator == "pool":
@@ -307,7 +309,12 @@ class MaskRCNN(nnx.Module):
 
         Returns:
           The loss terms, scalars whose sum is to be minimised, and metrics, scalars for the log.
+
+        Raises:
+          ValueError: the batch has no ground truth.
         """
+        if batch.gt is None:
+            raise ValueError("the losses need a batch with ground truth; load it with annotations=True")
         rpn_key, roi_key = jax.random.split(key)
         image_shape = batch.images.shape[1:3]
         gt = batch.gt._replace(valid=batch.gt.valid & batch.valid[:, None])
@@ -323,7 +330,7 @@ class MaskRCNN(nnx.Module):
         proposals = self.propose(objectness, deltas, anchors, batch.sizes, train=True)
         rois = self.sample_rois(roi_key, proposals, gt, proposals_from_rpn=proposals_from_rpn)
         rois = rois._replace(valid=rois.valid & batch.valid[:, None])
-        head_terms, metrics = self.head_losses(features, rois, batch._replace(gt=gt))
+        head_terms, metrics = self.head_losses(features, rois, gt, batch)
         return terms | head_terms, metrics
 
     def rpn_losses(
@@ -352,13 +359,13 @@ class MaskRCNN(nnx.Module):
         }
 
     def head_losses(
-        self, features: list[Float[Array, "B _ _ K"]], rois: RoISamples, batch: Batch
+        self, features: list[Float[Array, "B _ _ K"]], rois: RoISamples, gt: GroundTruth, batch: Batch
     ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
         """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
         options, image_shape = self.options, batch.images.shape[1:3]
         foreground = rois.valid & (rois.labels > 0)
         logits, deltas = self.box_head(self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE), rois.valid)
-        matched = jnp.take_along_axis(batch.gt.boxes, rois.gt_index[..., None], axis=1)
+        matched = jnp.take_along_axis(gt.boxes, rois.gt_index[..., None], axis=1)
         deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
         if options.box_loss == "smooth_l1":
             targets = encode_boxes(matched, rois.boxes, BOX_WEIGHTS)
@@ -376,14 +383,14 @@ class MaskRCNN(nnx.Module):
         num_mask = int(options.box_batch_size_per_image * options.box_positive_fraction)
         mask_rois = jax.tree.map(lambda x: x[:, :num_mask], rois)
         has_mask = foreground[:, :num_mask]
-        if batch.gt.has_mask is not None:
-            has_mask &= jnp.take_along_axis(batch.gt.has_mask, mask_rois.gt_index, axis=1)
+        if gt.has_mask is not None:
+            has_mask &= jnp.take_along_axis(gt.has_mask, mask_rois.gt_index, axis=1)
         mask_logits = self.mask_logits(features, mask_rois.boxes, mask_rois.labels, has_mask, image_shape)
         mask_loss = losses.dice_loss if options.mask_loss == "dice" else losses.mask_loss
         terms = {
             "loss_classifier": class_term,
             "loss_box_reg": box_term,
-            "loss_mask": mask_loss(mask_logits, self.mask_targets(mask_rois, batch), has_mask),
+            "loss_mask": mask_loss(mask_logits, self.mask_targets(mask_rois, gt, batch), has_mask),
         }
         correct = jnp.argmax(logits, axis=-1) == rois.labels
         metrics = {
@@ -393,7 +400,7 @@ class MaskRCNN(nnx.Module):
         }
         return terms, metrics
 
-    def mask_targets(self, rois: RoISamples, batch: Batch) -> Float[Array, "B F M M"]:
+    def mask_targets(self, rois: RoISamples, gt: GroundTruth, batch: Batch) -> Float[Array, "B F M M"]:
         """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
         targets = jax.vmap(
             lambda packed, boxes, index, mask_size, size: mask_targets(
@@ -406,7 +413,7 @@ class MaskRCNN(nnx.Module):
                 output_size=self.mask_size,
                 aligned=self.options.roi_aligned,
             )
-        )(batch.gt.masks, rois.boxes, rois.gt_index, batch.gt.mask_sizes, batch.sizes)
+        )(gt.masks, rois.boxes, rois.gt_index, gt.mask_sizes, batch.sizes)
         return (targets >= 0.5).astype(targets.dtype) if self.options.mask_targets_binary else targets
 
     # Testing
@@ -426,8 +433,8 @@ class MaskRCNN(nnx.Module):
         anchors = self.anchors(features, image_shape)
         objectness, deltas = self.rpn(features)
         proposals = self.propose(objectness, deltas, anchors, sizes, train=False)
-        logits, deltas = self.box_head(self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE))
-        boxes, scores, labels, valid = self.select(logits, deltas, proposals, sizes)
+        logits, box_deltas = self.box_head(self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE))
+        boxes, scores, labels, valid = self.select(logits, box_deltas, proposals, sizes)
         mask_logits = self.mask_logits(features, boxes, labels, valid, image_shape)
         return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)
 

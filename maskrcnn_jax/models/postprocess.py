@@ -1,6 +1,7 @@
 """Select the final boxes of one image from the box head's outputs."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS
@@ -13,7 +14,7 @@ def select_detections(
     class_scores: Float[Array, "N C"],
     deltas: Float[Array, "N C+1 4"],
     proposals: Proposals,
-    size: Int[Array, "2"],
+    size: Int[Array | np.ndarray, "2"],
     *,
     score_thresh: float,
     nms_thresh: float,

@@ -145,7 +145,7 @@ def _like(weights: tuple[float, float, float, float], deltas: Float[Array, "*sha
     return jnp.asarray(weights, deltas.dtype).reshape((1,) * (deltas.ndim - 1) + (4,))
 
 
-def clip_boxes(boxes: Float[Array, "*shape 4"], size: Num[Array, "2"]) -> Float[Array, "*shape 4"]:
+def clip_boxes(boxes: Float[Array, "*shape 4"], size: Num[Array | np.ndarray, "2"]) -> Float[Array, "*shape 4"]:
     """Clip boxes [..., 4] to an image of ``size`` (height, width)."""
     height, width = size[0], size[1]
     limits = jnp.stack([width, height, width, height]).astype(boxes.dtype)

@@ -1,7 +1,7 @@
 """What training prints and writes about its steps."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -51,7 +51,7 @@ class StepLog:
         self._writer, self._index, self._schedule, self._watcher = writer, index, schedule, watcher
         self._updates, self._batch_size, self._steps_per_epoch = updates, batch_size, steps_per_epoch
         self._pending: list[tuple] = []
-        self._finished = None  # a future of the time at which the last step finishes
+        self._finished: Future[float] | None = None  # the time at which the last step finishes
         self.seconds_per_step = 0.0  # of the steps that were written last
         self._line = ""
         self.restart_clock()

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,14 +51,14 @@ class Evaluation(Protocol):
     picture: np.ndarray
 
 
-Evaluate = Callable[[nnx.Module], Evaluation]
+Evaluate = Callable[[MaskRCNN], Evaluation]
 
 
 class _Run(NamedTuple):
     """What stays the same from step to step."""
 
     options: Options
-    index: CocoDataset
+    dataset: CocoDataset
     workdir: Path
     graphdef: nnx.GraphDef
     schedule: optax.Schedule
@@ -75,7 +76,7 @@ class _Run(NamedTuple):
 
 def train(
     options: Options,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     make_evaluate: Callable[[Categories], Evaluate],
     initialize: Callable[[MaskRCNN], None] | None = None,
@@ -158,8 +159,8 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
         return 0
     if is_first():
         save_options(options, run.workdir)
-        run.index.categories.save(run.workdir / "categories.json")
-    batches = iter(_make_loader(options, run.index, start, run.num_steps))
+        run.dataset.categories.save(run.workdir / "categories.json")
+    batches = iter(_make_loader(options, run.dataset, start, run.num_steps))
     with (
         contextlib.closing(
             MetricWriter(run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first())
@@ -173,7 +174,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             _measure(run, state, start, writer)
         log = StepLog(
             writer,
-            run.index,
+            run.dataset,
             run.schedule,
             updates=updates_done(state),
             batch_size=options.batch_size,
@@ -217,6 +218,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
 
 def _measure(run: _Run, state: TrainState, step: int, writer: MetricWriter) -> None:
     """Evaluate the model after a step and write the result."""
+    assert run.evaluate is not None  # as evaluation_is_due has found
     evaluation = run.evaluate(nnx.merge(run.graphdef, state.inference_params, state.variables, copy=True))
     writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
     writer.picture(step, "predictions", evaluation.picture)

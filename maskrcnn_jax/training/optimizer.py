@@ -37,7 +37,7 @@ def is_decayed(params: nnx.State) -> nnx.State:
     return jax.tree.map(lambda array: array.ndim > 1, params)
 
 
-def is_frozen(path: tuple[str | int, ...], frozen_stages: int) -> bool:
+def is_frozen(path: tuple[object, ...], frozen_stages: int) -> bool:
     """Return whether a parameter or module is in the first stages of MaskRCNN's backbone; the stem is the first."""
     match path:
         case ("backbone", "stem", *_):

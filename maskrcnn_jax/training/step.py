@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskrcnn_jax.distributed import cut_batch, place_state, replicated
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimOptions
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import is_frozen
@@ -57,7 +58,7 @@ class TrainState(NamedTuple):
 
 
 def create_train_state(
-    model: nnx.Module,
+    model: MaskRCNN,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     optim: OptimOptions,
@@ -67,7 +68,7 @@ def create_train_state(
     """Split a model into its structure, in training mode, and the state that steps change, on every device.
 
     Args:
-        model: Its attribute ``dtype`` tells whether it computes in float16.
+        model: Is switched to training mode.
         optimizer: Of its parameters.
         mesh: Of the devices.
         optim: The batch norms of frozen stages keep their statistics and use them; with ``ema_decay`` the state holds

@@ -10,7 +10,7 @@ from flax import nnx
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.weights import detectron2, torchvision
-from maskrcnn_jax.weights.layouts import Entry
+from maskrcnn_jax.weights.layouts import Entry, flat_state
 
 # Keys of checkpoints that no model needs: counters of frozen norms, the classifier of an ImageNet network, and
 # constants that detectron2 computes itself (as we do).
@@ -83,7 +83,7 @@ def load_weights(
     family, arrays, entries = _recognise(model, arrays, source)
     if not partial and family in BACKBONES:
         raise UserError(f"{source} holds only a backbone, which detects nothing; train with it first")
-    state = dict(nnx.to_flat_state(nnx.state(model)))
+    state = flat_state(model)
     known = {entry.key for entry in entries}
     ignored = [key for key in arrays if key not in known and _is_ignored(key)]
     more_classes = _more_classes(entries, arrays, state)
@@ -134,7 +134,7 @@ def to_torchvision(model: MaskRCNN, *, backbone_only: bool = False) -> dict[str,
         model: The model to convert.
         backbone_only: Return the state dict of the backbone instead, with the names of torchvision's classifiers.
     """
-    state = dict(nnx.to_flat_state(nnx.state(model)))
+    state = flat_state(model)
     arrays = {}
     for entry in torchvision.backbone_entries(model) if backbone_only else torchvision.entries(model):
         array = entry.layout.write(np.asarray(state[entry.path][...]))

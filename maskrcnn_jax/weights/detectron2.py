@@ -6,12 +6,11 @@ its last class and has neither box deltas nor a mask; ours are zero and never re
 """
 
 import numpy as np
-from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, IMAGE_STD, MaskRCNN
 from maskrcnn_jax.models.resnet import ResNet
-from maskrcnn_jax.weights.layouts import Entry, Layout, Path, module_and_leaf, module_layout, then
+from maskrcnn_jax.weights.layouts import Entry, Layout, Path, flat_state, module_and_leaf, module_layout, then
 
 _STD = 255 * np.array(IMAGE_STD).reshape(1, 3, 1, 1)
 # We divide the image by its standard deviation; detectron2 does not, and its channels are blue, green, red.
@@ -47,12 +46,12 @@ def entries(model: MaskRCNN) -> list[Entry]:
             f"the backbone {type(model.backbone).__name__} has no counterpart in detectron2's files; use a ResNet"
         )
     found = []
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, variable in flat_state(model).items():
         layout = module_layout(path, variable.ndim, BOX_POOL_SIZE)
         if path == ("backbone", "stem", "conv", "kernel"):
             layout = then(_STEM, layout)
         rows_per_class = 0
-        name = path[1].removesuffix("_kernel").removesuffix("_bias")
+        name = str(path[1]).removesuffix("_kernel").removesuffix("_bias")
         if path[0] != "rpn" and name in _PREDICTORS:
             rows_per_class, per_class = _PREDICTORS[name]
             layout = then(per_class, layout)
@@ -70,22 +69,22 @@ def _module_name(module: list[str | int]) -> str:
     match module:
         case ["backbone", "stem", _]:
             return f"backbone.bottom_up.stem.conv1{norm}"
-        case ["backbone", "stages", stage, block, "convs", i, _]:
+        case ["backbone", "stages", int(stage), block, "convs", int(i), _]:
             return f"backbone.bottom_up.res{stage + 2}.{block}.conv{i + 1}{norm}"
-        case ["backbone", "stages", stage, block, "shortcut", _]:
+        case ["backbone", "stages", int(stage), block, "shortcut", _]:
             return f"backbone.bottom_up.res{stage + 2}.{block}.shortcut{norm}"
-        case ["fpn", kind, level, _]:
+        case ["fpn", str(kind), int(level), _]:
             return f"backbone.fpn_{ {'inner': 'lateral', 'layer': 'output'}[kind] }{level + 2}{norm}"
         case ["rpn", "convs", _, _]:
             return "proposal_generator.rpn_head.conv"
-        case ["rpn", name]:
+        case ["rpn", str(name)]:
             renamed = {"cls_logits": "objectness_logits", "bbox_pred": "anchor_deltas"}[name]
             return f"proposal_generator.rpn_head.{renamed}"
-        case ["box_head", "convs" | "fcs" as kind, i, *_]:
+        case ["box_head", "convs" | "fcs" as kind, int(i), *_]:
             return f"roi_heads.box_head.{ {'convs': 'conv', 'fcs': 'fc'}[kind] }{i + 1}{norm}"
         case ["box_head", name]:
             return f"roi_heads.box_predictor.{name}"
-        case ["mask_head", "convs", i, _]:
+        case ["mask_head", "convs", int(i), _]:
             return f"roi_heads.mask_head.mask_fcn{i + 1}{norm}"
         case ["mask_head", "deconv"]:
             return "roi_heads.mask_head.deconv"

@@ -142,4 +142,7 @@ def _read_pickle(path: Path, budget: Budget) -> dict[str, np.ndarray]:
 
 
 _READERS = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read_torch, ".pkl": _read_pickle}
-_WRITERS = {".safetensors": safetensors.numpy.save, ".pth": _to_torch}
+_WRITERS: dict[str, Callable[[dict[str, np.ndarray]], bytes]] = {
+    ".safetensors": safetensors.numpy.save,
+    ".pth": _to_torch,
+}

@@ -4,8 +4,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from flax import nnx
 
 Path = tuple[str | int, ...]  # of an array in the state of a model
+
+
+def flat_state(model: nnx.Module) -> dict[Path, nnx.Variable]:
+    """Return the arrays of a model by their paths."""
+    # Keys are any sortable objects for Flax; ours are names of attributes and places in lists.
+    return dict(nnx.to_flat_state(nnx.state(model)))  # type: ignore[arg-type]
 
 
 class Layout(NamedTuple):
@@ -78,7 +85,8 @@ _LEAVES = {
 
 def module_and_leaf(path: Path) -> tuple[list[str | int], str]:
     """Return the path of the module that an array belongs to, and PyTorch's name of the array."""
-    *module, leaf = path
+    *module, last = path
+    leaf = str(last)
     if leaf in ("deconv_bias", "logits_kernel", "logits_bias"):  # we have no module for these
         name, leaf = leaf.split("_")
         module.append(name)

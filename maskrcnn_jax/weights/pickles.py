@@ -9,7 +9,8 @@ memo index makes it allocate gigabytes for a file of nine bytes.
 import io
 import pickle
 import struct
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,8 +26,10 @@ _OPCODES = """
 """
 
 # What the unpickler raises where a pickle is cut short, or an opcode finds an empty stack or the wrong operands.
-_DAMAGES = (EOFError, struct.error, pickle.UnpicklingError)
-_DAMAGES += (IndexError, KeyError, TypeError, AttributeError, OverflowError)
+_DAMAGES = (
+    *(EOFError, struct.error, pickle.UnpicklingError),
+    *(IndexError, KeyError, TypeError, AttributeError, OverflowError),
+)
 
 
 class Budget:
@@ -78,7 +81,7 @@ class _Dtype:
         if not isinstance(code, str) or code not in _DTYPES:
             raise ValueError("it holds arrays of something other than numbers")
         self.code = code
-        self.order = "="
+        self.order: Literal["<", ">", "|", "="] = "="
 
 
 class _Dict(dict):
@@ -99,9 +102,10 @@ class _Dispatch(dict):
 
     def __init__(self, budget: Budget):
         codes = [getattr(pickle, name)[0] for name in _OPCODES.split()]
-        super().__init__({code: pickle._Unpickler.dispatch[code] for code in codes})
-        self[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # load_bytearray8 allocates before it reads
-        self[pickle.NEWOBJ[0]] = pickle._Unpickler.load_reduce  # stand-ins are called, which calls no __new__
+        inherited = pickle._Unpickler.dispatch
+        super().__init__({code: inherited[code] for code in codes})
+        self[pickle.BYTEARRAY8[0]] = inherited[pickle.BINBYTES8[0]]  # load_bytearray8 allocates before it reads
+        self[pickle.NEWOBJ[0]] = inherited[pickle.REDUCE[0]]  # stand-ins are called, which calls no __new__
         self[pickle.EMPTY_DICT[0]] = ArrayUnpickler.load_empty_dictionary
         self[pickle.BUILD[0]] = ArrayUnpickler.load_build
         self._budget = budget
@@ -119,6 +123,10 @@ class ArrayUnpickler(pickle._Unpickler):
     Strings of Python 2 become ``str``, one character per byte. Ordered dicts become dicts without attributes.
     """
 
+    # Set by the inherited methods.
+    append: Callable[[Any], None]
+    stack: list[Any]
+
     def __init__(self, file: io.BytesIO, budget: Budget):
         """Prepare to read a pickle.
 
@@ -127,7 +135,7 @@ class ArrayUnpickler(pickle._Unpickler):
             budget: What reading may cost.
         """
         super().__init__(file, encoding="latin1")
-        self.dispatch = _Dispatch(budget)
+        self.dispatch = _Dispatch(budget)  # type: ignore[misc]  # hides the class attribute
         self.allowed = {
             "_codecs.encode": self._encode,  # bytes in protocol 2
             "collections.OrderedDict": self._ordered_dict,

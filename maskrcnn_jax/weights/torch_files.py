@@ -41,8 +41,10 @@ _INERT = ("argparse.Namespace", "collections.Counter", "__builtin__.set", "built
 
 
 # What zipfile and NumPy raise where an archive is damaged.
-_DAMAGES = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error)
-_DAMAGES += (KeyError, EOFError, OverflowError, StopIteration)
+_DAMAGES = (
+    *(zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error),
+    *(KeyError, EOFError, OverflowError, StopIteration),
+)
 
 
 class _Storage(NamedTuple):

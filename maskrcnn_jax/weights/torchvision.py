@@ -14,7 +14,7 @@ from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.models.mobilenet import InvertedResidual, MobileNetV3
 from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.options import ModelOptions
-from maskrcnn_jax.weights.layouts import Entry, Path, module_and_leaf, module_layout
+from maskrcnn_jax.weights.layouts import Entry, Path, flat_state, module_and_leaf, module_layout
 
 BACKBONE = "backbone.body."
 # The backbone of a detector is the part of a classifier called "features".
@@ -63,9 +63,9 @@ def entries(model: MaskRCNN) -> list[Entry]:
             path,
             _key(path, model),
             module_layout(path, variable.ndim, BOX_POOL_SIZE),
-            rows_per_class=0 if path[0] == "rpn" else _ROWS_PER_CLASS.get(path[1], 0),
+            rows_per_class=0 if path[0] == "rpn" else _ROWS_PER_CLASS.get(str(path[1]), 0),
         )
-        for path, variable in nnx.to_flat_state(nnx.state(model))
+        for path, variable in flat_state(model).items()
     ]
 
 
@@ -110,21 +110,21 @@ def _module_name(module: list[str | int], model: MaskRCNN) -> str:
     match module:
         case ["backbone", *within] if isinstance(model.backbone, MobileNetV3):
             return BACKBONE + _mobilenet_name(within, model.backbone)
-        case ["backbone", "stem", part]:
+        case ["backbone", "stem", str(part)]:
             return BACKBONE + {"conv": "conv1", "norm": "bn1"}[part]
-        case ["backbone", "stages", stage, block, "convs", i, part]:
+        case ["backbone", "stages", int(stage), block, "convs", int(i), str(part)]:
             return f"{BACKBONE}layer{stage + 1}.{block}.{ {'conv': 'conv', 'norm': 'bn'}[part] }{i + 1}"
-        case ["backbone", "stages", stage, block, "shortcut", part]:
+        case ["backbone", "stages", int(stage), block, "shortcut", str(part)]:
             return f"{BACKBONE}layer{stage + 1}.{block}.downsample.{_position(part)}"
-        case ["fpn", kind, level, part]:
+        case ["fpn", kind, level, str(part)]:
             return f"backbone.fpn.{kind}_blocks.{level}.{_position(part)}"
-        case ["rpn", "convs", i, part]:
+        case ["rpn", "convs", int(i), str(part)]:
             return f"rpn.head.conv.{i}.{_position(part)}"
         case ["rpn", name]:
             return f"rpn.head.{name}"
-        case ["box_head" | "mask_head" as head, "convs", i, part]:
+        case ["box_head" | "mask_head" as head, "convs", int(i), str(part)]:
             return f"roi_heads.{head}.{i}.{_position(part)}"
-        case ["box_head", "fcs", i]:
+        case ["box_head", "fcs", int(i)]:
             num_convs = len(model.box_head.convs)
             # With convolutions the head is one sequence: convolutions, flattening, then linear layers and ReLUs.
             return f"roi_heads.box_head.{num_convs + 1 + 2 * i if num_convs else f'fc{6 + i}'}"
@@ -139,15 +139,16 @@ def _module_name(module: list[str | int], model: MaskRCNN) -> str:
 
 def _mobilenet_name(module: list[str | int], backbone: MobileNetV3) -> str:
     """Return the name of a module by its place in torchvision's one sequence of layers."""
+    layer: nnx.Module
     match module:
-        case ["stem", i, *within]:
+        case ["stem", int(i), *within]:
             layer, place = backbone.stem[i], i
-        case ["stages", stage, i, *within]:
+        case ["stages", int(stage), int(i), *within]:
             layer = backbone.stages[stage][i]
             place = len(backbone.stem) + sum(len(backbone.stages[before]) for before in range(stage)) + i
     if not isinstance(layer, InvertedResidual):
-        return f"{place}.{_position(within[0])}"
-    part, name = within
+        return f"{place}.{_position(str(within[0]))}"
+    part, name = map(str, within)
     parts = [part for part in ("expand", "depthwise", "squeeze", "project") if getattr(layer, part) is not None]
     return f"{place}.block.{parts.index(part)}.{name if part == 'squeeze' else _position(name)}"
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.backbone import feature_list
+from maskrcnn_jax.models.backbone import check_backbone, feature_list
 from maskrcnn_jax.models.layers import Conv
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import OptimOptions
@@ -151,7 +151,7 @@ def test_a_backbone_tells_its_channels(out_channels):
 
 def test_another_kind_of_backbone_or_number_of_sizes_is_refused():
     with pytest.raises(UserError, match="of type int; give an nnx.Module"):
-        model_with(50, (8, 16, 24, 32, 48))
+        check_backbone(50)
     with pytest.raises(UserError, match="use 3 sizes, .* 2 maps and one coarser"):
         model_with(Strided(2), (8, 16, 24, 32, 48))
 

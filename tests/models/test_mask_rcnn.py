@@ -90,6 +90,11 @@ def test_losses_have_five_finite_terms_and_gradients_reach_every_parameter(tiny_
     assert silent <= {("fpn", "layer", 3)}
 
 
+def test_losses_of_a_batch_without_ground_truth_are_refused(tiny, key):
+    with pytest.raises(ValueError, match="need a batch with ground truth"):
+        tiny.losses(tiny_batch()._replace(gt=None), key)
+
+
 def test_every_image_has_draws_of_its_own_and_none_of_what_is_ignored(tiny, key):
     matches = jnp.array([[IGNORED, BACKGROUND, 0, BACKGROUND] * 50] * 2)
     sample = tiny.sample_anchors(key, matches)
@@ -151,7 +156,7 @@ def test_regions_are_neither_object_nor_background(tiny, key):
 def test_the_losses_of_the_heads_do_not_train_the_rpn(key):
     """Proposals are given to the second stage, as in torchvision; otherwise its box offsets would move them."""
     # At this threshold the first proposals are foreground, not only the annotated boxes.
-    graph, params, rest = nnx.split(tiny_model(box_iou_thresh=0.01), nnx.Param, ...)
+    graph, params, rest = nnx.split(tiny_model(box_fg_iou_thresh=0.01), nnx.Param, ...)
 
     @jax.jit
     @jax.grad

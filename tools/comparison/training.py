@@ -32,7 +32,7 @@ def make_gradient(pair: Pair) -> Callable:
         anchors = model.anchors(features, batch.images.shape[1:3])
         matches = model.match_anchors(anchors, batch.gt)
         terms = model.rpn_losses(*model.rpn(features), anchors, matches, drawn.anchors, batch.gt)
-        terms |= model.head_losses(features, drawn.rois, batch)[0]
+        terms |= model.head_losses(features, drawn.rois, batch.gt, batch)[0]
         return sum(terms.values()), (terms, nnx.state(model, nnx.Not(nnx.Param)))
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))

@@ -1,0 +1,29 @@
+"""Child processes of tests: how long they are waited for, and that none is left behind."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+# Seconds. On a busy machine everything takes many times as long; what hangs is ended by the limit of the whole run.
+PATIENCE = 3000
+
+# Processes of the standard library that serve every test of this process.
+_SERVERS = (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
+
+
+def children() -> set[int]:
+    """Return the ids of the child processes of this process."""
+    lists = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return {int(pid) for text in lists for pid in text.split()}
+
+
+def kill_children(spared: set[int]) -> None:
+    """Kill the child processes of this process, except those that are spared."""
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    for pid in children() - spared:
+        if not any(server in Path(f"/proc/{pid}/cmdline").read_bytes() for server in _SERVERS):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
