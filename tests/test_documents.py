@@ -162,7 +162,8 @@ def test_the_version_is_the_same_everywhere():
 
 
 @pytest.mark.slow
-def test_the_python_of_the_documents_runs(tmp_path):
+def test_the_python_of_the_documents_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as for a user
     guide = [text for language, text in blocks("python.md") if language == "python"]
     (readme,) = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
     readme = re.sub(r'"torchvision:\w+"', '"runs/second"', readme)
@@ -184,8 +185,8 @@ def test_the_notebook_has_no_stored_outputs():
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
