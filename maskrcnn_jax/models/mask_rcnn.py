@@ -1,11 +1,11 @@
-"""Mask R-CNN on one screen: features, proposals, boxes, masks; then the losses of training and the detections.
+"""Mask R-CNN: features, proposals, boxes, masks; then the losses of training and the detections.
 
 Each stage is a method, so that a comparison can feed the intermediate result of a reference into any of them.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -126,7 +126,9 @@ class MaskRCNN(nnx.Module):
         maps = self.backbone(self.normalize(images, sizes))
         return self.fpn(feature_list(maps, self.backbone.out_channels))
 
-    def anchors(self, features: Pyramid, image_shape: tuple[int, ...]) -> Anchors:
+    def anchors(
+        self, features: Sequence[Float[Array | np.ndarray, "B _ _ K"]], image_shape: tuple[int, ...]
+    ) -> Anchors:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
         levels = grid_anchors(
@@ -142,10 +144,7 @@ class MaskRCNN(nnx.Module):
     def propose(
         self, objectness: Objectness, deltas: Deltas, anchors: Anchors, sizes: Sizes, *, train: bool
     ) -> Proposals:
-        """Select the proposals of every image from the RPN's outputs; no gradient flows through them.
-
-        In training (``train``) more of them are kept, as the options say.
-        """
+        """Select the proposals of every image, more of them if ``train``; no gradient flows through them."""
         options = self.options
         select = functools.partial(
             select_proposals,
@@ -259,15 +258,15 @@ class MaskRCNN(nnx.Module):
         """Compute the five losses of a batch.
 
         Args:
-          batch: with ground truth; rows with ``valid`` False count for nothing.
-          key: random key of the sampling.
-          proposals_from_rpn: RoIs come from the RPN's proposals whatever ``train_proposals`` says, as in testing.
+            batch: With ground truth; rows with ``valid`` False are ignored.
+            key: Of the sampling.
+            proposals_from_rpn: Sample RoIs from all proposals, whatever ``train_proposals`` says.
 
         Returns:
-          The loss terms, scalars whose sum is to be minimised, and metrics, scalars for the log.
+            The loss terms, scalars whose sum is minimised, and metrics, scalars for the log.
 
         Raises:
-          ValueError: the batch has no ground truth.
+            ValueError: if the batch has no ground truth.
         """
         if batch.gt is None:
             raise ValueError("the losses need a batch with ground truth; load it with annotations=True")
@@ -371,11 +370,11 @@ class MaskRCNN(nnx.Module):
         """Find the objects in a batch of images.
 
         Args:
-          images: [B, H, W, I] in 0..255, padded; I is ``options.in_channels``.
-          sizes: [B, 2] int32 (height, width) inside the padding.
+            images: [B, H, W, I] in 0..255, padded; I is ``options.in_channels``.
+            sizes: [B, 2] int32 (height, width) inside the padding.
 
         Returns:
-          Detections in pixels of the padded input.
+            Detections in pixels of the padded input.
         """
         image_shape = images.shape[1:3]
         features = self.features(images, sizes)
