@@ -25,7 +25,7 @@ def test_batches_and_the_results_of_stages_are_as_annotated(tiny, key):
         model = nnx.merge(graph, state)
         features = model.features(batch.images, batch.sizes)
         anchors = model.anchors(features, batch.images.shape[1:3])
-        proposals = model.propose(*model.rpn(features), anchors, batch.sizes, model.rpn_selection_train)
+        proposals = model.propose(*model.rpn(features), anchors, batch.sizes, train=True)
         return proposals, model.sample_rois(key, proposals, batch.gt), model.detect(batch.images, batch.sizes)
 
     for value in (batch, batch.gt, *jax.eval_shape(stages, state, batch, key)):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from maskrcnn_jax.config import to_options
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.loop import train
@@ -53,7 +54,8 @@ def test_nothing_is_compiled_or_kept_after_the_first_epoch_with_its_evaluation(c
     monkeypatch.setattr(Checkpoints, "add_metrics", add_metrics)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        train(config, tmp_path / "run", make_evaluate=lambda categories: Evaluator(config, categories))
+        options = to_options(config)
+        train(options, tmp_path / "run", make_evaluate=lambda categories: Evaluator(options, categories))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     steps, counts, kept = zip(*saved, strict=True)

@@ -176,5 +176,5 @@ def test_a_checkpoint_that_was_cut_off_is_put_aside_and_the_one_before_is_read(r
         file.write('{"step": 10, "lo')
     runs.assert_as_if_never_ended("cut_off")
     assert f"checkpoints/{newest} cannot be read" in printed(workdir)
-    assert f"is now called unreadable_{newest}" in printed(workdir)
+    assert f"renaming it to unreadable_{newest}" in printed(workdir)
     assert (workdir / "checkpoints" / f"unreadable_{newest}").is_dir()

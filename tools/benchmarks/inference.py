@@ -96,7 +96,7 @@ def our_stages(model: MaskRCNN, images: jax.Array, sizes: jax.Array) -> dict[str
     objectness, deltas = stage("RPN head", lambda m, x: m.rpn(x), levels)
     proposals = stage(
         "proposals",
-        lambda m, x, o, d, s: m.propose(o, d, m.anchors(x, shape), s, m.rpn_selection_test),
+        lambda m, x, o, d, s: m.propose(o, d, m.anchors(x, shape), s, train=False),
         *(levels, objectness, deltas, sizes),
     )
     logits, offsets = stage(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -152,7 +153,7 @@ def objects_that_fill_the_quota(settings: Settings, proposals: np.ndarray, wante
     Trained networks propose many boxes around each object; one with random weights has to be met half-way.
     """
     proposals = proposals[(proposals[:, 2:] - proposals[:, :2]).min(axis=1) >= 4]
-    overlap = np.asarray(box_iou(proposals, proposals)) >= 0.5
+    overlap = np.asarray(box_iou(jnp.asarray(proposals), jnp.asarray(proposals))) >= 0.5
     covered, picked = np.zeros(len(proposals), bool), []
     while covered.sum() < min(wanted, len(proposals)):
         best = int(np.argmax((overlap & ~covered).sum(axis=1)))
