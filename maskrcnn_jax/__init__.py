@@ -2,14 +2,17 @@
 
     import maskrcnn_jax as mr
 
-    mr.train("r50_fpn", "runs/r50")
+    config = mr.load_config("r50_fpn")
+    config.data.coco_dir = "COCO"
+    mr.train(config, "runs/r50")
     model = mr.load("runs/r50")
     detections = model.predict("photo.jpg")
     print(mr.evaluate(model).metrics["segm_AP"])
 
 ``mr.ops`` has boxes, anchors, non-maximum suppression, RoIAlign and others as functions of arrays.
 
-Every name is imported when it is first used, so that settings of JAX can still be made after this import.
+Names are imported when they are first used. Variables that JAX reads, such as ``JAX_PLATFORMS``, can therefore still
+be set after this import.
 """
 
 import importlib

@@ -35,7 +35,7 @@ def _option(
         choices: The values that are allowed, if it is one of a few.
         low: Smallest value allowed, for numbers.
         high: Largest value allowed, for numbers.
-        source: Where the default comes from.
+        source: Where the option or its default comes from.
     """
     metadata = {"meaning": meaning, "unit": unit, "choices": choices, "low": low, "high": high, "source": source}
     return dataclasses.field(default=default, metadata=metadata)
@@ -184,7 +184,9 @@ class ModelOptions(_Checked):
     box_detections_per_img: int = _option(100, "detections per image", low=1, source=_TORCHVISION)
     mask_channels: int = _option(256, "channels of the mask head", low=1)
     mask_deconv: bool = _option(
-        True, "masks of 28x28 through a deconvolution; without it the paper's 14x14", source=_PAPER + "2.5"
+        True,
+        "upsample masks to 28x28 with a deconvolution; False gives the paper's 14x14",
+        source=_PAPER + "2.5",
     )
     mask_targets_binary: bool = _option(
         False, "mask targets are 0 or 1, as in detectron2, or the covered share of each cell, as in torchvision"
@@ -202,7 +204,7 @@ class ModelOptions(_Checked):
     remat: bool = _option(False, "recompute the backbone in the backward pass: less memory, more time")
     dtype: str = _option(
         "float32",
-        "dtype of convolutions and matrix products; parameters stay float32. float16 (V100, T4) scales the loss",
+        "dtype of convolutions and matrix products; parameters are at least float32. float16 scales the loss",
         choices=("float32", "bfloat16", "float16", "float64"),
     )
 
@@ -363,7 +365,7 @@ class Options(_Checked):
     )
     checkpoint_every: int = _option(
         1000,
-        "interval of checkpoints, besides those of evaluations and the last step; 0 means none",
+        "interval of checkpoints, besides those of evaluations and the last step; 0 means no others",
         unit="steps",
         low=0,
     )

@@ -1,8 +1,8 @@
 """The folder of a run (its workdir): options, categories, lock, and the model in its checkpoints.
 
 A run leaves ``config.json``, ``categories.json``, ``metrics.jsonl``, ``metrics.json``, ``detections.json``, pictures,
-TensorBoard files and ``checkpoints/<step>/``. Training writes the checkpoints through ``training.checkpoint``; what
-loads a model needs no more than this module.
+TensorBoard files and ``checkpoints/<step>/``. Training writes the checkpoints through ``training.checkpoint``; code
+that only loads a model needs nothing from ``training``.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def lock(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         file = os.open(workdir / ".lock", os.O_CREAT | os.O_WRONLY)
     try:
-        # Not flock, whose locks outlive a killed process in the data workers that it has forked.
+        # lockf, not flock: forked data workers would keep a flock after this process is killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(file)
@@ -173,7 +173,7 @@ class CheckpointReader:
                     # Not Orbax's own read_only, which warns of each option that it sets.
                     cleanup_tmp_directories=writes,
                     create=writes,
-                    # Threads that wait for folders would keep a process for twenty minutes whose disk refuses them.
+                    # If the disk refuses a folder, threads that wait for it keep the process for twenty minutes.
                     async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
                 ),
             )
@@ -254,7 +254,7 @@ class CheckpointReader:
             )
         except UserError:
             raise
-        except Exception as error:  # of many kinds: whatever the files lack, they are not a checkpoint
+        except Exception as error:  # Orbax raises many types for damaged files
             reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
             raise UnreadableCheckpoint(f"checkpoint {folder} cannot be read ({reason}...)") from None
 

@@ -119,18 +119,22 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options by which several processes of a command find each other; ``run`` reads them."""
+    """Add the options by which several processes of a command find each other; ``run_command`` reads them."""
     group = parser.add_argument_group("several hosts", "srun and mpirun need none of these")
     group.add_argument("--distributed", action="store_true", help="join the other workers of a Cloud TPU")
-    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--num_processes", type=at_least(1), metavar="N", help="of this job")
-    group.add_argument("--process_id", type=at_least(0), metavar="N", help="of this process, from 0")
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num_processes", type=at_least(1), metavar="N", help="number of processes in this job")
+    group.add_argument("--process_id", type=at_least(0), metavar="N", help="index of this process, from 0")
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the options that name a run and its checkpoint."""
     parser.add_argument("--workdir", required=required, metavar="DIR", help="folder of a training run")
-    parser.add_argument("--checkpoint", default="latest", help="of the run: latest, best (by mask AP) or a step")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="checkpoint of the run: latest, best (by mask AP, or box AP without masks) or a step",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +200,7 @@ class _Terminal(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Print what the library logs, of several processes the warnings of all, and drop noise of other libraries."""
+    """Print the library's messages, hide noise of other libraries; only the first process prints information."""
     import jax
 
     from maskrcnn_jax.distributed import is_first
@@ -205,7 +209,7 @@ def set_up_logging() -> None:
     if not logger.handlers:
         logger.addHandler(_Terminal())
         logger.propagate = False  # absl adds a handler to the root logger
-    # Alone, do not ask JAX: it would take a GPU's memory for commands that have no use of it.
+    # A single process does not ask JAX: that would reserve GPU memory for commands that do not use it.
     first = not jax.distributed.is_initialized() or is_first()
     logger.setLevel(logging.INFO if first else logging.WARNING)  # each process reads images of its own
     for name in ("absl", "asyncio"):
@@ -214,8 +218,8 @@ def set_up_logging() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    # Orbax also raises what it logs as an error, and warns of checkpoints without metrics. On a disk that refuses,
-    # asyncio reports each array after the first, whose error is raised.
+    # Orbax raises the errors that it also logs, and warns of checkpoints without metrics. When a write fails, the
+    # error of the first array is raised, and asyncio reports the others as well.
     return "orbax" not in Path(record.pathname).parts and "exception was never retrieved" not in record.getMessage()
 
 

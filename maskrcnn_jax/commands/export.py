@@ -33,8 +33,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="padded sizes of images; those of the config if not given",
     )
     parser.add_argument("--int8", action="store_true", help="store the weights in eight bits")
-    parser.add_argument("--prune", type=float, default=0.0, metavar="SHARE", help="of the channels to remove, below 1")
-    parser.add_argument("--coco_dir", metavar="DIR", help="with these two: dataset on which AP is computed")
+    parser.add_argument(
+        "--prune", type=float, default=0.0, metavar="SHARE", help="share of the channels to remove, below 1"
+    )
+    parser.add_argument(
+        "--coco_dir", metavar="DIR", help="dataset for computing AP before and after --int8 or --prune"
+    )
     parser.add_argument("--split", help="of this dataset; data.eval_split of the config if not given")
     parser.add_argument(
         "--limit", type=at_least(0), default=0, metavar="N", help="evaluate only the first N images of the dataset"

@@ -21,7 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, metavar="PATH", help="an image, a folder of images or a video")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures and the JSON files")
     parser.add_argument(
-        "--min_score", type=_score, default=0.5, metavar="SCORE", help="detections below are left out; %(default)s"
+        "--min_score",
+        type=_score,
+        default=0.5,
+        metavar="SCORE",
+        help="leave out detections with a lower score; %(default)s",
     )
 
 

@@ -185,7 +185,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             wanted = time.perf_counter()
             batch = next(batches)
             came = time.perf_counter()
-            placed = shard_batch(batch, mesh)  # while the devices compute the step before
+            placed = shard_batch(batch, mesh)  # while the devices compute the previous step
             if program := run.train_step.compile(state, placed, key):
                 _log_compiled(batch, program, time.perf_counter() - came)
                 log.restart_clock()
@@ -208,7 +208,9 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
                 if evaluating:
                     _measure(run, state, step, writer)
                 log.restart_clock()
-            if saving and stop.requested:  # asked after it was decided not to save: in the next step
+            if (
+                saving and stop.requested
+            ):  # a request that comes after the decision not to save is handled in the next step
                 break
         checkpoints.wait()
     if stop.requested:
