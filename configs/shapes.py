@@ -13,7 +13,7 @@ from maskrcnn_jax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.epochs = 7
+    config.epochs = 6
     config.batch_size = 8  # from random weights, many small steps learn more than few large ones
     config.eval_every = 3
     config.eval_batch_size = 20
