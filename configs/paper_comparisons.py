@@ -25,5 +25,4 @@ def get_config() -> ConfigDict:
     config.log_every = 10
     config.checkpoint_every = 0
     config.optim.warmup_steps = 50
-    config.optim.ema_decay = 0.0
     return config

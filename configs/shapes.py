@@ -42,5 +42,4 @@ def get_config() -> ConfigDict:
 
     config.optim.lr = 1.5e-3
     config.optim.warmup_steps = 200
-    config.optim.ema_decay = 0.998  # an average over about an epoch evaluates better than the last step
     return config
