@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from maskrcnn_jax.writing import replace_file, writing
+from maskrcnn_jax.writing import replace_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -42,9 +42,6 @@ def write_page(path: str | os.PathLike, template: Path, **data) -> None:
         keep_trailing_newline=True,
     )
     text = environment.get_template(template.name).render(data)
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text.encode(errors="backslashreplace"))  # file names may hold what UTF-8 cannot encode
 
 

@@ -58,10 +58,7 @@ class Checkpoints(CheckpointReader):
         """
         self.wait()
         if is_first():
-            path = self._metrics_path(step)
-            with writing(path):
-                path.parent.mkdir(exist_ok=True)
-            replace_file(path, json.dumps({BEST_METRIC: _best_metric(metrics)}))
+            replace_file(self._metrics_path(step), json.dumps({BEST_METRIC: _best_metric(metrics)}))
         gather(None)  # all processes wait for the file
         self._manager.reload()
 

@@ -16,7 +16,7 @@ from maskrcnn_jax.writing import replace_file, writing
 class MetricWriter:
     """Append scalars and pictures of a run.
 
-    A resumed run goes on from its checkpoint, so lines after that step are removed first: every step stands once.
+    A resumed run starts from its checkpoint, so later lines are removed first: every step is logged once.
     """
 
     def __init__(self, workdir: str | Path, *, first_step: int, evaluated: bool = True, active: bool = True):
