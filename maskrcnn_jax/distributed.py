@@ -1,17 +1,17 @@
-"""Devices and processes: the mesh, how arrays lie on it, and how processes find and tell each other."""
+"""Devices and processes: the mesh, how arrays and work are divided on it, and how processes find each other."""
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.ops.devices import DATA_AXIS
 from maskrcnn_jax.structures import Batch
 
 # Set by a launcher for each process that it starts: how many there are. JAX finds the rest there by itself.
@@ -95,10 +95,29 @@ def gather(value) -> list:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh with one axis, "data", of these devices; of all, those of other processes too, if not given."""
+    """Return a mesh with one axis, "data", of these devices; of all, those of other processes too, if not given.
+
+    On TPU slices and GPU nodes of any number the devices of a process follow one another, and those of a slice, too.
+    Not ``jax.make_mesh``: it refuses several slices or nodes, and its order depends on the kind of device.
+    """
     devices = jax.devices() if devices is None else devices
+    ordered = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
     # Auto: under the default, Explicit, a gather along the sharded batch axis is an error.
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return Mesh(np.array(ordered), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _slice(device: jax.Device) -> int:
+    """Return the slice of a TPU, or the group of GPUs that are linked directly; 0 where there is no such thing."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def process_rank(mesh: Mesh) -> int:
+    """Return how many processes have rows of the batch before those of this one.
+
+    That is the index of the process, unless processes were numbered across the slices.
+    """
+    order = list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
+    return order.index(jax.process_index())
 
 
 def make_local_mesh() -> Mesh:
@@ -111,28 +130,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_state(state, mesh: Mesh, *, shard: bool):
-    """Put the arrays of a training state, which all processes have alike, on all devices.
+def state_layout(state, mesh: Mesh, *, shard: bool):
+    """Return the layout of each array of a training state.
 
     Args:
-      state: tree of arrays.
+      state: tree of arrays, or of their shapes and dtypes.
       mesh: of all devices.
       shard: split each array along the longest of its axes that the devices can share, where there is one, instead of
         keeping a copy on every device.
     """
 
-    def place(array):
+    def layout(array):
         axes = [axis for axis, size in enumerate(array.shape) if shard and size and size % mesh.size == 0]
         spec: list[str | None] = [None] * array.ndim
         if axes:
-            spec[max(axes, key=lambda axis: array.shape[axis])] = "data"
-        layout = NamedSharding(mesh, PartitionSpec(*spec))
+            spec[max(axes, key=lambda axis: array.shape[axis])] = DATA_AXIS
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(layout, state)
+
+
+def place_state(state, mesh: Mesh, *, shard: bool):
+    """Put the arrays of a training state, which all processes have alike, on all devices, as state_layout says."""
+
+    def place(array, layout):
         if layout.is_fully_addressable:
             return jax.device_put(array, layout)
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, layout, lambda index: host[index])
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(place, state, state_layout(state, mesh, shard=shard))
 
 
 def place_locally(state, mesh: Mesh):
@@ -150,7 +177,7 @@ def place_locally(state, mesh: Mesh):
 
 def split(mesh: Mesh) -> NamedSharding:
     """Return the layout of a batch: its rows divided among the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
 def place_batch(arrays, mesh: Mesh):
@@ -162,19 +189,29 @@ def place_batch(arrays, mesh: Mesh):
     return jax.device_put(arrays, split(mesh) if num_rows % mesh.size == 0 else replicated(mesh))
 
 
-def cut_batch(batch: Batch, parts: int, mesh: Mesh) -> Batch:
-    """Arrange the rows [B, ...] of a sharded batch as [parts, B / parts, ...]; no row leaves its device.
+def on_each_device(function: Callable, mesh: Mesh, *, returns_rows: bool) -> Callable:
+    """Return ``function(shared, batch)`` such that each device runs it by itself, on its own rows of the batch.
 
-    Part p has the rows p, p + parts, p + 2 parts, ..., whatever the number of devices.
+    Left to XLA, the devices would meet in every round of the loops that suppress boxes, and copy tables that they
+    could change in place. A batch that the devices cannot share is left to XLA.
+
+    Args:
+      function: of a tree of arrays that every device has whole, and one of arrays [B, ...]. What it needs of the other
+        devices it asks for by ``ops.devices``.
+      mesh: of the devices.
+      returns_rows: the result has a row for each of the batch's; else all devices return the same.
     """
-    layout = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = PartitionSpec(DATA_AXIS)
+    out_specs = rows if returns_rows else PartitionSpec()
+    shared_out = jax.shard_map(
+        function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=out_specs, check_vma=False
+    )
 
-    def cut(array):
-        rows = jnp.moveaxis(array.reshape(mesh.size, -1, parts, *array.shape[1:]), 2, 0)
-        rows = rows.reshape(parts, -1, *array.shape[1:])
-        return jax.lax.with_sharding_constraint(rows, layout)
+    def run(shared, batch):
+        num_rows = jax.tree.leaves(batch)[0].shape[0]
+        return function(shared, batch) if num_rows % mesh.size else shared_out(shared, batch)
 
-    return jax.tree.map(cut, batch)
+    return run
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:

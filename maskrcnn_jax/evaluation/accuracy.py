@@ -13,9 +13,18 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from maskrcnn_jax.distributed import gather, is_first, make_local_mesh, place_batch, place_locally
+from maskrcnn_jax.distributed import (
+    gather,
+    is_first,
+    make_local_mesh,
+    on_each_device,
+    place_batch,
+    place_locally,
+)
+from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.structures import Batch
 
 
@@ -38,7 +47,7 @@ def measure_losses(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, flo
     state = place_locally(state, mesh)
     measured = []
     for batch in tqdm(batches, unit="batch", desc="losses", disable=not is_first()):
-        metrics = jax.device_get(_losses(graphdef, state, place_batch(batch, mesh)))
+        metrics = jax.device_get(_losses(graphdef, mesh, state, place_batch(batch, mesh)))
         measured.append((int(np.sum(batch.valid)), {name: float(value) for name, value in metrics.items()}))
     totals: dict[str, float] = {}
     num_images, num_foreground = 0, 0.0
@@ -53,7 +62,10 @@ def measure_losses(model: nnx.Module, batches: Iterable[Batch]) -> dict[str, flo
     return {name: total / max(counts[name], 1) for name, total in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> dict[str, jax.Array]:
-    terms, metrics = nnx.merge(graphdef, state).losses(batch, jax.random.key(0), proposals_from_rpn=True)
-    return terms | metrics | {"loss": sum(terms.values())}
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _losses(graphdef: nnx.GraphDef, mesh: Mesh, state: nnx.State, batch: Batch) -> dict[str, jax.Array]:
+    def losses(state, batch):
+        terms, metrics = nnx.merge(graphdef, state).losses(batch, jax.random.key(0), proposals_from_rpn=True)
+        return sum_over_devices(terms | metrics | {"loss": sum(terms.values())})
+
+    return on_each_device(losses, mesh, returns_rows=False)(state, batch)

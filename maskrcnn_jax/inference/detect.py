@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from maskrcnn_jax.distributed import is_first, make_local_mesh, place_batch, place_locally
+from maskrcnn_jax.distributed import is_first, make_local_mesh, on_each_device, place_batch, place_locally
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.results import to_coco_results, unpad
 from maskrcnn_jax.structures import Batch, Detections
@@ -44,16 +45,19 @@ def make_detect(model: nnx.Module) -> Detect:
     state = place_locally(state, mesh)
 
     def detect(images, sizes):
-        return _detect(graphdef, state, *place_batch((images, sizes), mesh))
+        return _detect(graphdef, mesh, state, place_batch((images, sizes), mesh))
 
     return detect
 
 
 # One function for all models, so that evaluating after every epoch finds the programs compiled after the first one.
 # The state is an argument and not a constant, or XLA would fold all weights into every program.
-@functools.partial(jax.jit, static_argnums=0)
-def _detect(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array, sizes: jax.Array) -> Detections:
-    return nnx.merge(graphdef, state).detect(images, sizes)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _detect(graphdef: nnx.GraphDef, mesh: Mesh, state: nnx.State, batch: tuple[jax.Array, jax.Array]) -> Detections:
+    def detect(state, batch):
+        return nnx.merge(graphdef, state).detect(*batch)
+
+    return on_each_device(detect, mesh, returns_rows=True)(state, batch)
 
 
 def detect_ahead(detect: Detect, items: Iterable[tuple]) -> Iterator[tuple]:

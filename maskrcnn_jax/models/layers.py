@@ -12,6 +12,7 @@ from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 from maskrcnn_jax.ops.cpu.max_pool import max_pool as max_pool
 from maskrcnn_jax.ops.cpu.relu import relu as relu
+from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.ops.precision import at_least_float32
 
 default_init = kaiming_uniform(1.0)
@@ -87,8 +88,8 @@ class FrozenStatistics(nnx.Variable):
 class BatchNorm(nnx.Module):
     """Batch normalisation over batch, height and width.
 
-    Differs from ``nnx.BatchNorm`` in that the running variance is the unbiased one, as PyTorch keeps it. Under a
-    sharded batch the statistics are those of the whole batch, since the mean is a global operation.
+    Differs from ``nnx.BatchNorm`` in that the running variance is the unbiased one, as PyTorch keeps it. Where devices
+    share a batch, the statistics are those of the whole batch.
     """
 
     def __init__(
@@ -142,10 +143,11 @@ def _statistics(x, valid, shift):
     """
     x = x - jax.lax.stop_gradient(shift).reshape(1, 1, 1, -1)
     rows = jnp.ones(x.shape[0], x.dtype) if valid is None else valid.astype(x.dtype)
-    count = jnp.sum(rows) * (x.shape[1] * x.shape[2])
+    count = sum_over_devices(jnp.sum(rows)) * (x.shape[1] * x.shape[2])
     weight = (rows / jnp.maximum(count, 1)).reshape(-1, 1, 1, 1)
-    mean = jnp.sum(x * weight, axis=(0, 1, 2))
-    var = jnp.maximum(jnp.sum(jnp.square(x) * weight, axis=(0, 1, 2)) - jnp.square(mean), 0)
+    sums = jnp.sum(x * weight, axis=(0, 1, 2)), jnp.sum(jnp.square(x) * weight, axis=(0, 1, 2))
+    mean, mean_square = sum_over_devices(jnp.stack(sums))
+    var = jnp.maximum(mean_square - jnp.square(mean), 0)
     return mean + shift, var, count
 
 

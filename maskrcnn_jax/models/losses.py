@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.ops.boxes import paired_giou, paired_iou
+from maskrcnn_jax.ops.devices import sum_over_devices
 
 # Where smooth L1 turns from quadratic to linear, in units of weighted offsets.
 SMOOTH_L1_BETA = 1.0 / 9
@@ -18,8 +19,12 @@ SMOOTH_L1_BETA = 1.0 / 9
 def masked_mean(
     values: Float[Array, "*shape"], mask: Bool[Array, "*#shape"], count: Int[Array, ""] | None = None
 ) -> Float[Array, ""]:
-    """Return the sum of the values where mask is True, divided by ``count`` (by default the sum of the mask)."""
-    count = jnp.sum(mask) if count is None else count
+    """Return the sum of the values where mask is True, divided by ``count`` (by default the sum of the mask).
+
+    Where devices share a batch, the count is that of all of them and the sum that of this one: the mean is the sum over
+    the devices of what this returns.
+    """
+    count = sum_over_devices(jnp.sum(mask) if count is None else count)
     total = jnp.sum(jnp.where(mask, values, 0))
     return total / jnp.maximum(count, 1).astype(values.dtype)
 

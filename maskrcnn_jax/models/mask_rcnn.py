@@ -26,6 +26,7 @@ from maskrcnn_jax.models.proposals import RPN_BOX_WEIGHTS, limit_proposals, samp
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
+from maskrcnn_jax.ops.devices import any_on_devices, split_key, sum_over_devices
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, ignore_covered, match, sample_balanced
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align
@@ -212,7 +213,7 @@ class MaskRCNN(nnx.Module):
             # Recomputed in the gradient, which would otherwise keep what each branch leaves for it, used or not.
             return nnx.remat(run)
 
-        return nnx.cond(jnp.any(valid[:, few:]), with_slots(num_slots), with_slots(few), self.mask_head)
+        return nnx.cond(any_on_devices(jnp.any(valid[:, few:])), with_slots(num_slots), with_slots(few), self.mask_head)
 
     def match_anchors(self, anchors: Anchors, gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
@@ -226,7 +227,7 @@ class MaskRCNN(nnx.Module):
 
     def sample_anchors(self, key: Key[Array, ""], matches: Int[Array, "B A"]) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
-        keys = jax.random.split(key, matches.shape[0])
+        keys = split_key(key, matches.shape[0])
         size, fraction = self.options.rpn_batch_size_per_image, self.options.rpn_positive_fraction
         sample = functools.partial(sample_balanced, size=size, positive_fraction=fraction)
         return jax.vmap(lambda k, m: sample(k, m >= 0, m == BACKGROUND))(keys, matches)
@@ -241,7 +242,7 @@ class MaskRCNN(nnx.Module):
                 limit_proposals, source=options.train_proposals, min_proposals=options.min_proposals
             )
             proposals = jax.vmap(limit)(proposals, gt)
-        keys = jax.random.split(key, proposals.boxes.shape[0])
+        keys = split_key(key, proposals.boxes.shape[0])
         sample = functools.partial(
             sample_rois,
             size=options.box_batch_size_per_image,
@@ -263,7 +264,8 @@ class MaskRCNN(nnx.Module):
             proposals_from_rpn: Sample RoIs from all proposals, whatever ``train_proposals`` says.
 
         Returns:
-            The loss terms, scalars whose sum is minimised, and metrics, scalars for the log.
+            The loss terms, scalars whose sum is minimised, and metrics, scalars for the log. Where devices share a batch,
+            the sum over the devices of each.
 
         Raises:
             ValueError: if the batch has no ground truth.
@@ -349,7 +351,7 @@ class MaskRCNN(nnx.Module):
         }
         correct = jnp.argmax(logits, axis=-1) == rois.labels
         metrics = {
-            "num_foreground": jnp.sum(foreground) / jnp.maximum(jnp.sum(batch.valid), 1),
+            "num_foreground": jnp.sum(foreground) / jnp.maximum(sum_over_devices(jnp.sum(batch.valid)), 1),
             "accuracy": losses.masked_mean(correct.astype(logits.dtype), rois.valid),
             "accuracy_foreground": losses.masked_mean(correct.astype(logits.dtype), foreground),
         }

@@ -23,19 +23,19 @@ def box_iou(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M
 
     Two boxes without area have overlap 0, where torchvision has NaN.
     """
-    return paired_iou(*jnp.broadcast_arrays(a[:, None], b[None, :]))
+    # One coordinate at a time: TPUs pad the last axis of [N, M, 4] to 128.
+    return _ratio(*_intersection_and_union(a.T[:, :, None], b.T[:, None, :]))
 
 
 def box_coverage(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M"]:
     """Return the share [N, M] of every box of ``a`` [N, 4] that each box of ``b`` [M, 4] covers."""
-    a, b = jnp.broadcast_arrays(a[:, None], b[None, :])
-    return _ratio(_intersection_and_union(a, b)[0], box_area(a))
+    intersection, _ = _intersection_and_union(a.T[:, :, None], b.T[:, None, :])
+    return _ratio(intersection, jnp.broadcast_to(box_area(a)[:, None], intersection.shape))
 
 
 def paired_iou(a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]) -> Float[Array, "*shape"]:
     """Return the intersection over union [...] of boxes [..., 4] with boxes [..., 4], one by one."""
-    intersection, union = _intersection_and_union(a, b)
-    return _ratio(intersection, union)
+    return _ratio(*_intersection_and_union(jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, -1, 0)))
 
 
 def paired_giou(a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]) -> Float[Array, "*shape"]:
@@ -44,18 +44,20 @@ def paired_giou(a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]) -> Flo
     The IoU less the share of the smallest box around both that neither covers. Source: Algorithm 1, Generalized
     Intersection over Union.
     """
-    intersection, union = _intersection_and_union(a, b)
+    intersection, union = _intersection_and_union(jnp.moveaxis(a, -1, 0), jnp.moveaxis(b, -1, 0))
     around = jnp.concatenate([jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])], axis=-1)
     hull = box_area(around)
     return _ratio(intersection, union) - _ratio(hull - union, hull)
 
 
 def _intersection_and_union(
-    a: Float[Array, "*shape 4"], b: Float[Array, "*shape 4"]
+    a: Float[Array, "4 *#shape"], b: Float[Array, "4 *#shape"]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    sides = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0)
-    intersection = sides[..., 0] * sides[..., 1]
-    return intersection, box_area(a) + box_area(b) - intersection
+    width = jnp.maximum(jnp.minimum(a[2], b[2]) - jnp.maximum(a[0], b[0]), 0)
+    height = jnp.maximum(jnp.minimum(a[3], b[3]) - jnp.maximum(a[1], b[1]), 0)
+    intersection = width * height
+    area_a, area_b = ((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b))
+    return intersection, area_a + area_b - intersection
 
 
 def _ratio(part: Float[Array, "*shape"], whole: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -69,12 +71,8 @@ def exceeds_iou(box: Float[Array, "4"], corners: Float[Array, "4 N"], iou_thresh
     Each coordinate of the others is contiguous: with boxes [N, 4] in a loop, XLA's code for CPUs is not vectorised and
     takes 3 to 20 times as long, depending on the version.
     """
-    x1, y1, x2, y2 = corners
-    width = jnp.maximum(jnp.minimum(box[2], x2) - jnp.maximum(box[0], x1), 0)
-    height = jnp.maximum(jnp.minimum(box[3], y2) - jnp.maximum(box[1], y1), 0)
-    intersection = width * height
+    intersection, union = _intersection_and_union(box[:, None], corners)
     # Divided, as torchvision does: a product with the threshold would round differently at the border.
-    union = box_area(box) + (x2 - x1) * (y2 - y1) - intersection
     return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, corners.dtype)
 
 

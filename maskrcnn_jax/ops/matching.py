@@ -10,6 +10,8 @@ from maskrcnn_jax.ops.boxes import box_coverage, box_iou
 
 BACKGROUND = -1
 IGNORED = -2
+# Objects that are compared with all boxes at once, few enough that their overlaps need little memory.
+_BLOCK = 16
 
 
 def match(
@@ -40,14 +42,27 @@ def match(
     """
     if gt_boxes.shape[0] == 0 or boxes.shape[0] == 0:
         return jnp.full(boxes.shape[0], BACKGROUND, jnp.int32)
-    iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [G, N]
-    best_gt = jnp.argmax(iou, axis=0)
-    best_iou = jnp.max(iou, axis=0)
+    block = min(_BLOCK, gt_boxes.shape[0])
+    padding = -gt_boxes.shape[0] % block
+    blocks = jnp.pad(gt_boxes, ((0, padding), (0, 0))).reshape(-1, block, 4), jnp.pad(gt_valid, (0, padding))
+
+    def visit(best, of_block):
+        best_iou, best_gt, is_best = best
+        first, gt_boxes, gt_valid = of_block
+        iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [block, N]
+        highest = jnp.max(iou, axis=0)
+        # An equal overlap with an earlier object counts more.
+        best_gt = jnp.where(highest > best_iou, first + jnp.argmax(iou, axis=0), best_gt).astype(jnp.int32)
+        best_of_gt = (iou == jnp.max(iou, axis=1, keepdims=True)) & gt_valid[:, None]
+        return (jnp.maximum(best_iou, highest), best_gt, is_best | jnp.any(best_of_gt, axis=0)), None
+
+    number = boxes.shape[0]
+    start = jnp.full(number, -2, boxes.dtype), jnp.zeros(number, jnp.int32), jnp.zeros(number, bool)
+    firsts = jnp.arange(0, len(blocks[0]) * block, block)
+    blocks = firsts, blocks[0], blocks[1].reshape(-1, block)
+    (best_iou, best_gt, is_best), _ = jax.lax.scan(visit, start, blocks)
     matches = jnp.where(best_iou >= high_threshold, best_gt, jnp.where(best_iou < low_threshold, BACKGROUND, IGNORED))
-    if allow_low_quality:
-        best_of_gt = jnp.max(iou, axis=1, keepdims=True)
-        matches = jnp.where(jnp.any((iou == best_of_gt) & gt_valid[:, None], axis=0), best_gt, matches)
-    return matches.astype(jnp.int32)
+    return jnp.where(is_best, best_gt, matches) if allow_low_quality else matches
 
 
 def ignore_covered(

@@ -82,8 +82,36 @@ def class_nms(
     Returns:
         The picks, in descending order of score; of equal scores the lower class and box index come first.
     """
-    corners = boxes.transpose(1, 2, 0)  # [C, 4, N]
-    alive = jnp.where(scores > score_threshold, scores, -1).T  # [C, N]
+
+    @jax.custom_batching.custom_vmap
+    def pick(boxes, scores):
+        return jax.tree.map(lambda array: array[0], pick_together(boxes[None], scores[None]))
+
+    @pick.def_vmap
+    def _(axis_size, in_batched, boxes, scores):
+        every = [
+            array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+            for array, is_batched in zip((boxes, scores), in_batched, strict=True)
+        ]
+        return pick_together(*every), Picks(True, True, True, True)
+
+    def pick_together(boxes, scores):
+        return _pick_best(boxes, jnp.where(scores > score_threshold, scores, -1), iou_threshold, max_picks)
+
+    return pick(boxes, scores)
+
+
+def _pick_best(boxes, alive, iou_threshold, max_picks):
+    """Return the picks [B, D] of boxes [B, N, C, 4]; alive: [B, N, C], 0 or below for pairs that must not be picked.
+
+    All images together: under vmap, each pick would copy the boxes and scores of every image.
+    """
+    batch, number, num_classes = alive.shape
+    corners = boxes.transpose(3, 0, 2, 1).reshape(4, batch * num_classes, number)
+    alive = alive.transpose(0, 2, 1)
+    best = jnp.max(alive, axis=2)
+    alive = alive.reshape(batch * num_classes, number)
+    image = jnp.arange(batch)
 
     def more(state):
         count, _, best, _ = state
@@ -91,21 +119,24 @@ def class_nms(
 
     def pick(state):
         count, alive, best, picks = state
-        c = jnp.argmax(best)
-        n = jnp.argmax(alive[c])
-        picks = Picks(
-            picks.box_index.at[count].set(n.astype(jnp.int32)),
-            picks.class_index.at[count].set(c.astype(jnp.int32)),
-            picks.scores.at[count].set(best[c]),
-            picks.valid.at[count].set(True),
-        )
-        survivors = jnp.where(exceeds_iou(corners[c, :, n], corners[c], iou_threshold), -1, alive[c]).at[n].set(-1)
-        return count + 1, alive.at[c].set(survivors), best.at[c].set(jnp.max(survivors)), picks
+        classes = jnp.argmax(best, axis=1)
+        rows = image * num_classes + classes
+        scores = alive[rows]
+        index = jnp.argmax(scores, axis=1)
+        others = corners[:, rows]  # [4, B, N]
+        picked = jnp.take_along_axis(others, index[None, :, None], axis=2)
+        gone = jax.vmap(functools.partial(exceeds_iou, iou_threshold=iou_threshold), 1)(picked[..., 0], others)
+        survivors = jnp.where(gone, -1, scores).at[image, index].set(-1)
+        found = best[image, classes]
+        new = Picks(index.astype(jnp.int32), classes.astype(jnp.int32), jnp.maximum(found, 0), found > 0)
+        picks = jax.tree.map(lambda old, new: old.at[:, count].set(new), picks, new)
+        best = best.at[image, classes].set(jnp.max(survivors, axis=1))
+        return count + 1, alive.at[rows].set(survivors), best, picks
 
     nothing = Picks(
-        jnp.zeros(max_picks, jnp.int32),
-        jnp.zeros(max_picks, jnp.int32),
-        jnp.zeros(max_picks, scores.dtype),
-        jnp.zeros(max_picks, bool),
+        jnp.zeros((batch, max_picks), jnp.int32),
+        jnp.zeros((batch, max_picks), jnp.int32),
+        jnp.zeros((batch, max_picks), alive.dtype),
+        jnp.zeros((batch, max_picks), bool),
     )
-    return jax.lax.while_loop(more, pick, (0, alive, jnp.max(alive, axis=1), nothing))[3]
+    return jax.lax.while_loop(more, pick, (0, alive, best, nothing))[3]

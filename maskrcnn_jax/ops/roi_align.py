@@ -13,11 +13,12 @@ within a cell of the border takes the border's value. Unlike there, MAX_MAP_LENG
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int, Int32
 
 from maskrcnn_jax.ops.precision import at_least_float32
@@ -209,6 +210,12 @@ def _weighted_rows_forward(table, index, weight):
 
 def _weighted_rows_backward(residuals, gradient):
     table, index, weight = residuals
+    scatter = sequential_vmap(functools.partial(_scatter_all_rows, num_rows=table.shape[0]))
+    return scatter(index, weight, gradient).astype(table.dtype), None, jnp.zeros_like(weight)
+
+
+def _scatter_all_rows(index, weight, gradient, num_rows):
+    """Return sum_t weight[t] * gradient at the rows index[t], [N, K], in float32 or wider."""
     num_terms, num_rois, num_bins = index.shape
     chunk = min(CHUNK, max(num_rois, 1))
     padding = -num_rois % chunk
@@ -222,10 +229,10 @@ def _weighted_rows_backward(residuals, gradient):
 
     total, _ = jax.lax.scan(
         scatter,
-        jnp.zeros(table.shape, at_least_float32(table.dtype)),
+        jnp.zeros((num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype)),
         (index.swapaxes(0, 1), weight.swapaxes(0, 1), gradient),
     )
-    return total.astype(table.dtype), None, jnp.zeros_like(residuals[2])
+    return total
 
 
 _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
@@ -256,7 +263,7 @@ def _sample_counts(length, map_length, max_map_length, output_size):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _adaptive_samples(table, rois, output_size):
     """Return the mean over the samples of each bin, [R, output_size^2, K]."""
-    return _over_images(functools.partial(_average_samples, output_size=output_size))(table, rois)
+    return sequential_vmap(functools.partial(_average_samples, output_size=output_size))(table, rois)
 
 
 def _adaptive_samples_forward(table, rois, output_size):
@@ -266,116 +273,81 @@ def _adaptive_samples_forward(table, rois, output_size):
 def _adaptive_samples_backward(output_size, residuals, gradient):
     table, rois = residuals
     scatter = functools.partial(_scatter_samples, num_rows=table.shape[0], output_size=output_size)
-    return _over_images(scatter)(gradient, rois).astype(table.dtype), None
+    return sequential_vmap(scatter)(gradient, rois).astype(table.dtype), None
 
 
 _adaptive_samples.defvjp(_adaptive_samples_forward, _adaptive_samples_backward)
 
 
-def _over_images(function: Callable) -> Callable:
-    """Return a function of one image, which under vmap runs ``function`` once, on all images.
-
-    A loop whose number of steps depends on the data would otherwise compute, under vmap, a choice between the old and
-    the new state of every image in every step: of the whole table, in the gradient.
-
-    Args:
-        function: takes and returns arrays [B, ...].
-    """
-
-    @jax.custom_batching.custom_vmap
-    def batched(*arguments):
-        return function(*arguments)
-
-    @batched.def_vmap
-    def _(axis_size, in_batched, *arguments):
-        def merge(leaf, is_batched):
-            leaf = leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
-            return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
-
-        result = batched(*jax.tree.map(merge, arguments, tuple(in_batched)))
-        return result.reshape(axis_size, result.shape[0] // axis_size, *result.shape[1:]), True
-
-    return lambda *arguments: batched(*jax.tree.map(lambda leaf: leaf[None], arguments))[0]
-
-
 def _average_samples(table, rois, output_size):
-    """Average the samples of RoIs [B, R] from tables [B, N, K], to [B, R, output_size^2, K]."""
+    """Average the samples of RoIs [R] from a table [N, K], to [R, output_size^2, K]."""
     order, chunks, num_steps = _chunks_of_similar_counts(rois)
 
     def average(_, inputs):
         chunk, num_steps = inputs
 
         def add_sample(sample, total):
-            index, weight = _sample_rows(chunk, sample, output_size)
-            return jax.vmap(_add_rows)(total, table, index, weight)
+            return _add_rows(total, table, *_sample_rows(chunk, sample, output_size))
 
-        total = jnp.zeros((*chunk.x.shape, output_size**2, table.shape[-1]), at_least_float32(table.dtype))
+        total = jnp.zeros((len(chunk.x), output_size**2, table.shape[-1]), at_least_float32(table.dtype))
         return None, jax.lax.fori_loop(0, num_steps, add_sample, total).astype(table.dtype)
 
     _, pooled = jax.lax.scan(average, None, (chunks, num_steps))
-
-    def put_back(pooled, order):
-        empty = jnp.zeros((rois.x.shape[1], *pooled.shape[2:]), pooled.dtype)
-        return empty.at[order].set(pooled, mode="drop")
-
-    return jax.vmap(put_back)(pooled.swapaxes(0, 1), order)
+    empty = jnp.zeros((len(rois.x), *pooled.shape[2:]), pooled.dtype)
+    return empty.at[order].set(pooled, mode="drop")
 
 
 def _scatter_samples(gradient, rois, num_rows, output_size):
-    """Return the gradient of :func:`_average_samples` with respect to the tables, [B, N, K], in float32 or wider."""
+    """Return the gradient of :func:`_average_samples` with respect to the table, [N, K], in float32 or wider."""
     order, chunks, num_steps = _chunks_of_similar_counts(rois)
 
     def scatter(total, inputs):
         chunk, num_steps, gradient = inputs
 
         def add_sample(sample, total):
-            index, weight = _sample_rows(chunk, sample, output_size)
-            return jax.vmap(_scatter_rows)(total, index, weight, gradient)
+            return _scatter_rows(total, *_sample_rows(chunk, sample, output_size), gradient)
 
         return jax.lax.fori_loop(0, num_steps, add_sample, total), None
 
-    total = jnp.zeros((gradient.shape[0], num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype))
+    total = jnp.zeros((num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype))
     return jax.lax.scan(scatter, total, (chunks, num_steps, _cut(gradient, order)))[0]
 
 
 def _chunks_of_similar_counts(rois):
-    """Sort the RoIs [B, R] of each image by their number of samples, the most first, and cut them into chunks.
+    """Sort the RoIs [R] of an image by their number of samples, the most first, and cut them into chunks.
 
     Returns:
-        The order [B, R / CHUNK, CHUNK], R where no RoI is left; the chunks [R / CHUNK, B, CHUNK]; and the number of
-        samples [R / CHUNK] of the largest RoI of each, over all images, as these go through the loop together.
+        The order [R / CHUNK, CHUNK], R where no RoI is left; the chunks [R / CHUNK, CHUNK]; and the number of samples
+        [R / CHUNK] of the largest RoI of each.
     """
-    batch, num_rois = rois.x.shape
+    num_rois = len(rois.x)
     chunk = min(CHUNK, max(num_rois, 1))
-    order = jnp.argsort(-rois.num_y * rois.num_x, axis=1)
-    order = jnp.pad(order, ((0, 0), (0, -num_rois % chunk)), constant_values=num_rois)
-    order = order.reshape(batch, order.shape[1] // chunk, chunk)
+    order = jnp.argsort(-rois.num_y * rois.num_x)
+    order = jnp.pad(order, (0, -num_rois % chunk), constant_values=num_rois).reshape(-1, chunk)
     chunks = _RoIs(*(_cut(leaf, order) for leaf in rois))
-    return order, chunks, jnp.max(chunks.num_y * chunks.num_x, axis=(1, 2))
+    return order, chunks, jnp.max(chunks.num_y * chunks.num_x, axis=1)
 
 
 def _cut(leaf, order):
-    """Arrange [B, R, ...] as [R / CHUNK, B, CHUNK, ...], zero where no RoI is left."""
-    chunks = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))(leaf, order)
-    return chunks.swapaxes(0, 1)
+    """Arrange [R, ...] as [R / CHUNK, CHUNK, ...], zero where no RoI is left."""
+    return leaf.at[order].get(mode="fill", fill_value=0)
 
 
 def _sample_rows(rois, sample, output_size):
-    """Return table rows and weights [B, 4, R, output_size^2] of one sample in all bins of RoIs [B, R]."""
+    """Return table rows and weights [4, R, output_size^2] of one sample in all bins of RoIs [R]."""
     count = rois.num_y * rois.num_x
     i, j = jnp.divmod(sample, jnp.maximum(rois.num_x, 1))
     weight = jnp.where(sample < count, 1 / jnp.maximum(count, 1).astype(rois.x.dtype), 0)
 
     def corners(start, bin_size, number, sample, size):
-        bins = jnp.arange(output_size, dtype=start.dtype).reshape(1, 1, -1)
+        bins = jnp.arange(output_size, dtype=start.dtype)[None]
         offset = (sample.astype(start.dtype) + 0.5) * bin_size / jnp.maximum(number, 1).astype(start.dtype)
         # In the order of torchvision's additions, as in sample_points.
-        points = start[..., None] + bins * bin_size[..., None] + offset[..., None]
+        points = start[:, None] + bins * bin_size[:, None] + offset[:, None]
         # Where no RoI is left the size is 0, and there must be a cell 0 to look up.
-        return [c[..., None] for c in interpolation_corners(points, jnp.maximum(size, 1)[..., None])]
+        return [c[..., None] for c in interpolation_corners(points, jnp.maximum(size, 1)[:, None])]
 
     rows = corners(rois.y, rois.bin_height, rois.num_y, i, rois.height)
     columns = corners(rois.x, rois.bin_width, rois.num_x, j, rois.width)
-    table_rows = jax.vmap(functools.partial(_table_rows, sampling_ratio=1))
-    index, corner_weight = table_rows(rows, columns, rois.start, rois.width)
-    return index, corner_weight * weight[:, None, :, None]
+    index, corner_weight = _table_rows(rows, columns, rois.start, rois.width, sampling_ratio=1)
+    return index, corner_weight * weight[None, :, None]

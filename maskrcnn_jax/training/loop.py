@@ -21,7 +21,7 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoDataset, drop_labels
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
-from maskrcnn_jax.distributed import is_first, make_mesh, replicated, shard_batch
+from maskrcnn_jax.distributed import is_first, make_mesh, process_rank, replicated, shard_batch
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
@@ -295,6 +295,6 @@ def _make_loader(options: Options, index: CocoDataset, start_step: int, num_step
         start_step=start_step,
         num_steps=num_steps,
         image_indices=training_subset(index, options.data.train_limit, options.seed),
-        process_index=jax.process_index(),
+        process_index=process_rank(make_mesh()),
         process_count=jax.process_count(),
     )

@@ -1,9 +1,10 @@
 """One training step: losses, gradient, update.
 
 The model is split once into its structure and a tree of arrays, and the step is a plain ``jax.jit`` over the arrays:
-``nnx.jit`` would take the model apart again at every call. The batch is sharded along its first axis; XLA inserts the
-sums across devices, so losses and batch statistics are those of the whole batch. The state is on every device, or
-divided among them between the steps.
+``nnx.jit`` would take the model apart again at every call. The batch is sharded along its first axis, and each device
+computes the losses and gradients of its own rows. What the devices exchange is written out: the numbers that losses
+divide by, batch statistics, and the gradients, which are summed in float32. So all of these are those of the whole
+batch. The state is on every device, or divided among them between the steps.
 """
 
 import ctypes
@@ -16,8 +17,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from maskrcnn_jax.distributed import cut_batch, place_state, replicated
+from maskrcnn_jax.distributed import on_each_device, place_state, replicated
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.options import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimOptions
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import is_frozen
@@ -174,11 +176,21 @@ def _kind(batch):
 def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     key = jax.random.fold_in(key, state.step)
     # Where they are divided, parameters are put together once; devices would else meet wherever they are used.
-    whole = state._replace(params=jax.lax.with_sharding_constraint(state.params, replicated(mesh)))
-    if optim.accumulate == 1:
-        gradients, variables, metrics = _gradient(graphdef, whole, state.variables, batch, key)
-    else:
-        gradients, variables, metrics = _mean_gradient(graphdef, mesh, optim.accumulate, whole, batch, key)
+    params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
+    gradient = _gradient
+    if optim.accumulate > 1:
+        # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
+        simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        gradient = functools.partial(_mean_gradient, parts=optim.accumulate, unroll=simulated)
+
+    def of_rows(shared, batch):
+        gradients, variables, metrics = gradient(graphdef, *shared, batch)
+        gradients, metrics = sum_over_devices((gradients, metrics))
+        return gradients, variables, metrics
+
+    scale = None if state.loss_scale is None else state.loss_scale.scale
+    shared = params, state.variables, scale, key
+    gradients, variables, metrics = on_each_device(of_rows, mesh, returns_rows=False)(shared, batch)
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -195,34 +207,41 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     return changed._replace(step=state.step + 1), metrics
 
 
-def _gradient(graphdef, state, variables, batch, key):
-    """Return the gradient, times the loss scale if there is one, the next variables and the metrics."""
+def _gradient(graphdef, params, variables, scale, key, batch):
+    """Return the gradient, times the loss scale if there is one, the next variables and the metrics.
+
+    Gradient and metrics are this device's shares.
+    """
 
     def loss_fn(params):
         # Copied, because variables of an outer trace must not be changed inside the gradient's.
         model = nnx.merge(graphdef, params, variables, copy=True)
         terms, metrics = model.losses(batch, key)
         loss = sum(terms.values())
-        objective = loss if state.loss_scale is None else loss * state.loss_scale.scale
+        objective = loss if scale is None else loss * scale
         return objective, (nnx.state(model, nnx.Not(nnx.Param)), terms | metrics | {"loss": loss})
 
-    gradients, (variables, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradients, (variables, metrics) = jax.grad(loss_fn, has_aux=True)(params)
     return gradients, variables, metrics
 
 
-def _mean_gradient(graphdef, mesh, parts, state, batch, key):
-    """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other."""
+def _mean_gradient(graphdef, params, variables, scale, key, batch, *, parts, unroll):
+    """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other.
+
+    Part p has the rows p, p + parts, p + 2 parts, ..., whatever the number of devices.
+    """
 
     def visit(carry, part):
         total, variables = carry
-        gradients, variables, metrics = _gradient(graphdef, state, variables, *part)
+        gradients, variables, metrics = _gradient(graphdef, params, variables, scale, *part)
         return (jax.tree.map(jnp.add, total, gradients), variables), metrics
 
-    start = jax.tree.map(jnp.zeros_like, state.params), state.variables
-    # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
-    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    inputs = cut_batch(batch, parts, mesh), jax.random.split(key, parts)
-    (total, variables), metrics = jax.lax.scan(visit, start, inputs, unroll=simulated)
+    def cut(rows):
+        return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+
+    start = jax.tree.map(jnp.zeros_like, params), variables
+    inputs = jax.random.split(key, parts), jax.tree.map(cut, batch)
+    (total, variables), metrics = jax.lax.scan(visit, start, inputs, unroll=unroll)
     gradients = jax.tree.map(lambda gradient: gradient / parts, total)
     return gradients, variables, jax.tree.map(lambda values: values.mean(axis=0), metrics)
 
