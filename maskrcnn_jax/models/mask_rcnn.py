@@ -213,7 +213,9 @@ class MaskRCNN(nnx.Module):
             # Recomputed in the gradient, which would otherwise keep what each branch leaves for it, used or not.
             return nnx.remat(run)
 
-        return nnx.cond(any_on_devices(jnp.any(valid[:, few:])), with_slots(num_slots), with_slots(few), self.mask_head)
+        return nnx.cond(
+            any_on_devices(jnp.any(valid[:, few:])), with_slots(num_slots), with_slots(few), self.mask_head
+        )
 
     def match_anchors(self, anchors: Anchors, gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
