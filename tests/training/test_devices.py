@@ -10,6 +10,7 @@ from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 from tests.models.tiny import tiny_batch, tiny_model
+from tests.programs import collectives_in_loops
 
 STEPS = 5
 
@@ -22,6 +23,8 @@ def train(num_devices, optimizer, *, dtype, side, shard=False):
     )
     train_step = TrainStep(graphdef, optimizer, mesh, OptimOptions())
     batch = shard_batch(tiny_batch(batch_size=8, side=side), mesh)
+    program = train_step.compile(state, batch, jax.random.key(0))
+    assert collectives_in_loops(program.as_text()) == [], "devices with too few threads could wait for ever"
     losses = []
     for _ in range(STEPS):
         state, metrics = train_step(state, batch, jax.random.key(0))
