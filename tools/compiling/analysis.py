@@ -71,7 +71,8 @@ def analyse(module: Module, root: Path, compute_dtype: str) -> Costs:
     moved = [weigh(execution.instruction, execution.computation) * execution.times for execution in run]
     by_place: collections.Counter[str] = collections.Counter()
     for execution, num_bytes in zip(run, moved, strict=True):
-        by_place[module.place(execution.instruction, root) or "(elsewhere)"] += num_bytes
+        place = module.place_near(execution.instruction, execution.computation, root)
+        by_place[place or "(unknown)"] += num_bytes
     flops, wide = _flops(module, run, root, compute_dtype)
     found = _collectives(module, run, root)
     warnings = [
@@ -130,12 +131,12 @@ def _collectives(module: Module, run: Sequence[Execution], root: Path) -> list[C
 def _inside(
     module: Module, instruction: Instruction, computation: Computation
 ) -> Iterable[tuple[Instruction, Computation]]:
-    """Yield an instruction, and those in the fusion that it is."""
+    """Yield an instruction, and those in the fusion or asynchronous operation that it is."""
     yield instruction, computation
-    if instruction.opcode == "fusion":
-        fused = module.computations[instruction.called[0]]
-        for inner in fused.instructions.values():
-            yield from _inside(module, inner, fused)
+    if instruction.opcode in ("fusion", "async-start"):
+        for name in instruction.called:
+            for inner in module.computations[name].instructions.values():
+                yield from _inside(module, inner, module.computations[name])
 
 
 def _copies(module: Module, run: Sequence[Execution], root: Path) -> list[str]:
@@ -146,8 +147,7 @@ def _copies(module: Module, run: Sequence[Execution], root: Path) -> list[str]:
         if not execution.loops or instruction.opcode not in ("copy", "copy-start"):
             continue
         if traffic(module, instruction, execution.computation) >= LARGE_COPY:
-            inner = execution.loops[-1]
-            place = module.place(instruction, root) or module.place(inner, root) or inner.name
+            place = module.place_near(instruction, execution.computation, root) or instruction.name
             found[str(instruction.arrays[0]), place] += execution.times
     return [
         f"{shape} is copied inside a loop, {times} times a step, at {place}" for (shape, place), times in found.items()

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -26,17 +25,16 @@ _SILENCE = {  # libtpu would ask the metadata server of a Cloud TPU about these
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
 }
-_OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 
 
 class Compiled(NamedTuple):
     """What XLA has written about a program."""
 
     text: str  # the optimized program
-    buffers: str  # where each value lies in memory; "" if the program does not fit
+    buffers: str  # where each value lies in memory
     live_ranges: str  # which values there are when memory is fullest; "" if not written
     code_bytes: int | None  # of the machine code; None if it was not generated
-    needed_bytes: int | None  # of a program that does not fit, as the error says
+    refused: bool  # for want of memory
 
 
 def check_installed(target: Target) -> None:
@@ -89,27 +87,19 @@ def _is_assigned(folder: Path) -> bool:
 
 def _read(folder: Path, *, failed: bool) -> Compiled:
     log = (folder / "log").read_text()
-    needed = None
-    if failed:
-        found = _OUT_OF_MEMORY.search(log)
-        if found is None:
-            lines = [line for line in log.splitlines() if line.strip()]
-            raise UserError("XLA cannot compile this: " + "; ".join(lines[-3:]))
-        needed = int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
+    refused = failed and "RESOURCE_EXHAUSTED" in log
+    if failed and not refused:
+        lines = [line for line in log.splitlines() if line.strip()]
+        raise UserError("XLA cannot compile this: " + "; ".join(lines[-3:]))
 
-    def text(*patterns: str) -> str:
-        """Return the content of the longest file that matches: small programs, such as of keys, come along."""
-        paths = [path for pattern in patterns for path in folder.glob(pattern)]
-        return max(paths, key=lambda path: path.stat().st_size).read_text() if paths else ""
+    def text(pattern: str) -> str:
+        return "".join(path.read_text() for path in folder.glob(pattern))
 
-    program = text("*after_optimizations.txt") or text("*after_optimizations_before_buffer_assignment.txt")
     code = folder / "code_bytes"
     return Compiled(
-        program,
-        ""
-        if failed
-        else text("*after_optimizations-buffer-assignment.txt", "*_after_optimizations-buffer-assignment.txt"),
-        "" if failed else text("*live-range.txt"),
+        text("*after_optimizations.txt"),
+        text("*after_optimizations-buffer-assignment.txt"),
+        text("*live-range.txt"),
         int(code.read_text()) if code.exists() else None,
-        needed,
+        refused,
     )

@@ -17,10 +17,10 @@ def products(
         (result,) = instruction.arrays
         count = _convolution if instruction.opcode == "convolution" else _dot
         yield instruction, count(instruction, left, right, result), {left.dtype, right.dtype}
-    elif instruction.opcode == "fusion":
-        fused = module.computations[instruction.called[0]]
-        for inner in fused.instructions.values():
-            yield from products(module, inner, fused)
+    elif instruction.opcode in ("fusion", "async-start"):
+        for name in instruction.called:
+            for inner in module.computations[name].instructions.values():
+                yield from products(module, inner, module.computations[name])
 
 
 def _dot(instruction: Instruction, left: Array, right: Array, result: Array) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_NEAR = 6  # instructions between XLA's own copies and those of the project's code
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -150,6 +151,23 @@ class Module:
             for inner in reversed(computation.instructions.values()) if computation else ():
                 if place := self.place(inner, root):
                     return place
+        return ""
+
+    def place_near(self, instruction: Instruction, computation: Computation, root: Path) -> str:
+        """Return the place of an instruction; of XLA's own copies, that of the next one that uses the result.
+
+        Where nothing near uses it, the place where what is copied comes from.
+        """
+        for neighbours in (
+            computation.users.__getitem__,
+            lambda name: computation.operands(computation.instructions[name]),
+        ):
+            nearest = [instruction]
+            for _ in range(_NEAR):
+                for candidate in nearest:
+                    if place := self.place(candidate, root):
+                        return place
+                nearest = [found for candidate in nearest for found in neighbours(candidate.name)][:_NEAR]
         return ""
 
 

@@ -38,7 +38,7 @@ def executions(module: Module, weigh: Callable[[Instruction, Computation], float
                     yield from run(inner, rounds, (*loops, instruction))
             elif instruction.opcode == "conditional":
                 yield from run(max(_branches(module, instruction), key=weight), times, loops)
-            elif instruction.opcode in ("call", "async-start"):
+            elif instruction.opcode == "call":
                 for name in instruction.called:
                     yield from run(module.computations[name], times, loops)
             else:

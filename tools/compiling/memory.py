@@ -18,13 +18,9 @@ def memory_by_kind(compiled: Compiled) -> dict[str, int | None]:
 
     Returns:
         "arguments"; "aliased", the part of these that results are written to; "outputs", the other results;
-        "constants"; "temporaries"; "code", None where it was not generated; and "total". Only the total is known of a
-        program that does not fit.
+        "constants"; "temporaries"; "code", None where it was not generated; and "total".
     """
-    names = ("arguments", "aliased", "outputs", "constants", "temporaries")
-    if not compiled.buffers:
-        return {**dict.fromkeys([*names, "code"]), "total": compiled.needed_bytes}
-    kinds = dict.fromkeys(names, 0)
+    kinds = dict.fromkeys(("arguments", "aliased", "outputs", "constants", "temporaries"), 0)
     for size, color, what in _ALLOCATION.findall(compiled.buffers):
         if (color and color != "0") or "thread-local" in what:
             continue

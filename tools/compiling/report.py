@@ -11,8 +11,8 @@ from tools.compiling.targets import Target
 
 _BUFFERS, _PLACES = 15, 15  # lines of the text
 HEADER = (
-    "| target | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB | GFLOP an image "
-    "| gradients and sums over chips, MB | collectives in loops | images/s a chip, at most (estimate) |\n"
+    "| target | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB "
+    "| GFLOP an image | collectives, MB a step | in loops | images/s a chip, at most (estimate) |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -29,7 +29,6 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
     config = settings["config"]
     batch_size, dtype = config["batch_size"], config["model"]["dtype"]
     memory = memory_by_kind(compiled)
-    total = memory["total"]
     report: dict = {
         "topology": settings["topology"],
         "slices": settings["slices"],
@@ -41,10 +40,8 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
         "remat": config["model"]["remat"],
         "memory_bytes": memory,
         "memory_limit_bytes": target.chip.memory,
-        "fits": total is not None and compiled.needed_bytes is None and total <= target.chip.memory,
+        "fits": not compiled.refused and memory["total"] <= target.chip.memory,
     }
-    if not compiled.text:
-        return report
     module = parse(compiled.text)
     costs = analyse(module, root, dtype)
     limits = roofline(costs, target, batch_size / target.chips)
@@ -70,8 +67,6 @@ def as_text(report: Mapping, target: Target) -> str:
         "",
         *_memory_lines(report),
     ]
-    if "hbm_traffic_bytes" not in report:
-        return "\n".join(lines)
     if report["largest_buffers"]:
         lines += ["", "Largest buffers, when memory is fullest:"]
         lines += [
@@ -83,7 +78,7 @@ def as_text(report: Mapping, target: Target) -> str:
     lines += [f"  {size / 1e9:8,.2f} GB  {place}" for place, size in report["hbm_traffic_by_place"].items()]
     lines += ["", "Loops, with the HBM traffic of all rounds:"]
     lines += [
-        f"  {loop['traffic'] / 1e9:8,.2f} GB  {'?' if loop['trips'] is None else loop['trips']:>4} rounds  {loop['place']}"
+        f"  {loop['traffic'] / 1e9:8,.2f} GB  {loop['trips'] or '?':>4} rounds  {loop['place']}"
         for loop in report["loops"]
     ] or ["  none"]
     lines += ["", "Collectives a step, with what a chip puts in:"]
@@ -106,35 +101,28 @@ def _memory_lines(report: Mapping) -> list[str]:
         if size is not None and name != "total":
             within = " (part of the arguments)" if name == "aliased" else ""
             lines.append(f"  {name:12} {size / 2**30:7.2f} GiB{within}")
-    if memory["code"] is None and report["fits"]:
-        lines.append("  code         not generated; --full compiles to the end")
-    if memory["total"] is not None:
-        verdict = "fits" if report["fits"] else "DOES NOT FIT"
-        lines.append(f"  total        {memory['total'] / 2**30:7.2f} GiB of {limit / 2**30:.2f}: {verdict}")
+    if memory["code"] is None:
+        lines.append("  code         not known: --full compiles to the end")
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    lines.append(f"  total        {memory['total'] / 2**30:7.2f} GiB of {limit / 2**30:.2f}: {verdict}")
     return lines
 
 
 def as_row(report: Mapping, target: Target) -> str:
     """Return a row of the table that HEADER begins."""
-    total = report["memory_bytes"]["total"]
+    collectives = report["collectives"]
     cells = [
         str(target),
         str(report["batch_size"]),
         f"{report['images_per_chip']:g}",
-        ("" if report["fits"] else "does not fit: ") + ("?" if total is None else f"{total / 2**30:.1f}"),
+        f"{report['memory_bytes']['total'] / 2**30:.1f}" + ("" if report["fits"] else ", does not fit"),
         f"{report['memory_limit_bytes'] / 2**30:.2f}",
+        f"{report['hbm_traffic_bytes'] / 1e9:.0f}",
+        f"{report['flops_per_image'] / 1e9:,.0f}",
+        f"{sum(item['bytes'] for item in collectives) / 1e6:.0f}",
+        str(sum(item["count"] for item in collectives if item["in_loop"])),
+        f"{report['images_per_second_estimate']:.0f} ({_narrowest(report)})",
     ]
-    if "hbm_traffic_bytes" in report:
-        collectives = report["collectives"]
-        cells += [
-            f"{report['hbm_traffic_bytes'] / 1e9:.0f}",
-            f"{report['flops_per_image'] / 1e9:,.0f}",
-            f"{sum(item['bytes'] for item in collectives) / 1e6:.0f}",
-            str(sum(item["count"] for item in collectives if item["in_loop"])),
-            f"{report['images_per_second_estimate']:.0f} ({_narrowest(report)})",
-        ]
-    else:
-        cells += ["–"] * 5
     return f"| {' | '.join(cells)} |"
 
 

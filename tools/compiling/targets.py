@@ -23,21 +23,15 @@ class Chip:
     source: str
 
 
-# Where two versions of a source differ (v5e: 800 and 819 GB/s of HBM), the newer is taken. Of 16 and of 32 GiB, XLA
-# leaves 15.75 and 31.25 to programs, as it says when it refuses one.
+# Memory: what XLA leaves to programs of the 16, 32, 32 and 95 GiB, as it says when it refuses one. Where two versions of
+# a source differ (v5e: 800 or 819 GB/s of HBM), the larger figure is taken.
 CHIPS = {
-    "v5e": Chip(
-        "tpu",
-        int(15.75 * _GIB),
-        197e12,
-        819e9,
-        200e9,
-        3.1e9,
-        "cloud.google.com/tpu/docs/v5e and v6e (1600 Gbit/s of ICI)",
-    ),
+    "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.1e9, "cloud.google.com/tpu/docs/v6e, column v5e"),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1640e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e"),
-    "v4": Chip("tpu", 32 * _GIB, 275e12, 1200e9, 300e9, 6.2e9, "cloud.google.com/tpu/docs/v4; network as of v5p"),
-    "v5p": Chip("tpu", 95 * _GIB, 459e12, 2765e9, 600e9, 6.2e9, "cloud.google.com/tpu/docs/v5p-training"),
+    "v4": Chip(
+        "tpu", int(30.75 * _GIB), 275e12, 1200e9, 300e9, 6.2e9, "cloud.google.com/tpu/docs/v4; network: as v5p"
+    ),
+    "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 6.2e9, "cloud.google.com/tpu/docs/v5p-training"),
     "h100": Chip(
         "cuda", 80 * 10**9, 989e12, 3352e9, 450e9, 50e9, "NVIDIA's data sheet of the H100 SXM; network of a DGX H100"
     ),

@@ -40,6 +40,9 @@ def traffic(module: Module, instruction: Instruction, computation: Computation) 
     if opcode == "copy-start":  # returns (destination, source, context)
         assert isinstance(instruction.shape, tuple)
         return sum(array.hbm_bytes for part in instruction.shape[:2] for array in arrays(part))
+    if opcode == "async-start":
+        inner = [module.computations[name] for name in instruction.called]
+        return sum(traffic(module, part, scope) for scope in inner for part in scope.instructions.values())
     if opcode.endswith("-start"):  # returns what it was given beside the result
         return 2 * sum(_hbm_bytes(operand) for operand in operands)
     if opcode == "fusion":
@@ -56,11 +59,9 @@ def traffic(module: Module, instruction: Instruction, computation: Computation) 
 def _in_place(instruction: Instruction, operands: list[Instruction]) -> int:
     """Return the bytes of a top-level update: the new values, the indices, and the part of the array twice."""
     updates = _updates(instruction, operands)
-    indices = sum(map(_hbm_bytes, operands[-2 if instruction.opcode == "scatter" else 2 :])) - sum(
-        map(_hbm_bytes, updates)
-    )
+    given = operands[1:] if instruction.opcode == "dynamic-update-slice" else operands[len(updates) :]
     changed = sum(array.padded_bytes for update in updates for array in update.arrays)
-    return max(indices, 0) + sum(map(_hbm_bytes, updates)) + (2 * changed if _in_hbm(instruction) else 0)
+    return sum(map(_hbm_bytes, given)) + (2 * changed if _in_hbm(instruction) else 0)
 
 
 def _updates(instruction: Instruction, operands: list[Instruction]) -> list[Instruction]:
