@@ -45,7 +45,7 @@ def make_detect(model: nnx.Module) -> Detect:
     state = place_locally(state, mesh)
 
     def detect(images, sizes):
-        return _detect(graphdef, mesh, state, place_batch((images, sizes), mesh))
+        return detect_on_mesh(graphdef, mesh, state, place_batch((images, sizes), mesh))
 
     return detect
 
@@ -53,7 +53,9 @@ def make_detect(model: nnx.Module) -> Detect:
 # One function for all models, so that evaluating after every epoch finds the programs compiled after the first one.
 # The state is an argument and not a constant, or XLA would fold all weights into every program.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _detect(graphdef: nnx.GraphDef, mesh: Mesh, state: nnx.State, batch: tuple[jax.Array, jax.Array]) -> Detections:
+def detect_on_mesh(
+    graphdef: nnx.GraphDef, mesh: Mesh, state: nnx.State, batch: tuple[jax.Array, jax.Array]
+) -> Detections:
     def detect(state, batch):
         return nnx.merge(graphdef, state).detect(*batch)
 

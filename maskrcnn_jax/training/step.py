@@ -77,6 +77,14 @@ def create_train_state(
             an average of the parameters.
         shard: Shard the state over the devices instead of replicating it.
     """
+    graphdef, state = split_train_state(model, optimizer, optim)
+    return graphdef, place_state(state, mesh, shard=shard)
+
+
+def split_train_state(
+    model: MaskRCNN, optimizer: optax.GradientTransformation, optim: OptimOptions
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Return what create_train_state returns before it is placed on devices; ``jax.eval_shape`` can call this."""
     model.train()
     for path, module in nnx.iter_modules(model):
         if is_frozen(path, optim.frozen_stages):
@@ -88,7 +96,7 @@ def create_train_state(
     if optim.ema_decay:
         # Copied, because the step is given the memory of each array, once.
         state = state._replace(averaged=jax.tree.map(jnp.copy, params))
-    return graphdef, place_state(state, mesh, shard=shard)
+    return graphdef, state
 
 
 def updates_done(state: TrainState) -> int:

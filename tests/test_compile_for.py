@@ -1,0 +1,332 @@
+"""The compiler's text and what is read from it, on programs small enough to count by hand; then a real compilation."""
+
+from pathlib import Path
+
+import pytest
+
+from maskrcnn_jax.errors import UserError
+from tools.compiling.analysis import analyse, notes, roofline
+from tools.compiling.compiler import Compiled
+from tools.compiling.flops import products
+from tools.compiling.hlo import Array, parse, parse_shape
+from tools.compiling.loops import executions, trip_count, uncounted_loops
+from tools.compiling.memory import largest_buffers, memory_by_kind
+from tools.compiling.targets import CHIPS, parse_target
+from tools.compiling.traffic import traffic
+
+ROOT = Path("/project")
+
+# Two loops, one inside the other: 3 x 4 rounds. The table [1024, 128] float32 (512 KiB) lies in HBM; the inner loop
+# adds a row to it and sums a value over the devices, the outer one copies it.
+LOOPS = """\
+HloModule test, is_scheduled=true
+
+FileNames
+1 "/project/maskrcnn_jax/ops/a.py"
+2 "/elsewhere/jax/lax.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=4 end_column=4}
+2 {file_name_id=2 function_name_id=1 line=9 end_line=9 column=4 end_column=4}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%update (table: f32[1024,128], row: s32[]) -> f32[1024,128] {
+  %table = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %old = f32[8,128]{1,0:T(8,128)} dynamic-slice(%table, %row, %zero), dynamic_slice_sizes={8,128}
+  %new = f32[8,128]{1,0:T(8,128)} add(%old, %old)
+  ROOT %written = f32[1024,128]{1,0:T(8,128)} dynamic-update-slice(%table, %new, %row, %zero)
+}
+
+%inner_condition (c.0: (s32[], f32[1024,128], f32[])) -> pred[] {
+  %c.0 = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) parameter(0)
+  %four = s32[]{:T(128)S(1)} constant(4)
+  %c.i = s32[]{:T(128)S(1)} get-tuple-element(%c.0), index=0
+  ROOT %less = pred[]{:T(512)S(1)} compare(%c.i, %four), direction=LT
+}
+
+%inner_body (b.0: (s32[], f32[1024,128], f32[])) -> (s32[], f32[1024,128], f32[]) {
+  %b.0 = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) parameter(0)
+  %b.i = s32[]{:T(128)S(1)} get-tuple-element(%b.0), index=0
+  %b.table = f32[1024,128]{1,0:T(8,128)} get-tuple-element(%b.0), index=1
+  %b.value = f32[]{:T(128)S(1)} get-tuple-element(%b.0), index=2
+  %one = s32[]{:T(128)S(1)} constant(1)
+  %next = s32[]{:T(128)S(1)} add(%b.i, %one)
+  %changed = f32[1024,128]{1,0:T(8,128)} fusion(%b.table, %b.i), kind=kLoop, calls=%update
+  %reduced = f32[]{:T(128)S(1)} all-reduce(%b.value), replica_groups={{0,1}}, to_apply=%add, metadata={stack_frame_id=2}
+  ROOT %b.out = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) tuple(%next, %changed, %reduced)
+}
+
+%outer_condition (d.0: (s32[], f32[1024,128], f32[])) -> pred[] {
+  %d.0 = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) parameter(0)
+  %d.i = s32[]{:T(128)S(1)} get-tuple-element(%d.0), index=0
+  %nine = s32[]{:T(128)S(1)} constant(9)
+  ROOT %greater = pred[]{:T(512)S(1)} compare(%nine, %d.i), direction=GT
+}
+
+%outer_body (e.0: (s32[], f32[1024,128], f32[])) -> (s32[], f32[1024,128], f32[]) {
+  %e.0 = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) parameter(0)
+  %e.i = s32[]{:T(128)S(1)} get-tuple-element(%e.0), index=0
+  %e.table = f32[1024,128]{1,0:T(8,128)} get-tuple-element(%e.0), index=1
+  %e.value = f32[]{:T(128)S(1)} get-tuple-element(%e.0), index=2
+  %three = s32[]{:T(128)S(1)} constant(3)
+  %e.next = s32[]{:T(128)S(1)} add(%e.i, %three)
+  %e.zero = s32[]{:T(128)S(1)} constant(0)
+  %e.copy = f32[1024,128]{1,0:T(8,128)} copy(%e.table)
+  %e.start = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) tuple(%e.zero, %e.copy, %e.value)
+  %e.while = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) while(%e.start), \
+condition=%inner_condition, body=%inner_body, metadata={stack_frame_id=2}
+  %e.changed = f32[1024,128]{1,0:T(8,128)} get-tuple-element(%e.while), index=1
+  %e.sum = f32[]{:T(128)S(1)} get-tuple-element(%e.while), index=2
+  ROOT %e.out = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) tuple(%e.next, %e.changed, %e.sum)
+}
+
+ENTRY %main (p.0: f32[1024,128], p.1: f32[]) -> f32[1024,128] {
+  %p.0 = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[]{:T(128)S(1)} parameter(1)
+  %m.zero = s32[]{:T(128)S(1)} constant(0)
+  %m.start = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) tuple(%m.zero, %p.0, %p.1)
+  %m.while = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) while(%m.start), \
+condition=%outer_condition, body=%outer_body
+  ROOT %m.out = f32[1024,128]{1,0:T(8,128)} get-tuple-element(%m.while), index=1
+}
+"""
+TABLE, ROWS = 1024 * 128 * 4, 8 * 128 * 4
+
+
+def program(*lines: str, before: str = ""):
+    """Parse a program whose entry computation has these instructions."""
+    return parse(
+        f"HloModule test\n\n{before}\nENTRY %main () -> f32[] {{\n" + "\n".join(f"  {x}" for x in lines) + "\n}\n"
+    )
+
+
+def moved(*lines: str, before: str = "") -> int:
+    """Return the traffic of the last instruction of a program."""
+    module = program(*lines, before=before)
+    instruction = list(module.entry.instructions.values())[-1]
+    return traffic(module, instruction, module.entry)
+
+
+def test_shapes_are_as_large_as_their_tiles():
+    cases = {
+        "f32[268569,4]{1,0:T(8,128)}": 137_510_912,  # XLA's own figures
+        "u8[4,800,1344,3]{2,1,3,0:T(32,128)(4,1)}": 13_516_800,
+        "f32[3,5]{0,1:T(8,128)}": 8 * 128 * 4,
+        "bf16[4,100]{1,0:T(4,128)(2,1)}": 4 * 128 * 2,
+        "pred[5]{0:T(512)}": 512,
+        "f32[7]": 28,
+        "s4[7,2]{1,0}": 7,
+        "f32[]": 4,
+    }
+    for text, size in cases.items():
+        shape, end = parse_shape(text)
+        assert isinstance(shape, Array) and shape.padded_bytes == size, text
+        assert end == len(text)
+    assert parse_shape("f32[3,5]{0,1:T(8,128)S(1)}")[0].hbm_bytes == 0
+    shape, _ = parse_shape("((f32[2], s32[]), token[])")
+    assert [str(shape[0][0]), shape[1].padded_bytes] == ["f32[2]", 0]
+
+
+def test_nested_loops_run_as_often_as_their_counters_say():
+    module = parse(LOOPS)
+    outer, inner = module.entry.instructions["m.while"], module.computations["outer_body"].instructions["e.while"]
+    assert trip_count(module, outer, module.entry) == 3  # 0, 3, 6
+    assert trip_count(module, inner, module.computations["outer_body"]) == 4
+    times = {execution.instruction.name: execution.times for execution in executions(module, lambda *_: 0)}
+    assert (times["p.0"], times["e.copy"], times["changed"]) == (1, 3, 12)
+    assert not uncounted_loops(module)
+
+
+def test_the_compilers_own_count_is_believed():
+    text = LOOPS.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}')
+    module = parse(text)
+    assert trip_count(module, module.entry.instructions["m.while"], module.entry) == 5
+
+
+def test_a_loop_that_ends_by_its_data_is_told_of():
+    text = LOOPS.replace("compare(%nine, %d.i), direction=GT", "custom-call(%d.i)")
+    costs = analyse(parse(text), ROOT, "float32")
+    assert [loop.trips for loop in costs.loops] == [None, 4]
+    assert "10 are assumed" in notes(costs)[0]
+
+
+def test_loops_multiply_traffic_and_collectives():
+    costs = analyse(parse(LOOPS), ROOT, "float32")
+    # In each round the inner loop reads a slice, then changes it in place; the outer one copies the table.
+    assert costs.traffic == 3 * 2 * TABLE + 12 * (ROWS + 2 * ROWS)
+    (collective,) = costs.collectives
+    assert (collective.op, collective.dtype, collective.in_loop) == ("all-reduce", "f32", True)
+    assert (collective.bytes, collective.count, collective.places) == (12 * 4, 12, ("maskrcnn_jax/ops/a.py:7",))
+    assert any("all-reduce of f32 inside a loop" in warning for warning in costs.warnings)
+    assert [(loop.place, loop.trips, loop.traffic) for loop in costs.loops] == [
+        ("m.while", 3, costs.traffic),
+        ("maskrcnn_jax/ops/a.py:7", 4, 36 * ROWS),
+    ]
+
+
+def test_large_copies_inside_loops_are_told_of():
+    assert not any("copied" in warning for warning in analyse(parse(LOOPS), ROOT, "float32").warnings)
+    large = analyse(parse(LOOPS.replace("[1024,128]", "[102400,128]")), ROOT, "float32").warnings
+    assert any(
+        "f32[102400,128] is copied inside a loop, 3 times a step, at maskrcnn_jax/ops/a.py:7" in x for x in large
+    )
+
+
+def test_only_what_is_sliced_or_gathered_is_read():
+    table = "%t = f32[1000,128]{1,0} parameter(0)"
+    index = "%i = s32[10]{0} parameter(1)"
+    gather = "%g = f32[10,128]{1,0} gather(%t, %i), offset_dims={1}"
+    assert moved(table, index, gather) == 2 * 10 * 128 * 4 + 10 * 4
+    assert moved(table, "%s = f32[5,128]{1,0} slice(%t), slice={[0:5], [0:128]}") == 2 * 5 * 128 * 4
+    assert moved(table, "%s = f32[5,128]{1,0:S(1)} slice(%t), slice={[0:5], [0:128]}") == 5 * 128 * 4
+    assert moved(table, "%n = f32[1000,128]{1,0} negate(%t)") == 2 * 1000 * 128 * 4
+
+
+def test_what_lies_on_the_chip_is_no_traffic():
+    near = "%t = f32[1000,128]{1,0:S(1)} parameter(0)"
+    assert moved(near, "%n = f32[1000,128]{1,0:S(1)} negate(%t)") == 0
+    assert moved(near, "%n = f32[1000,128]{1,0} negate(%t)") == 512_000
+    assert moved(near, "%b = f32[128,1000]{1,0} bitcast(%t)") == 0
+    start = "(f32[1000,128]{1,0}, f32[1000,128]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%t)"
+    assert moved(near, f"%c = {start}") == 512_000
+    assert moved(near, f"%c = {start}", "%d = f32[1000,128]{1,0} copy-done(%c)") == 0
+
+
+def test_updates_in_place_move_what_they_change():
+    lines = ["%t = f32[1000,128]{1,0} parameter(0)", "%u = f32[2,128]{1,0} parameter(1)", "%i = s32[] parameter(2)"]
+    update = "%d = f32[1000,128]{1,0} dynamic-update-slice(%t, %u, %i, %i)"
+    assert moved(*lines, update) == 3 * 2 * 128 * 4 + 2 * 4
+    scatter = "%d = f32[1000,128]{1,0} scatter(%t, %j, %u), to_apply=%add"
+    assert moved(*lines, "%j = s32[2]{0} parameter(3)", scatter) == 3 * 2 * 128 * 4 + 2 * 4
+
+
+def test_asynchronous_operations_count_once():
+    fetch = "%fetch (f.0: f32[8,128]) -> f32[2,128] {\n  %f.0 = f32[8,128]{1,0} parameter(0)\n"
+    fetch += "  ROOT %f.1 = f32[2,128]{1,0:S(1)} slice(%f.0), slice={[0:2], [0:128]}\n}\n"
+    lines = [
+        "%t = f32[8,128]{1,0} parameter(0)",
+        "%s = ((f32[8,128]{1,0}), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%t), calls=%fetch",
+    ]
+    assert moved(*lines, before=fetch) == 2 * 128 * 4
+    assert moved(*lines, "%d = f32[2,128]{1,0:S(1)} async-done(%s)", before=fetch) == 0
+
+
+def test_the_costly_branch_of_a_conditional_counts():
+    branch = "%{0} ({0}.0: f32[{1}]) -> f32[{1}] {{\n  %{0}.0 = f32[{1}]{{0}} parameter(0)\n"
+    branch += "  ROOT %{0}.1 = f32[{1}]{{0}} negate(%{0}.0)\n}}\n\n"
+    module = program(
+        "%p = s32[] parameter(0)",
+        "%few = f32[10]{0} parameter(1)",
+        "%all = f32[40]{0} parameter(2)",
+        "ROOT %c = f32[] conditional(%p, %few, %all), branch_computations={%a, %b}",
+        before=branch.format("a", 10) + branch.format("b", 40),
+    )
+    assert analyse(module, ROOT, "float32").traffic == 2 * 40 * 4
+
+
+def test_flops_leave_out_padding_and_gaps():
+    def flops(left: str, right: str, result: str, window: str, labels: str) -> int:
+        module = program(
+            f"%l = {left} parameter(0)",
+            f"%r = {right} parameter(1)",
+            f"ROOT %c = {result} convolution(%l, %r), window={{{window}}}, dim_labels={labels}",
+        )
+        ((_, count, _),) = products(module, module.entry.root, module.entry)
+        return count
+
+    # 5 x 5 cells, 3 x 3 window, padding 1: along an axis 3 + 3 + 3 + 2 + 2 products.
+    labels = "b01f_01io->b01f"
+    same = flops("bf16[2,5,5,7]", "bf16[3,3,7,4]", "bf16[2,5,5,4]", "size=3x3 pad=1_1x1_1", labels)
+    assert same == 2 * 2 * 13 * 13 * 7 * 4
+    strided = flops("bf16[2,5,5,7]", "bf16[3,3,7,4]", "bf16[2,3,3,4]", "size=3x3 stride=2x2 pad=1_1x1_1", labels)
+    assert strided == 2 * 2 * 7 * 7 * 7 * 4
+    # Its gradient with respect to the input has as many products: the zeros between the values do not count.
+    backward = "size=3x3 pad=1_1x1_1 lhs_dilate=2x2 rhs_reversal=1x1"
+    assert flops("bf16[2,3,3,4]", "bf16[3,3,4,7]", "bf16[2,5,5,7]", backward, labels) == strided
+    dot = program(
+        "%l = bf16[3,5] parameter(0)",
+        "%r = bf16[5,4] parameter(1)",
+        "ROOT %d = bf16[3,4] dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+    )
+    ((_, count, dtypes),) = products(dot, dot.entry.root, dot.entry)
+    assert (count, dtypes) == (2 * 3 * 5 * 4, {"bf16"})
+
+
+def test_large_products_in_another_dtype_are_told_of():
+    module = program(
+        "%l = f32[1000,1000] parameter(0)",
+        "ROOT %d = f32[1000,1000] dot(%l, %l), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+    )
+    assert not analyse(module, ROOT, "float32").warnings
+    (warning,) = analyse(module, ROOT, "bfloat16").warnings
+    assert "matrix product of f32, not bf16, 2.0 GFLOP" in warning
+
+
+def test_memory_is_told_by_kind():
+    buffers = """\
+BufferAssignment:
+allocation 0: size 512, thread-local:
+allocation 1: size 4096, constant:
+allocation 2: size 1000, parameter 0, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
+allocation 3: size 500, parameter 1, shape |f32[125]| at ShapeIndex {}:
+allocation 4: size 64, maybe-live-out:
+allocation 5: size 20000, preallocated-temp:
+allocation 6: size 300, color 1, preallocated-temp:
+"""
+    live = """\
+  Live ranges at 17 (peak):
+    e.copy{}: 9000 bytes (cumulative: 9000 bytes)
+    changed{}: 8000 bytes (cumulative: 17000 bytes)
+    e.while{1}: 1000 bytes (cumulative: 18000 bytes)
+    p.1{}: 512 bytes (cumulative: 18512 bytes)
+"""
+    compiled = Compiled(LOOPS, buffers, live, None, False)
+    assert memory_by_kind(compiled) == {
+        "arguments": 1500,
+        "aliased": 1000,
+        "outputs": 64,
+        "constants": 4096,
+        "temporaries": 20000,
+        "code": None,
+        "total": 25660,
+    }
+    assert memory_by_kind(compiled._replace(code_bytes=340))["total"] == 26000
+    found = [
+        (buffer.num_bytes, buffer.shape, buffer.place) for buffer in largest_buffers(parse(LOOPS), compiled, ROOT, 9)
+    ]
+    assert found[0] == (9000, "f32[1024,128]", "e.copy")
+    assert (1000, "f32[1024,128]", "maskrcnn_jax/ops/a.py:7") in found
+    assert all(size != 512 for size, *_ in found), "what lies on the chip takes no HBM"
+
+
+def test_topologies_are_read():
+    assert parse_target("v5e:4x4").chips == 16
+    target = parse_target("v5p:2x2x4", 2)
+    assert (target.chips, target.groups, str(target)) == (32, 2, "v5p:2x2x4 (2 slices)")
+    target = parse_target("h100:3x8")
+    assert (target.chips, target.groups, target.chip.platform) == (24, 3, "cuda")
+    for text in ("v5e", "v5e:4", "v5e:4x", "v5p:4x4", "v1:2x2", "v5e:0x4"):
+        with pytest.raises(UserError, match="--topology"):
+            parse_target(text)
+
+
+def test_the_narrowest_part_limits_the_speed():
+    costs = analyse(parse(LOOPS), ROOT, "float32")
+    limits = roofline(costs, parse_target("v5e:2x2"), 4)
+    assert limits["hbm"] == pytest.approx(4 * CHIPS["v5e"].hbm / costs.traffic)
+    assert limits["network"] == pytest.approx(4 * CHIPS["v5e"].links / (1.5 * 48))
+    assert roofline(costs, parse_target("v5e:2x2", 2), 4)["network"] < limits["network"] / 5

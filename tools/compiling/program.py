@@ -1,0 +1,102 @@
+"""The training step and the detection, lowered for devices that are not there, from shapes and dtypes alone."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from maskrcnn_jax.data.loader import buckets_for
+from maskrcnn_jax.data.transforms import RESIZE
+from maskrcnn_jax.distributed import make_mesh, replicated, split, state_layout
+from maskrcnn_jax.inference.detect import detect_on_mesh
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import DataOptions, Options
+from maskrcnn_jax.structures import Batch, GroundTruth
+from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
+from maskrcnn_jax.training.step import TrainStep, split_train_state
+
+_NUM_STEPS = 1000  # of the learning rate's schedule, which changes a constant of the program
+
+
+def image_size(options: DataOptions) -> tuple[int, int]:
+    """Return the (height, width) of the largest padded images: of the longest ones, in landscape format."""
+    return max(
+        buckets_for(dataclasses.replace(options, buckets="auto")), key=lambda size: (size[0] * size[1], size[1])
+    )
+
+
+def lower_train_step(options: Options, num_classes: int, num_objects: int, devices: Sequence) -> jax.stages.Lowered:
+    """Lower the training step that ``maskrcnn-jax train`` runs.
+
+    Args:
+        options: Of the run.
+        num_classes: C + 1.
+        num_objects: G of the batches.
+        devices: To compile for.
+    """
+    mesh = make_mesh(devices)
+    optimizer = make_optimizer(options.optim, make_schedule(options.optim, _NUM_STEPS))
+    structure: list[nnx.GraphDef] = []
+
+    def make_state():
+        model = MaskRCNN(num_classes, options.model, rngs=nnx.Rngs(0))
+        graphdef, state = split_train_state(model, optimizer, options.optim)
+        structure.append(graphdef)
+        return state
+
+    state = jax.eval_shape(make_state)
+    state = _placed(state, state_layout(state, mesh, shard=options.shard_params))
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+    batch = _train_batch(options, num_objects, mesh)
+    return TrainStep(structure[0], optimizer, mesh, options.optim).lower(state, batch, key)
+
+
+def lower_detect(options: Options, num_classes: int, devices: Sequence) -> jax.stages.Lowered:
+    """Lower the detection that evaluation and prediction run, for batches of ``batch_size`` images."""
+    mesh = make_mesh(devices)
+    model = nnx.eval_shape(lambda: MaskRCNN(num_classes, options.model, rngs=nnx.Rngs(0)))
+    model.eval()
+    graphdef, state = nnx.split(model)
+    rows = options.batch_size
+    images = jax.ShapeDtypeStruct(
+        (rows, *image_size(options.data), options.model.in_channels), RESIZE[options.data.resize]
+    )
+    batch = _placed((images, jax.ShapeDtypeStruct((rows, 2), jnp.int32)), split(mesh))
+    return detect_on_mesh.lower(graphdef, mesh, _placed(state, replicated(mesh)), batch)
+
+
+def _train_batch(options: Options, num_objects: int, mesh: Mesh) -> Batch:
+    """Return the shapes of a batch as the loader makes it, of the largest images."""
+    rows, data = options.batch_size, options.data
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    gt = GroundTruth(
+        boxes=array(np.float32, num_objects, 4),
+        labels=array(np.int32, num_objects),
+        masks=array(np.uint8, num_objects, data.mask_side, data.mask_side // 8),
+        mask_sizes=array(np.int32, 2),
+        valid=array(np.bool_, num_objects),
+        ignored=array(np.bool_, num_objects) if data.ignore_regions else None,
+    )
+    batch = Batch(
+        images=array(RESIZE[data.resize], *image_size(data), options.model.in_channels),
+        sizes=array(np.int32, 2),
+        original_sizes=array(np.int32, 2),
+        image_index=array(np.int32),
+        valid=array(np.bool_),
+        gt=gt,
+    )
+    return _placed(batch, split(mesh))
+
+
+def _placed(tree, layouts):
+    """Return shapes and dtypes with the layouts that arrays would have: one layout for all, or a tree of them."""
+    if isinstance(layouts, NamedSharding):
+        layouts = jax.tree.map(lambda _: layouts, tree)
+    return jax.tree.map(lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree, layouts)
