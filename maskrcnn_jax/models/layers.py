@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
-from maskrcnn_jax.ops.cpu.max_pool import max_pool as max_pool
 from maskrcnn_jax.ops.cpu.relu import relu as relu
+from maskrcnn_jax.ops.max_pool import max_pool as max_pool
 from maskrcnn_jax.ops.normalization import batch_norm, normalize
 from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 

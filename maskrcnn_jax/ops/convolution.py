@@ -1,8 +1,8 @@
 """Convolutions that keep the size up to their stride, in the form that is fast on the platform they run on.
 
-XLA's convolutions are good on accelerators. On CPUs the forms of ops/cpu/ are faster: Winograd's algorithm for wide
-3x3 convolutions, gradients in one layout for the others, shifted products for depthwise ones. This module alone
-decides which form runs.
+XLA's convolutions are good on accelerators, where only that of the image and those of one cell have forms of their
+own. On CPUs the forms of ops/cpu/ are faster: Winograd's algorithm for wide 3x3 convolutions, gradients in one layout
+for the others, shifted products for depthwise ones. This module alone decides which form runs.
 """
 
 import functools
@@ -19,6 +19,8 @@ from maskrcnn_jax.ops.precision import PRECISION
 
 # Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
 _WINOGRAD_CHANNELS = 128
+# Channels up to which the input of a convolution with stride 2 is an image.
+_FEW_CHANNELS = 8
 
 
 def conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"], *, stride: int = 1) -> Float[Array, "N _ _ C"]:
@@ -41,6 +43,8 @@ def _conv2d(x, kernel, stride):
         flat, product = (functools.partial(form, stride=stride) for form in (_flat_product, _product))
         return jax.lax.platform_dependent(x, kernel, cpu=flat, default=product)
     direct = functools.partial(_direct, stride=stride)
+    if _suits_blocks(x, kernel, stride):
+        return jax.lax.platform_dependent(x, kernel, cpu=direct, default=_by_blocks)
     if _suits_winograd(x, kernel, stride):
         return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
     return direct(x, kernel)
@@ -76,12 +80,37 @@ def _backward(stride, residuals, gradient):
     direct, cpu = pull_back(functools.partial(_direct, stride=stride)), by_layout
     if kernel.shape[0] == 1:
         direct, cpu = (pull_back(functools.partial(form, stride=stride)) for form in (_product, _flat_product))
+    elif _suits_blocks(x, kernel, stride):
+        direct = pull_back(_by_blocks)
     elif _suits_winograd(x, kernel, stride):
         cpu = pull_back(conv3x3)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=direct)
 
 
 _conv2d.defvjp(_forward, _backward)
+
+
+def _suits_blocks(x, kernel, stride):
+    return kernel.shape[0] % 4 == 3 and stride == 2 and x.shape[-1] <= _FEW_CHANNELS
+
+
+def _by_blocks(x, kernel):
+    """Convolve an image with stride 2 as its 2x2 blocks with stride 1.
+
+    TPUs pad channels to 128, so the three of an image take as much memory as the twelve of a block, of which there are
+    a quarter as many.
+    """
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    batch, height, width, channels = x.shape
+    blocks = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    blocks = blocks.reshape(batch, height // 2, width // 2, 4 * channels)
+    # A window of one more cell, at its beginning, is one of whole blocks.
+    half = (kernel.shape[0] + 1) // 2
+    window = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(half, 2, half, 2, *kernel.shape[2:])
+    window = window.transpose(0, 2, 1, 3, 4, 5).reshape(half, half, 4 * channels, -1)
+    padding = [(half // 2, half - 1 - half // 2)] * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(blocks, window, (1, 1), padding, dimension_numbers=layout, precision=PRECISION)
 
 
 def _suits_winograd(x, kernel, stride):

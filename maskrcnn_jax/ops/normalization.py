@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from maskrcnn_jax.ops.devices import sum_over_devices
@@ -24,7 +24,7 @@ def batch_norm(
     valid: Bool[Array, " N"],
     shift: Float[Array, " K"],
     eps: float,
-    dtype: np.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "N H W K"], Statistics]:
     """Normalise by the statistics of the valid rows, of those on other devices too.
 
@@ -75,7 +75,7 @@ def normalize(
     bias: Float[Array, " K"],
     *,
     eps: float,
-    dtype: np.dtype,
+    dtype: DTypeLike,
 ) -> Float[Array, "N H W K"]:
     """Apply one multiplication and one addition per element, their factors computed in full precision."""
     factor = scale * jax.lax.rsqrt(var + eps)

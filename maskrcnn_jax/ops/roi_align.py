@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Int, Int32
 from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
 
-# RoIs whose gradient is scattered at once, few enough that the updates stay in cache. Also the RoIs that share a
-# number of steps in adaptive sampling, few enough to need similar numbers.
+# Bins that are pooled at once, few enough that what is looked up for them stays in the memory of the chip.
+CHUNK_BINS = 16 * 49
+# RoIs that share a number of steps in adaptive sampling, few enough to need similar numbers.
 CHUNK = 16
 # Adaptive sampling takes no more points than a box of this many times the size of the feature map needs. This bounds
 # the time whatever the boxes are.
@@ -203,7 +204,8 @@ def _gather_rows(table, index, weight):
         total = jnp.zeros((*chunk[0].shape[1:], table.shape[1]), at_least_float32(table.dtype))
         return None, _add_rows(total, table, *chunk).astype(table.dtype)
 
-    _, pooled = jax.lax.scan(gather, None, (_chunks(index, 1), _chunks(weight, 1)))
+    size = _chunk_size(index)
+    _, pooled = jax.lax.scan(gather, None, (_chunks(index, 1, size), _chunks(weight, 1, size)))
     return pooled.reshape(-1, *pooled.shape[2:])[: index.shape[1]]
 
 
@@ -213,16 +215,23 @@ def _scatter_gradient(index, weight, gradient, num_rows):
     def scatter(total, chunk):
         return _scatter_rows(total, *chunk), None
 
+    size = _chunk_size(index)
+    chunks = _chunks(index, 1, size), _chunks(weight, 1, size), _chunks(gradient, 0, size)
     total = jnp.zeros((num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype))
-    return jax.lax.scan(scatter, total, (_chunks(index, 1), _chunks(weight, 1), _chunks(gradient, 0)))[0]
+    return jax.lax.scan(scatter, total, chunks)[0]
 
 
-def _chunks(array, axis):
-    """Cut the RoIs along an axis: [..., R, ...] to [R / CHUNK, ..., CHUNK, ...], zero where no RoI is left."""
+def _chunk_size(index):
+    """Return how many RoIs are pooled at once, whose indices are [T, R, P]: fewer where they have more bins."""
+    _, num_rois, num_bins = index.shape
+    return max(min(CHUNK_BINS // num_bins, num_rois), 1)
+
+
+def _chunks(array, axis, size):
+    """Cut the RoIs along an axis: [..., R, ...] to [R / size, ..., size, ...], zero where no RoI is left."""
     array = jnp.moveaxis(array, axis, 0)
-    chunk = min(CHUNK, max(len(array), 1))
-    array = jnp.pad(array, ((0, -len(array) % chunk), *((0, 0),) * (array.ndim - 1)))
-    return jnp.moveaxis(array.reshape(-1, chunk, *array.shape[1:]), 1, axis + 1)
+    array = jnp.pad(array, ((0, -len(array) % size), *((0, 0),) * (array.ndim - 1)))
+    return jnp.moveaxis(array.reshape(-1, size, *array.shape[1:]), 1, axis + 1)
 
 
 def _add_rows(total, table, index, weight):
@@ -236,8 +245,10 @@ def _add_rows(total, table, index, weight):
 
 def _scatter_rows(total, index, weight, gradient):
     """Add weight * gradient [R, P, K] to the rows of total, the transpose of :func:`_add_rows`."""
-    updates = weight[..., None].astype(total.dtype) * gradient[None].astype(total.dtype)
-    return total.at[index].add(updates, mode="promise_in_bounds")
+    # RoIs and bins as one axis before they are multiplied: TPUs would copy the updates to join them.
+    gradient = gradient.reshape(-1, gradient.shape[-1]).astype(total.dtype)
+    updates = weight.reshape(len(weight), -1, 1).astype(total.dtype) * gradient[None]
+    return total.at[index.reshape(len(index), -1)].add(updates, mode="promise_in_bounds")
 
 
 class _RoIs(NamedTuple):

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskrcnn_jax.distributed import make_mesh, on_each_device
 from maskrcnn_jax.models.layers import BatchNorm
+from maskrcnn_jax.ops.devices import sum_over_devices
+from maskrcnn_jax.ops.normalization import batch_norm
 
 
 def rows(count: int, seed: int = 0, mean: float = 2.0) -> np.ndarray:
@@ -68,3 +71,41 @@ def test_a_large_mean_costs_no_digits_once_it_is_known():
     wanted = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
     # The rounding of x itself: half a unit in the last place of 3000.
     np.testing.assert_allclose(output, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_gradients_equal_those_of_the_formula(num_devices):
+    """By automatic differentiation of the mean and the variance, with and without invalid rows and other devices."""
+    x, valid = rows(8), np.array([True, True, False, True, True, True, False, True])
+    scale, bias, shift = np.linspace(0.5, 2, 5), np.linspace(-1, 1, 5), np.full(5, 0.3)
+    direction = np.random.default_rng(2).normal(size=x.shape)
+
+    def formula(x, scale, bias):
+        weight = (valid / (valid.sum() * 12)).reshape(-1, 1, 1, 1)
+        mean = jnp.sum(weight * x, axis=(0, 1, 2))
+        var = jnp.sum(weight * jnp.square(x - mean.reshape(1, 1, 1, -1)), axis=(0, 1, 2))
+        y = (x - mean.reshape(1, 1, 1, -1)) / jnp.sqrt(var + 1e-5).reshape(1, 1, 1, -1)
+        return jnp.sum(direction * (y * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)))
+
+    def share(shared, batch):
+        def loss(x, scale, bias):
+            return jnp.sum(batch[2] * batch_norm(x, scale, bias, batch[1], jnp.asarray(shift), 1e-5, jnp.float64)[0])
+
+        by_x, *by_parameters = jax.grad(loss, (0, 1, 2))(batch[0], *shared)
+        return by_x, jax.tree.map(lambda total: total[None], sum_over_devices(by_parameters))
+
+    with jax.enable_x64(True):
+        mesh = make_mesh(jax.devices()[:num_devices])
+        ours = jax.jit(on_each_device(share, mesh, returns_rows=True))((scale, bias), (x, valid, direction))
+        wanted = jax.grad(formula, (0, 1, 2))(*map(jnp.asarray, (x, scale, bias)))
+    np.testing.assert_allclose(ours[0], wanted[0], atol=1e-12)
+    for total, expected in zip(ours[1], wanted[1:], strict=True):
+        np.testing.assert_allclose(total[0], expected, atol=1e-12)
+
+
+def test_of_half_precision_nothing_wider_is_kept_for_the_gradient():
+    x = jnp.asarray(rows(2), jnp.bfloat16)
+    arguments = jnp.ones(5), jnp.zeros(5), jnp.ones(2, bool), jnp.zeros(5)
+    _, pull = jax.vjp(lambda x: batch_norm(x, *arguments, 1e-5, jnp.bfloat16)[0], x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= x.size]
+    assert kept and all(leaf.dtype == jnp.bfloat16 for leaf in kept)

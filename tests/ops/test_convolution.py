@@ -64,6 +64,32 @@ def test_every_form_is_the_convolution(size, stride, shape, monkeypatch):
         assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
 
 
+@pytest.mark.parametrize("size", [3, 7, 11])
+@pytest.mark.parametrize("shape", [(2, 12, 14, 3), (1, 11, 9, 4), (1, 1, 2, 3)])
+def test_accelerators_convolve_the_blocks_of_an_image(size, shape):
+    with jax.enable_x64(True):
+        reference = functools.partial(direct, stride=2)
+        assert_same(convolution._by_blocks, reference, *draw(shape, (size, size, shape[-1], 5)), 1e-13)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_accelerators_convolve_single_cells_by_a_product(stride):
+    forms = (functools.partial(form, stride=stride) for form in (convolution._product, direct))
+    with jax.enable_x64(True):
+        assert_same(*forms, *draw((2, 5, 6, 3), (1, 1, 3, 4)), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "form"),
+    [((1, 8, 8, 3), 7, 2, "stablehlo.transpose"), ((1, 8, 8, 64), 1, 1, "stablehlo.dot_general")],
+)
+def test_tpus_get_their_forms(shape, size, stride, form):
+    """Read from the program for TPUs, which is lowered on any machine."""
+    x, kernel = draw(shape, (size, size, shape[-1], 8), jnp.bfloat16)
+    program = jax.jit(functools.partial(conv2d, stride=stride)).trace(x, kernel).lower(lowering_platforms=("tpu",))
+    assert form in program.as_text()
+
+
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (7, 2)])
 def test_gradients_inside_a_conditional_have_the_layout_of_the_fast_kernel(size, stride):
     x, kernel = draw((40, 20, 20, 8), (size, size, 8, 8), np.float32)
