@@ -159,7 +159,7 @@ def _positions(known: np.ndarray, wanted: array) -> np.ndarray:
     """Return the position in ``known`` of each id that the annotations refer to, -1 where it is not there."""
     ids = to_numpy(wanted, np.int64)
     order = np.argsort(known)
-    rows = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+    rows = order[np.searchsorted(known[order], ids).clip(max=len(known) - 1)]
     return np.where(known[rows] == ids, rows, -1)
 
 

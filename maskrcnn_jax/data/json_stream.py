@@ -1,28 +1,37 @@
-"""Reads a large JSON object with Python's ``json``, without ever holding all of it as Python objects.
+"""Reads a large JSON object without ever holding all of it as Python objects.
 
-``json.load`` needs about 6 GB for COCO's training annotations. Here the text is held once, one byte a character, and
-the elements of the long lists are decoded one at a time.
+``json.load`` needs about 6 GB for COCO's training annotations. Here the bytes of the file are held once, and the
+elements of the long lists are decoded one or a few hundred at a time.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from maskrcnn_jax.errors import UserError
 
+_BATCH = 1 << 17  # bytes; the numbers of more would leave the processor's cache before they are packed
+_WINDOW = 1 << 12  # bytes of a value that are decoded; more where it is longer
 _DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(rb"[ \t\n\r]*")
+_FIRST_KEY = re.compile(rb'(?:\{[ \t\n\r]*"\w+")?')
 _NON_ASCII = re.compile(rb"[\x80-\xff]+")
 
 
-def stream_json(path: Path, handlers: dict[str, Callable[[Any], None]]) -> dict[str, Any]:
+def stream_json(
+    path: Path,
+    handlers: Mapping[str, Callable[[Any], None]],
+    batch_handlers: Mapping[str, Callable[[bytes], bool]] | None = None,
+) -> dict[str, Any]:
     """Read the object in a file and hand every element of some of its lists to a function.
 
     Args:
         path: the JSON file; its top level is an object.
         handlers: name of a top-level list -> function called with each of its elements, in order.
+        batch_handlers: name of a top-level list -> function called first, with the text of a list of consecutive
+            elements. It returns whether it took them; it must not where the text is no valid JSON.
 
     Returns:
         The other values of the object by name, decoded whole; the names in ``handlers`` that were met map to None.
@@ -30,21 +39,17 @@ def stream_json(path: Path, handlers: dict[str, Callable[[Any], None]]) -> dict[
     Raises:
         UserError: the file is not valid JSON, its top level is no object, or a value in ``handlers`` is no list.
     """
-    data = read_utf8(path)
-    # One character beyond Latin-1 would make Python store the whole text in two or four bytes a character. JSON has
-    # such characters only inside strings, where an escape means the same.
-    text = _NON_ASCII.sub(lambda match: json.dumps(match[0].decode())[1:-1].encode(), data).decode("ascii")
-    del data
+    data = _read_utf8(path)
     try:
-        return _walk_object(text, handlers)
+        return _walk_object(data, handlers, batch_handlers or {})
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON: {error.msg} at character {error.pos} (line {error.lineno}, column "
-            f"{error.colno}) of {len(text)}; it may be cut short, so fetch or write it again"
+            f"{error.colno}) of {len(data.decode())}; it may be cut short, so fetch or write it again"
         ) from None
 
 
-def read_utf8(path: Path) -> bytes:
+def _read_utf8(path: Path) -> bytes:
     """Read a file of UTF-8 text, without the mark that some editors put before it.
 
     Raises:
@@ -63,59 +68,94 @@ def read_utf8(path: Path) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
 
 
-def _walk_object(text: str, handlers: dict[str, Callable[[Any], None]]) -> dict[str, Any]:
+def _walk_object(
+    data: bytes,
+    handlers: Mapping[str, Callable[[Any], None]],
+    batch_handlers: Mapping[str, Callable[[bytes], bool]],
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    pos = _expect(text, 0, "{")
-    while not text.startswith("}", pos):
+    pos = _expect(data, 0, "{")
+    while not data.startswith(b"}", pos):
         if values:
-            pos = _expect(text, pos, ",")
-        name, pos = _decode(text, pos)
+            pos = _expect(data, pos, ",")
+        name, pos = _decode(data, pos)
         if not isinstance(name, str):
-            raise json.JSONDecodeError("expected a name in double quotes", text, pos)
-        pos = _expect(text, _skip_space(text, pos), ":")
+            raise _error("expected a name in double quotes", data, pos)
+        pos = _expect(data, pos, ":")
         if name in handlers:
             values[name] = None
-            pos = _walk_list(text, pos, handlers[name])
+            pos = _walk_list(data, pos, handlers[name], batch_handlers.get(name, _refuse))
         else:
-            values[name], pos = _decode(text, pos)
-        pos = _skip_space(text, pos)
-    if _skip_space(text, pos + 1) != len(text):
-        raise json.JSONDecodeError("unexpected text after the end", text, pos + 1)
+            values[name], pos = _decode(data, pos)
+        pos = _skip_space(data, pos)
+    if _skip_space(data, pos + 1) != len(data):
+        raise _error("unexpected text after the end", data, pos + 1)
     return values
 
 
-def _walk_list(text: str, pos: int, handle: Callable[[Any], None]) -> int:
-    pos = _expect(text, pos, "[")
-    if text.startswith("]", pos):
+def _walk_list(data: bytes, pos: int, handle: Callable[[Any], None], handle_batch: Callable[[bytes], bool]) -> int:
+    pos = _expect(data, pos, "[")
+    if data.startswith(b"]", pos):
         return pos + 1
+    key = _FIRST_KEY.match(data, pos)[0]  # type: ignore[index]  # matches everywhere; other elements begin alike
+    last_brace = re.compile(rb"\}(?=[ \t\n\r]*,[ \t\n\r]*%b)" % re.escape(key))
+    next_batch = pos
     while True:
-        element, pos = _decode(text, pos)
-        handle(element)
-        pos = _skip_space(text, pos)
-        if text.startswith("]", pos):
+        found = None
+        if pos >= next_batch:
+            next_batch = pos + _BATCH
+            found = last_brace.search(data, next_batch, next_batch + _BATCH)
+        # A wrong brace does no harm: what is valid JSON in brackets is a sequence of whole elements.
+        if found and handle_batch(b"[%b]" % data[pos : found.end()]):
+            pos = next_batch = found.end()
+        else:
+            element, end = _decode(data, pos)
+            if not handle_batch(b"[%b]" % data[pos:end]):
+                handle(element)
+            pos = end
+        pos = _skip_space(data, pos)
+        if data.startswith(b"]", pos):
             return pos + 1
-        pos = _expect(text, pos, ",")
+        pos = _expect(data, pos, ",")
 
 
-def _decode(text: str, pos: int) -> tuple[Any, int]:
+def _refuse(batch: bytes) -> bool:
+    return False
+
+
+def _decode(data: bytes, pos: int) -> tuple[Any, int]:
     """Return the value at a position and the position of what follows it."""
-    try:
-        return _DECODER.raw_decode(text, pos)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError:
-        raise json.JSONDecodeError("lists or objects lie too deep inside one another", text, pos) from None
-    except ValueError:
-        raise json.JSONDecodeError("a number has more digits than Python converts", text, pos) from None
+    size = _WINDOW
+    while True:
+        window = memoryview(data)[pos : pos + size]
+        # Latin-1 has a character for every byte, so that positions are those of the bytes.
+        text = str(window, "latin-1")
+        try:
+            value, length = _DECODER.raw_decode(text)
+            if length < len(text) or pos + length == len(data):
+                return value if text.isascii() else json.loads(str(window[:length], "utf-8")), pos + length
+        except json.JSONDecodeError as error:
+            if pos + size >= len(data):
+                raise _error(error.msg, data, pos + error.pos) from None
+        except RecursionError:
+            raise _error("lists or objects lie too deep inside one another", data, pos) from None
+        except ValueError:
+            raise _error("a number has more digits than Python converts", data, pos) from None
+        size *= 16  # the value may pass the end of the window
 
 
-def _skip_space(text: str, pos: int) -> int:
-    return _SPACE.match(text, pos).end()  # type: ignore[union-attr]  # matches everywhere
+def _skip_space(data: bytes, pos: int) -> int:
+    return _SPACE.match(data, pos).end()  # type: ignore[union-attr]  # matches everywhere
 
 
-def _expect(text: str, pos: int, character: str) -> int:
+def _expect(data: bytes, pos: int, character: str) -> int:
     """Return the position of what follows ``character``, which must come next after optional white space."""
-    pos = _skip_space(text, pos)
-    if not text.startswith(character, pos):
-        raise json.JSONDecodeError(f"expected {character!r}", text, pos)
-    return _skip_space(text, pos + 1)
+    pos = _skip_space(data, pos)
+    if not data.startswith(character.encode(), pos):
+        raise _error(f"expected {character!r}", data, pos)
+    return _skip_space(data, pos + 1)
+
+
+def _error(message: str, data: bytes, pos: int) -> json.JSONDecodeError:
+    before = data[:pos].decode(errors="replace")  # the position may lie inside a character
+    return json.JSONDecodeError(message, before, len(before))
