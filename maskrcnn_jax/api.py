@@ -15,7 +15,8 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
 from maskrcnn_jax.inference.predictor import Predictor
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.run_folder import load_model, load_options
 from maskrcnn_jax.training import loop
@@ -71,7 +72,13 @@ def load(
     return Predictor(*_load_weights(source, options, categories), options)
 
 
-def train(config: Config, workdir: str | os.PathLike, *, weights: str | os.PathLike | None = None) -> None:
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    weights: str | os.PathLike | None = None,
+    profile_steps: int = 0,
+) -> None:
     """Train a model, resuming from the newest checkpoint in ``workdir`` if there is one.
 
     Afterwards ``load(workdir)`` returns the trained model. Progress is logged under the name "maskrcnn_jax".
@@ -81,6 +88,8 @@ def train(config: Config, workdir: str | os.PathLike, *, weights: str | os.PathL
         workdir: Folder for checkpoints, metrics and pictures; created if it does not exist.
         weights: What a new run starts from: a file of weights, of a whole model or of a backbone, or the name of
             published weights.
+        profile_steps: Trace so many steps, from the third of this start on, and write the trace of ``jax.profiler``
+            into ``workdir/profile``.
 
     Raises:
         UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
@@ -99,7 +108,7 @@ def train(config: Config, workdir: str | os.PathLike, *, weights: str | os.PathL
         return evaluate
 
     initialize = functools.partial(_initialize, source=os.fspath(weights)) if weights else None
-    loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize)
+    loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize, profile_steps=profile_steps)
 
 
 def _initialize(model: MaskRCNN, source: str) -> None:

@@ -22,7 +22,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import MaskRCNN, make_unfilled
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file, writing
 

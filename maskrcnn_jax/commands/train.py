@@ -13,7 +13,7 @@ stopped resumes from its newest checkpoint when it is started again with the sam
 import argparse
 
 import maskrcnn_jax as mr
-from maskrcnn_jax.commands.app import add_process_options
+from maskrcnn_jax.commands.app import add_process_options, at_least
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|NAME",
         help="what a new run starts from: .pth, .safetensors, .pkl or published weights, of a model or a backbone",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        type=at_least(1),
+        default=0,
+        help="write a trace of so many steps into DIR/profile, from the third of this start on, for TensorBoard or "
+        "Perfetto",
+    )
     add_process_options(parser)
 
 
 def main(options: argparse.Namespace) -> None:
     """Train."""
-    mr.train(options.config, options.workdir, weights=options.weights)
+    mr.train(options.config, options.workdir, weights=options.weights, profile_steps=options.profile)

@@ -5,7 +5,7 @@ The file is what ``numpy.load`` reads, a zip without pickles, and holds
 - ``model.json``: how images are prepared and what comes out, see ``describe``;
 - ``weights/0.npy``, ``weights/1.npy``, ...: arrays that every program takes, in this order;
 - ``800x1088.stablehlo`` and so on: for each padded size of images a program that ``jax.export.deserialize`` reads, for
-  any number of images and for CPUs and NVIDIA GPUs. The weights lie beside the programs, since they share them.
+  any number of images and for CPUs, GPUs and TPUs. The weights lie beside the programs, since they share them.
 
 A program is called with the list of weights, images [B, H, W, I] in RGB, padded with anything, their sizes [B, 2]
 int32 (height, width) inside the padding, and their sizes before they were resized, [B, 2] int32. It returns a dict:
@@ -35,7 +35,7 @@ from maskrcnn_jax.structures import Detections
 from maskrcnn_jax.writing import replace_file
 
 FORMAT = 1
-PLATFORMS = ("cpu", "cuda")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Smaller arrays stay as they are: they are biases and statistics, and all of them together are small.
 _MIN_QUANTIZED = 1024
 

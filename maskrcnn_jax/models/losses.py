@@ -4,16 +4,22 @@ Every loss divides by the number of samples in the whole batch, as torchvision d
 All are computed in float32 or wider, whatever the compute dtype of the network.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from maskrcnn_jax.ops.boxes import paired_giou, paired_iou
+from maskrcnn_jax.models.box_head import BOX_WEIGHTS
+from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes, paired_giou, paired_iou
 from maskrcnn_jax.ops.devices import sum_over_devices
 
 # Where smooth L1 turns from quadratic to linear, in units of weighted offsets.
 SMOOTH_L1_BETA = 1.0 / 9
+# Of the classes with a sigmoid: a prior probability of 0.01, without which the many absent ones would dominate the
+# loss at first. Sec. 4.1, Focal Loss for Dense Object Detection.
+FOCAL_BIAS = math.log(0.01 / (1 - 0.01))
 
 
 def masked_mean(
@@ -122,6 +128,30 @@ def giou_loss(
 ) -> Float[Array, ""]:
     """Return the mean of 1 - GIoU over foreground samples, which also attracts boxes that do not overlap."""
     return masked_mean(1 - paired_giou(boxes, targets), foreground)
+
+
+def roi_box_loss(
+    kind: str,
+    deltas: Float[Array, "B S 4"],
+    boxes: Float[Array, "B S 4"],
+    targets: Float[Array, "B S 4"],
+    foreground: Bool[Array, "B S"],
+    valid: Bool[Array, "B S"],
+) -> Float[Array, ""]:
+    """Compute the loss of the box head.
+
+    Args:
+        kind: "smooth_l1" of the offsets, "iou" or "giou" of the boxes.
+        deltas: [B, S, 4] predicted offsets of the true class.
+        boxes: [B, S, 4] RoIs that they are relative to.
+        targets: [B, S, 4] boxes of the matched objects.
+        foreground: [B, S] bool.
+        valid: [B, S] bool.
+    """
+    if kind == "smooth_l1":
+        return box_loss(deltas, encode_boxes(targets, boxes, BOX_WEIGHTS), foreground, valid)
+    loss = iou_loss if kind == "iou" else giou_loss
+    return loss(decode_boxes(deltas, boxes, BOX_WEIGHTS), targets, foreground)
 
 
 def mask_loss(

@@ -1,10 +1,10 @@
 """Mask R-CNN: features, proposals, boxes, masks; then the losses of training and the detections.
 
-Each stage is a method, so that a comparison can feed the intermediate result of a reference into any of them.
+Each stage is a method, so that a comparison can feed the intermediate result of a reference into any of them, and a
+named scope, by which profiles show it.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Real
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
 from maskrcnn_jax.models.backbone import Backbone, check_backbone, feature_list, make_backbone
-from maskrcnn_jax.models.box_head import BOX_WEIGHTS, BoxHead
+from maskrcnn_jax.models.box_head import BoxHead
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.mask_head import MaskHead
 from maskrcnn_jax.models.normalize import normalize_images
@@ -25,7 +25,7 @@ from maskrcnn_jax.models.postprocess import select_detections
 from maskrcnn_jax.models.proposals import RPN_BOX_WEIGHTS, limit_proposals, sample_rois, select_proposals
 from maskrcnn_jax.models.rpn import RPNHead
 from maskrcnn_jax.ops.anchors import grid_anchors
-from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes
+from maskrcnn_jax.ops.boxes import encode_boxes
 from maskrcnn_jax.ops.devices import any_on_devices, split_key, sum_over_devices
 from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample, ignore_covered, match, sample_balanced
@@ -45,9 +45,6 @@ Scalars: TypeAlias = dict[str, Float[Array, ""]]
 
 BOX_POOL_SIZE = 7
 MASK_POOL_SIZE = 14
-# Prior probability of the classes with a sigmoid, without which the many absent ones would dominate the loss at first.
-# Sec. 4.1, Focal Loss for Dense Object Detection.
-FOCAL_PRIOR = 0.01
 
 
 class MaskRCNN(nnx.Module):
@@ -99,7 +96,7 @@ class MaskRCNN(nnx.Module):
             conv_channels=options.box_conv_channels,
             fc_channels=options.box_fc_channels,
             norm=options.head_norm,
-            class_bias=math.log(FOCAL_PRIOR / (1 - FOCAL_PRIOR)) if options.classification_loss == "focal" else 0.0,
+            class_bias=losses.FOCAL_BIAS if options.classification_loss == "focal" else 0.0,
             **common,
         )
         self.mask_head = MaskHead(
@@ -124,8 +121,10 @@ class MaskRCNN(nnx.Module):
 
     def features(self, images: Images, sizes: Sizes) -> Pyramid:
         """Return the pyramid of images [B, H, W, I] in 0..255, finest first; P2..P6 of a backbone with four maps."""
-        maps = self.backbone(self.normalize(images, sizes))
-        return self.fpn(feature_list(maps, self.backbone.out_channels))
+        with jax.named_scope("backbone"):
+            maps = feature_list(self.backbone(self.normalize(images, sizes)), self.backbone.out_channels)
+        with jax.named_scope("fpn"):
+            return self.fpn(maps)
 
     def anchors(
         self, features: Sequence[Float[Array | np.ndarray, "B _ _ K"]], image_shape: tuple[int, ...]
@@ -142,6 +141,7 @@ class MaskRCNN(nnx.Module):
         )
         return [jnp.asarray(level) for level in levels]
 
+    @jax.named_scope("propose")
     def propose(
         self, objectness: Objectness, deltas: Deltas, anchors: Anchors, sizes: Sizes, *, train: bool
     ) -> Proposals:
@@ -158,6 +158,7 @@ class MaskRCNN(nnx.Module):
         objectness, deltas = jax.lax.stop_gradient((objectness, deltas))
         return jax.vmap(lambda o, d, s: select(o, d, anchors, s))(objectness, deltas, sizes)
 
+    @jax.named_scope("pool")
     def pool(
         self, features: Pyramid, boxes: Float[Array, "B R 4"], image_shape: tuple[int, ...], output_size: int
     ) -> Float[Array, "B R {output_size} {output_size} K"]:
@@ -170,6 +171,7 @@ class MaskRCNN(nnx.Module):
         pool = functools.partial(operator, image_shape=image_shape, output_size=output_size)
         return jax.vmap(pool)(features[:-1], boxes)
 
+    @jax.named_scope("select")
     def select(
         self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N C1 4"], proposals: Proposals, sizes: Sizes
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
@@ -188,6 +190,7 @@ class MaskRCNN(nnx.Module):
         )
         return jax.vmap(select)(scores, deltas, proposals, sizes)
 
+    @jax.named_scope("mask_logits")
     def mask_logits(
         self,
         features: Pyramid,
@@ -216,6 +219,7 @@ class MaskRCNN(nnx.Module):
         many = any_on_devices(jnp.any(valid[:, few:]))  # norms of the head need all devices in one branch
         return nnx.cond(many, with_slots(num_slots), with_slots(few), self.mask_head)
 
+    @jax.named_scope("match_anchors")
     def match_anchors(self, anchors: Anchors, gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
         flat, high, low = jnp.concatenate(anchors), self.options.rpn_fg_iou_thresh, self.options.rpn_bg_iou_thresh
@@ -226,6 +230,7 @@ class MaskRCNN(nnx.Module):
         ignore = jax.vmap(lambda m, boxes, ignored: ignore_covered(m, flat, boxes, ignored))
         return ignore(matches, gt.boxes, gt.ignored)
 
+    @jax.named_scope("sample_anchors")
     def sample_anchors(self, key: Key[Array, ""], matches: Int[Array, "B A"]) -> Sample:
         """Draw the anchors of the RPN losses from matches [B, A]."""
         keys = split_key(key, matches.shape[0])
@@ -233,6 +238,7 @@ class MaskRCNN(nnx.Module):
         sample = functools.partial(sample_balanced, size=size, positive_fraction=fraction)
         return jax.vmap(lambda k, m: sample(k, m >= 0, m == BACKGROUND))(keys, matches)
 
+    @jax.named_scope("sample_rois")
     def sample_rois(
         self, key: Key[Array, ""], proposals: Proposals, gt: GroundTruth, *, proposals_from_rpn: bool = False
     ) -> RoISamples:
@@ -279,7 +285,8 @@ class MaskRCNN(nnx.Module):
 
         features = self.features(batch.images, batch.sizes)
         anchors = self.anchors(features, image_shape)
-        objectness, deltas = self.rpn(features)
+        with jax.named_scope("rpn"):
+            objectness, deltas = self.rpn(features)
         matches = self.match_anchors(anchors, gt)
         sample = self.sample_anchors(rpn_key, matches)
         sample = sample._replace(valid=sample.valid & batch.valid[:, None])
@@ -291,6 +298,7 @@ class MaskRCNN(nnx.Module):
         head_terms, metrics = self.head_losses(features, rois, gt, batch)
         return terms | head_terms, metrics
 
+    @jax.named_scope("rpn_losses")
     def rpn_losses(
         self,
         objectness: Objectness,
@@ -316,21 +324,19 @@ class MaskRCNN(nnx.Module):
             "loss_rpn_box_reg": losses.box_loss(predicted, targets, sample.foreground, sample.valid),
         }
 
+    @jax.named_scope("head_losses")
     def head_losses(
         self, features: Pyramid, rois: RoISamples, gt: GroundTruth, batch: Batch
     ) -> tuple[Scalars, Scalars]:
         """Return the class, box and mask losses of the sampled RoIs, and metrics of the heads."""
         options, image_shape = self.options, batch.images.shape[1:3]
         foreground = rois.valid & (rois.labels > 0)
-        logits, deltas = self.box_head(self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE), rois.valid)
+        pooled = self.pool(features, rois.boxes, image_shape, BOX_POOL_SIZE)
+        with jax.named_scope("box_head"):
+            logits, deltas = self.box_head(pooled, rois.valid)
         matched = jnp.take_along_axis(gt.boxes, rois.gt_index[..., None], axis=1)
         deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
-        if options.box_loss == "smooth_l1":
-            targets = encode_boxes(matched, rois.boxes, BOX_WEIGHTS)
-            box_term = losses.box_loss(deltas, targets, foreground, rois.valid)
-        else:
-            box_loss = losses.iou_loss if options.box_loss == "iou" else losses.giou_loss
-            box_term = box_loss(decode_boxes(deltas, rois.boxes, BOX_WEIGHTS), matched, foreground)
+        box_term = losses.roi_box_loss(options.box_loss, deltas, rois.boxes, matched, foreground, rois.valid)
         if options.classification_loss == "focal":
             class_term = losses.focal_loss(logits, rois.labels, rois.valid)
             logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not
@@ -358,6 +364,7 @@ class MaskRCNN(nnx.Module):
         }
         return terms, metrics
 
+    @jax.named_scope("mask_targets")
     def mask_targets(self, rois: RoISamples, gt: GroundTruth, batch: Batch) -> Float[Array, "B F M M"]:
         """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
         shape, side, aligned = batch.images.shape[1:3], self.mask_size, self.options.roi_aligned
@@ -382,21 +389,12 @@ class MaskRCNN(nnx.Module):
         image_shape = images.shape[1:3]
         features = self.features(images, sizes)
         anchors = self.anchors(features, image_shape)
-        objectness, deltas = self.rpn(features)
+        with jax.named_scope("rpn"):
+            objectness, deltas = self.rpn(features)
         proposals = self.propose(objectness, deltas, anchors, sizes, train=False)
-        logits, box_deltas = self.box_head(self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE))
+        pooled = self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE)
+        with jax.named_scope("box_head"):
+            logits, box_deltas = self.box_head(pooled)
         boxes, scores, labels, valid = self.select(logits, box_deltas, proposals, sizes)
         mask_logits = self.mask_logits(features, boxes, labels, valid, image_shape)
         return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)
-
-
-def make_unfilled(num_classes: int, options: ModelOptions) -> MaskRCNN:
-    """Build a network of zeros to read weights into, without the time that drawing initial values takes.
-
-    Args:
-        num_classes: C + 1, background included.
-        options: Of the network.
-    """
-    model = nnx.eval_shape(lambda: MaskRCNN(num_classes, options, rngs=nnx.Rngs(0)))
-    nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), nnx.state(model)))
-    return model

@@ -42,14 +42,13 @@ def match(
     """
     if gt_boxes.shape[0] == 0 or boxes.shape[0] == 0:
         return jnp.full(boxes.shape[0], BACKGROUND, jnp.int32)
-    block = min(_BLOCK, gt_boxes.shape[0])
-    padding = -gt_boxes.shape[0] % block
-    blocks = jnp.pad(gt_boxes, ((0, padding), (0, 0))).reshape(-1, block, 4), jnp.pad(gt_valid, (0, padding))
+    size = min(_BLOCK, gt_boxes.shape[0])
+    padding = -gt_boxes.shape[0] % size
 
-    def visit(best, of_block):
+    def visit(best, block):
         best_iou, best_gt, is_best = best
-        first, gt_boxes, gt_valid = of_block
-        iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [block, N]
+        first, gt_boxes, gt_valid = block
+        iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [size, N]
         highest = jnp.max(iou, axis=0)
         # An equal overlap with an earlier object counts more.
         best_gt = jnp.where(highest > best_iou, first + jnp.argmax(iou, axis=0), best_gt).astype(jnp.int32)
@@ -58,8 +57,11 @@ def match(
 
     number = boxes.shape[0]
     start = jnp.full(number, -2, boxes.dtype), jnp.zeros(number, jnp.int32), jnp.zeros(number, bool)
-    firsts = jnp.arange(0, len(blocks[0]) * block, block)
-    blocks = firsts, blocks[0], blocks[1].reshape(-1, block)
+    blocks = (
+        jnp.arange(0, gt_boxes.shape[0], size),
+        jnp.pad(gt_boxes, ((0, padding), (0, 0))).reshape(-1, size, 4),
+        jnp.pad(gt_valid, (0, padding)).reshape(-1, size),
+    )
     (best_iou, best_gt, is_best), _ = jax.lax.scan(visit, start, blocks)
     matches = jnp.where(best_iou >= high_threshold, best_gt, jnp.where(best_iou < low_threshold, BACKGROUND, IGNORED))
     return jnp.where(is_best, best_gt, matches) if allow_low_quality else matches

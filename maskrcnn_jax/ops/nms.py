@@ -93,7 +93,8 @@ def class_nms(
             array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
             for array, is_batched in zip((boxes, scores), in_batched, strict=True)
         ]
-        return pick_together(*every), Picks(True, True, True, True)
+        picks = pick_together(*every)
+        return picks, jax.tree.map(lambda _: True, picks)
 
     def pick_together(boxes, scores):
         return _pick_best(boxes, jnp.where(scores > score_threshold, scores, -1), iou_threshold, max_picks)

@@ -318,7 +318,8 @@ def _scatter_samples(gradient, rois, num_rows, output_size):
         chunk, num_steps, gradient = inputs
 
         def add_sample(sample, total):
-            return _scatter_rows(total, *_sample_rows(chunk, sample, output_size), gradient)
+            index, weight = _sample_rows(chunk, sample, output_size)
+            return _scatter_rows(total, index, weight, gradient)
 
         return jax.lax.fori_loop(0, num_steps, add_sample, total), None
 

@@ -31,6 +31,7 @@ from maskrcnn_jax.training.derive import derive_options
 from maskrcnn_jax.training.log import StepLog
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
+from maskrcnn_jax.training.profiler import Profiler
 from maskrcnn_jax.training.signals import StopSignals
 from maskrcnn_jax.training.step import (
     TrainState,
@@ -67,6 +68,7 @@ class _Run(NamedTuple):
     evaluate: Evaluate | None
     steps_per_epoch: int
     num_steps: int
+    profile_steps: int
 
     def evaluation_is_due(self, step: int) -> bool:
         """Return whether the model is evaluated after a step."""
@@ -80,6 +82,7 @@ def train(
     *,
     make_evaluate: Callable[[Categories], Evaluate],
     initialize: Callable[[MaskRCNN], None] | None = None,
+    profile_steps: int = 0,
 ) -> None:
     """Train a model, resuming from the newest checkpoint in ``workdir`` if there is one.
 
@@ -89,6 +92,7 @@ def train(
         make_evaluate: Called once with the categories, unless ``eval_every`` is 0. What it returns is called with the
             model after epochs.
         initialize: Called with the model if there is no checkpoint, to change its initial values.
+        profile_steps: Steps to trace.
 
     Raises:
         UserError: if the options, the data and the folder do not fit each other, or a loss is not finite.
@@ -137,6 +141,7 @@ def train(
             evaluate,
             steps_per_epoch,
             num_steps,
+            profile_steps,
         )
         _log_start(run, state, random=restored is None and initialize is None)
         if changes:
@@ -166,6 +171,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             MetricWriter(run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first())
         ) as writer,
         contextlib.closing(batches),
+        contextlib.closing(Profiler(run.workdir, run.profile_steps)) as profiler,
         StopSignals() as stop,
         ThreadPoolExecutor(1) as watcher,
         tqdm(total=run.num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
@@ -189,7 +195,9 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             if program := run.train_step.compile(state, placed, key):
                 _log_compiled(batch, program, time.perf_counter() - came)
                 log.restart_clock()
+            profiler.before_step(step - start)
             state, metrics = run.train_step(state, placed, key)
+            profiler.after_step(step - start, metrics)
             del placed  # before the next is made
             log.add(step, metrics, batch.image_index, wanted, came)
             progress.update()

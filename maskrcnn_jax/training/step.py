@@ -200,8 +200,10 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
         gradient = functools.partial(_mean_gradient, parts=optim.accumulate, unroll=simulated)
 
     def of_rows(shared, batch):
-        gradients, variables, metrics = gradient(graphdef, *shared, batch)
-        gradients, metrics = sum_over_devices((gradients, metrics))
+        params, variables, scale, key = shared
+        gradients, variables, metrics = gradient(graphdef, params, variables, scale, key, batch)
+        with jax.named_scope("sum_gradients"):
+            gradients, metrics = sum_over_devices((gradients, metrics))
         return gradients, variables, metrics
 
     scale = None if state.loss_scale is None else state.loss_scale.scale
@@ -209,8 +211,9 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     gradients, variables, metrics = on_each_device(of_rows, mesh, returns_rows=False)(shared, batch)
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     metrics["gradient_norm"] = optax.tree.norm(gradients)
     changed = state._replace(params=params, variables=variables, opt_state=opt_state)
     if state.averaged is not None:

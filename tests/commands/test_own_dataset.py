@@ -12,7 +12,7 @@ import pytest
 
 import maskrcnn_jax as mr
 from maskrcnn_jax.config import to_options
-from maskrcnn_jax.models.mask_rcnn import make_unfilled
+from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.weights.convert import load_weights
 from tests.documents import ROOT, blocks, commands
 

@@ -87,7 +87,7 @@ def test_an_export_finds_what_the_model_finds_without_the_package(predictor, ima
         {"label": 3, "id": 13, "name": "ring"},
         {"label": 4, "id": 900, "name": "heart"},
     ]
-    assert about["platforms"] == ["cpu", "cuda"]
+    assert about["platforms"] == ["cpu", "cuda", "rocm", "tpu"]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 
 from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.mask_rcnn import make_unfilled
+from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import OptimOptions, Options
 from maskrcnn_jax.training.derive import derive_options
 from maskrcnn_jax.weights.convert import load_weights, to_torchvision

@@ -12,8 +12,8 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import list_images
-from maskrcnn_jax.models.mask_rcnn import make_unfilled
 from maskrcnn_jax.models.normalize import IMAGE_MEAN, IMAGE_STD
+from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.torchvision import entries
