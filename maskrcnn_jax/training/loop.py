@@ -171,7 +171,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             MetricWriter(run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first())
         ) as writer,
         contextlib.closing(batches),
-        contextlib.closing(Profiler(run.workdir, run.profile_steps)) as profiler,
+        contextlib.closing(Profiler(run.workdir, run.profile_steps, run.train_step)) as profiler,
         StopSignals() as stop,
         ThreadPoolExecutor(1) as watcher,
         tqdm(total=run.num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
