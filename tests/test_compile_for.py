@@ -11,6 +11,7 @@ from tools.compiling.flops import products
 from tools.compiling.hlo import Array, parse, parse_shape
 from tools.compiling.loops import executions, trip_count, uncounted_loops
 from tools.compiling.memory import largest_buffers, memory_by_kind
+from tools.compiling.sweep import Fit, largest_that_fits
 from tools.compiling.targets import CHIPS, parse_target
 from tools.compiling.traffic import traffic
 
@@ -66,7 +67,8 @@ StackFrames
   %one = s32[]{:T(128)S(1)} constant(1)
   %next = s32[]{:T(128)S(1)} add(%b.i, %one)
   %changed = f32[1024,128]{1,0:T(8,128)} fusion(%b.table, %b.i), kind=kLoop, calls=%update
-  %reduced = f32[]{:T(128)S(1)} all-reduce(%b.value), replica_groups={{0,1}}, to_apply=%add, metadata={stack_frame_id=2}
+  %reduced = f32[]{:T(128)S(1)} all-reduce(%b.value), replica_groups={{0,1}}, to_apply=%add, \
+metadata={stack_frame_id=2}
   ROOT %b.out = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) tuple(%next, %changed, %reduced)
 }
 
@@ -91,7 +93,8 @@ StackFrames
 condition=%inner_condition, body=%inner_body, metadata={stack_frame_id=2}
   %e.changed = f32[1024,128]{1,0:T(8,128)} get-tuple-element(%e.while), index=1
   %e.sum = f32[]{:T(128)S(1)} get-tuple-element(%e.while), index=2
-  ROOT %e.out = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) tuple(%e.next, %e.changed, %e.sum)
+  ROOT %e.out = (s32[]{:T(128)S(1)}, f32[1024,128]{1,0:T(8,128)}, f32[]{:T(128)S(1)}) \
+tuple(%e.next, %e.changed, %e.sum)
 }
 
 ENTRY %main (p.0: f32[1024,128], p.1: f32[]) -> f32[1024,128] {
@@ -330,3 +333,16 @@ def test_the_narrowest_part_limits_the_speed():
     assert limits["hbm"] == pytest.approx(4 * CHIPS["v5e"].hbm / costs.traffic)
     assert limits["network"] == pytest.approx(4 * CHIPS["v5e"].links / (1.5 * 48))
     assert roofline(costs, parse_target("v5e:2x2", 2), 4)["network"] < limits["network"] / 5
+
+
+@pytest.mark.parametrize("largest", [0, 1, 2, 3, 7, 8, 40])
+@pytest.mark.parametrize("curve", [lambda n: 5 + 10 * n, lambda n: 10 * n if n < 5 else 50 + n, lambda n: 7])
+def test_the_largest_batch_that_fits_is_found(largest, curve):
+    asked = []
+
+    def measure(number):
+        asked.append(number)
+        return Fit(number <= largest, curve(number))
+
+    assert largest_that_fits(measure, limit=curve(largest)) == largest
+    assert len(asked) == len(set(asked)) <= 10

@@ -11,9 +11,9 @@ from tools.compiling.targets import Target
 
 _BUFFERS, _PLACES = 15, 15  # lines of the text
 HEADER = (
-    "| target | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB "
+    "| target | remat | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB "
     "| GFLOP an image | collectives, MB a step | in loops | images/s a chip, at most (estimate) |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -113,6 +113,7 @@ def as_row(report: Mapping, target: Target) -> str:
     collectives = report["collectives"]
     cells = [
         str(target),
+        "yes" if report["remat"] else "no",
         str(report["batch_size"]),
         f"{report['images_per_chip']:g}",
         f"{report['memory_bytes']['total'] / 2**30:.1f}" + ("" if report["fits"] else ", does not fit"),

@@ -23,8 +23,8 @@ class Chip:
     source: str
 
 
-# Memory: what XLA leaves to programs of the 16, 32, 32 and 95 GiB, as it says when it refuses one. Where two versions of
-# a source differ (v5e: 800 or 819 GB/s of HBM), the larger figure is taken.
+# Memory: what XLA leaves to programs of 16, 32, 32 and 95 GiB, as it says when it refuses one. Where two versions of a
+# source differ (v5e: 800 or 819 GB/s of HBM), the larger figure is taken.
 CHIPS = {
     "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.1e9, "cloud.google.com/tpu/docs/v6e, column v5e"),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1640e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e"),
