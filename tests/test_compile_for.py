@@ -173,7 +173,7 @@ def test_loops_multiply_traffic_and_collectives():
     assert costs.traffic == 3 * 2 * TABLE + 12 * (ROWS + 2 * ROWS)
     (collective,) = costs.collectives
     assert (collective.op, collective.dtype, collective.in_loop) == ("all-reduce", "f32", True)
-    assert (collective.bytes, collective.count, collective.places) == (12 * 4, 12, ("maskrcnn_jax/ops/a.py:7",))
+    assert (collective.bytes, collective.times, collective.places) == (12 * 4, 12, ("maskrcnn_jax/ops/a.py:7",))
     assert any("all-reduce of f32 inside a loop" in warning for warning in costs.warnings)
     assert [(loop.place, loop.trips, loop.traffic) for loop in costs.loops] == [
         ("m.while", 3, costs.traffic),
@@ -311,8 +311,10 @@ allocation 6: size 300, color 1, preallocated-temp:
     found = [
         (buffer.num_bytes, buffer.shape, buffer.place) for buffer in largest_buffers(parse(LOOPS), compiled, ROOT, 9)
     ]
-    assert found[0] == (9000, "f32[1024,128]", "e.copy")
-    assert (1000, "f32[1024,128]", "maskrcnn_jax/ops/a.py:7") in found
+    assert found[:2] == [
+        (10000, "f32[1024,128]", "maskrcnn_jax/ops/a.py:7"),  # the copy too, because the loop there uses it
+        (8000, "f32[1024,128]", "changed"),
+    ]
     assert all(size != 512 for size, *_ in found), "what lies on the chip takes no HBM"
 
 
@@ -332,7 +334,9 @@ def test_the_narrowest_part_limits_the_speed():
     limits = roofline(costs, parse_target("v5e:2x2"), 4)
     assert limits["hbm"] == pytest.approx(4 * CHIPS["v5e"].hbm / costs.traffic)
     assert limits["network"] == pytest.approx(4 * CHIPS["v5e"].links / (1.5 * 48))
-    assert roofline(costs, parse_target("v5e:2x2", 2), 4)["network"] < limits["network"] / 5
+    nodes = roofline(costs, parse_target("h100:2x8"), 4)["network"]
+    assert nodes == pytest.approx(4 / (48 * (1.75 / CHIPS["h100"].links + 1 / 8 / CHIPS["h100"].network)))
+    assert roofline(costs, parse_target("v5e:1x1"), 4).keys() == {"hbm"}
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 3, 7, 8, 40])

@@ -32,7 +32,7 @@ class Collective(NamedTuple):
     dtype: str
     in_loop: bool
     bytes: int  # of what a chip puts in, in a step
-    count: int  # in a step
+    times: int  # in a step
     places: tuple[str, ...]  # "file:line"
 
 
@@ -76,7 +76,7 @@ def analyse(module: Module, root: Path, compute_dtype: str) -> Costs:
     flops, wide = _flops(module, run, root, compute_dtype)
     found = _collectives(module, run, root)
     warnings = [
-        f"{item.op} of {item.dtype} inside a loop, {item.count} a step, at {', '.join(item.places)}"
+        f"{item.op} of {item.dtype} inside a loop, {item.times} a step, at {', '.join(item.places)}"
         for item in found
         if item.in_loop
     ]
@@ -190,17 +190,25 @@ def roofline(costs: Costs, target: Target, images: float) -> dict[str, float]:
         target: The machine.
         images: Of a chip and step.
     """
-    chip, num, groups = target.chip, target.chips, target.groups
+    chip, num = target.chip, target.chips
     seconds = {"compute": costs.flops / chip.flops, "hbm": costs.traffic / chip.hbm}
     if num > 1:
         seconds["network"] = 0.0
     for item in costs.collectives if num > 1 else ():
-        in_group = num // groups
-        if item.op == "all-reduce":
-            # A ring inside each slice, and one between the slices, to which each chip brings its share.
-            seconds["network"] += 2 * (in_group - 1) / in_group * item.bytes / chip.links
-            seconds["network"] += 2 * (groups - 1) / groups * item.bytes / in_group / chip.network
-        else:
-            times = num - 1 if item.op == "all-gather" else 1  # what a chip puts in goes to all others
-            seconds["network"] += times * item.bytes / (chip.links if groups == 1 else chip.network)
+        seconds["network"] += _exchange(item, target)
     return {name: images / duration for name, duration in seconds.items() if duration}
+
+
+def _exchange(item: Collective, target: Target) -> float:
+    """Return the seconds that collectives take: rings over the chips of a slice or node, then between these."""
+    chip, groups = target.chip, target.groups
+    in_group = target.chips // groups
+    if item.op == "send":  # into which XLA divides what several TPU slices do together
+        return item.bytes / chip.network
+    # How often what a chip puts in, or one part of it for each chip, goes over a link.
+    passes = {"all-reduce": 2 * (in_group - 1) / in_group, "all-gather": in_group - 1}
+    seconds = passes.get(item.op, (in_group - 1) / in_group) * item.bytes / chip.links
+    if chip.platform == "cuda" and groups > 1:
+        passes = {"all-reduce": 2 * (groups - 1) / groups, "all-gather": in_group * (groups - 1)}
+        seconds += passes.get(item.op, (groups - 1) / groups) * item.bytes / in_group / chip.network
+    return seconds

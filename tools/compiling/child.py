@@ -26,7 +26,9 @@ def main() -> None:
     else:
         lowered = lower_detect(options, settings["num_classes"], devices)
     compiled = lowered.compile({"xla_dump_to": str(folder)} | settings["compiler_options"])
-    (folder / "code_bytes").write_text(str(compiled.memory_analysis().generated_code_size_in_bytes))
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        (folder / "code_bytes").write_text(str(memory.generated_code_size_in_bytes))
 
 
 def _devices(topology: str, slices: int):

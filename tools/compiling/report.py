@@ -10,6 +10,7 @@ from tools.compiling.memory import largest_buffers, memory_by_kind
 from tools.compiling.targets import Target
 
 _BUFFERS, _PLACES = 15, 15  # lines of the text
+_ANY_RATE = 1e5  # images/s, beyond which a part of the machine is as good as unused
 HEADER = (
     "| target | remat | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB "
     "| GFLOP an image | collectives, MB a step | in loops | images/s a chip, at most (estimate) |\n"
@@ -70,7 +71,7 @@ def as_text(report: Mapping, target: Target) -> str:
     if report["largest_buffers"]:
         lines += ["", "Largest buffers, when memory is fullest:"]
         lines += [
-            f"  {buffer['num_bytes'] / 2**20:8,.0f} MiB  {buffer['count']:3} x {buffer['shape']:28} {buffer['place']}"
+            f"  {buffer['num_bytes'] / 2**20:8,.0f} MiB  {buffer['times']:3} x {buffer['shape']:28} {buffer['place']}"
             for buffer in report["largest_buffers"]
         ]
     lines += ["", f"FLOPs an image: {report['flops_per_image'] / 1e9:,.0f} G", ""]
@@ -83,14 +84,17 @@ def as_text(report: Mapping, target: Target) -> str:
     ] or ["  none"]
     lines += ["", "Collectives a step, with what a chip puts in:"]
     lines += [
-        f"  {item['bytes'] / 1e6:8,.2f} MB  {item['count']:4} x {item['op']} of {item['dtype']}"
+        f"  {item['bytes'] / 1e6:8,.2f} MB  {item['times']:4} x {item['op']} of {item['dtype']}"
         + (" inside loops" if item["in_loop"] else "")
         for item in report["collectives"]
     ] or ["  none"]
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     lines += [f"note: {note}" for note in report["notes"]]
     lines += ["", "Images/s a chip that each part would allow by itself, were it always busy (estimate):"]
-    lines += [f"  {name:8} {rate:8,.1f}" for name, rate in report["roofline_images_per_second"].items()]
+    lines += [
+        f"  {name:8} {rate:8,.1f}" if rate < _ANY_RATE else f"  {name:8} no limit"
+        for name, rate in report["roofline_images_per_second"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -121,7 +125,7 @@ def as_row(report: Mapping, target: Target) -> str:
         f"{report['hbm_traffic_bytes'] / 1e9:.0f}",
         f"{report['flops_per_image'] / 1e9:,.0f}",
         f"{sum(item['bytes'] for item in collectives) / 1e6:.0f}",
-        str(sum(item["count"] for item in collectives if item["in_loop"])),
+        str(sum(item["times"] for item in collectives if item["in_loop"])),
         f"{report['images_per_second_estimate']:.0f} ({_narrowest(report)})",
     ]
     return f"| {' | '.join(cells)} |"
