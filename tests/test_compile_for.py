@@ -1,12 +1,22 @@
 """The compiler's text and what is read from it, on programs small enough to count by hand; then a real compilation."""
 
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.writing import replacing
+from tests.children import PATIENCE
 from tools.compiling.analysis import analyse, notes, roofline
-from tools.compiling.compiler import Compiled
+from tools.compiling.compiler import ROOT as PROJECT
+from tools.compiling.compiler import Compiled, check_installed
 from tools.compiling.flops import products
 from tools.compiling.hlo import Array, parse, parse_shape
 from tools.compiling.loops import executions, trip_count, uncounted_loops
@@ -350,3 +360,78 @@ def test_the_largest_batch_that_fits_is_found(largest, curve):
 
     assert largest_that_fits(measure, limit=curve(largest)) == largest
     assert len(asked) == len(set(asked)) <= 11
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> str:
+    """Folder of libtpu, TPUs' compiler, installed for JAX's version if it is not there; skips where it cannot be."""
+    if spec := importlib.util.find_spec("libtpu"):
+        return str(Path(spec.origin).parent.parent)
+    requirement = next(
+        found[1] for line in importlib.metadata.requires("jax") if (found := re.match(r"(libtpu==[\d.*]+).*tpu", line))
+    )
+    folder = Path.home() / ".cache" / "maskrcnn_jax" / requirement.replace("*", "x")
+    if not (folder / "libtpu").is_dir():
+        with replacing(folder) as unfinished:
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                unfinished,
+                requirement,
+            ]
+            installed = subprocess.run(command, capture_output=True, text=True)
+            if installed.returncode == 0:
+                unfinished.mkdir(exist_ok=True)
+        if installed.returncode:
+            pytest.skip(f"{requirement} cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
+    return str(folder)
+
+
+def report(libtpu: str, file: Path, *options: str) -> dict:
+    """Run the tool on a small network of small images."""
+    small = [f"--config.data.{name}=64" for name in ("short_side", "long_side", "mask_side")]
+    command = [sys.executable, "tools/compile_for.py", "--config=shapes", *small, "--num_objects=8", f"--json={file}"]
+    done = subprocess.run(
+        [*command, "--config.model.dtype=bfloat16", *options],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": libtpu},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Compiled, not run" in done.stdout
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_the_training_step_compiles_for_tpus_and_devices_meet_in_no_loop(tmp_path, libtpu):
+    """One test, so that one process installs libtpu."""
+    one = report(libtpu, tmp_path / "one.json", "--topology=v5e:2x2", "--config.batch_size=8")
+    two = report(libtpu, tmp_path / "two.json", "--topology=v5e:2x2", "--slices=2", "--config.batch_size=16")
+    for found in (one, two):
+        assert found["fits"] and found["images_per_chip"] == 2
+        assert found["memory_bytes"]["temporaries"] > 0 and found["hbm_traffic_bytes"] > 1e6
+        assert found["collectives"] and not any(item["in_loop"] for item in found["collectives"])
+        places = [loop["place"] for loop in found["loops"]]
+        assert any(place.startswith("maskrcnn_jax/ops/nms.py:") for place in places), "the form for TPUs"
+        assert not any(place.startswith("maskrcnn_jax/ops/cpu/nms.py:") for place in places)
+    # As many images a chip: the same work, but for a few constants that XLA folds in one of the programs alone.
+    assert two["flops_per_image"] == pytest.approx(one["flops_per_image"], rel=0.05)
+    assert {item["op"] for item in two["collectives"]} > {"send"}, "slices are connected by a network"
+    # The parameters' gradients, in float32; at most a bias more or less.
+    (gradients,) = (item for item in one["collectives"] if item["op"] == "all-reduce" and item["dtype"] == "f32")
+    assert gradients["bytes"] > 8e6
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "jax\[tpu\]=='):
+        check_installed(parse_target("v5e:2x2"))
+    with pytest.raises(UserError, match=r'pip install "jax\[cuda12\]=='):
+        check_installed(parse_target("h100:1x8"))

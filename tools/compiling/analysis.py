@@ -80,6 +80,11 @@ def analyse(module: Module, root: Path, compute_dtype: str) -> Costs:
         for item in found
         if item.in_loop
     ]
+    warnings += [
+        f"{item.op} adds {item.dtype}, {item.bytes / 1e6:.2f} MB a step: every addition is rounded"
+        for item in found
+        if item.op in ("all-reduce", "reduce-scatter") and item.dtype in ("bf16", "f16")
+    ]
     return Costs(
         sum(moved),
         flops,

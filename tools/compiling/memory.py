@@ -43,7 +43,7 @@ class Buffer(NamedTuple):
     num_bytes: int  # of all of them
     times: int
     shape: str
-    place: str  # "file:line", or the name of the instruction
+    place: str  # "file:line", the name of an argument, or that of the instruction
 
 
 def largest_buffers(module: Module, compiled: Compiled, root: Path, limit: int) -> list[Buffer]:
@@ -63,7 +63,12 @@ def largest_buffers(module: Module, compiled: Compiled, root: Path, limit: int) 
         instruction, computation = instructions[name]
         array = _element(instruction, index)
         if array is not None and array.space == 0:
-            groups[str(array), module.place_near(instruction, computation, root) or name].append(int(size))
+            argument = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            if instruction.opcode == "parameter" and argument:
+                place = argument[1].replace("\\'", "'")
+            else:
+                place = module.place_near(instruction, computation, root) or name
+            groups[str(array), place].append(int(size))
     buffers = [Buffer(sum(sizes), len(sizes), *key) for key, sizes in groups.items()]
     return sorted(buffers, reverse=True)[:limit]
 
