@@ -421,7 +421,7 @@ def test_the_training_step_compiles_for_tpus_and_devices_meet_in_no_loop(tmp_pat
         places = [loop["place"] for loop in found["loops"]]
         assert any(place.startswith("maskrcnn_jax/ops/nms.py:") for place in places), "the form for TPUs"
         assert not any(place.startswith("maskrcnn_jax/ops/cpu/nms.py:") for place in places)
-    # As many images a chip: the same work, but for a few constants that XLA folds in one of the programs alone.
+    # As many images a chip, so the same work, in convolutions that XLA pads a little differently.
     assert two["flops_per_image"] == pytest.approx(one["flops_per_image"], rel=0.05)
     assert {item["op"] for item in two["collectives"]} > {"send"}, "slices are connected by a network"
     # The parameters' gradients, in float32; at most a bias more or less.

@@ -13,6 +13,7 @@ from tools.compiling.traffic import traffic
 
 LARGE_COPY = 16 * 2**20  # bytes; smaller copies inside loops are not worth a warning
 LARGE_PRODUCT = 1e9  # FLOPs in a step; smaller matrix products in float32 are those of boxes and masks
+_FLOPS_PER_BYTE = 240  # what a v5e can compute while it moves a byte; others are near, and branches differ by more
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -64,11 +65,12 @@ def analyse(module: Module, root: Path, compute_dtype: str) -> Costs:
         compute_dtype: Dtype of convolutions and matrix products that is wanted, such as bfloat16.
     """
 
-    def weigh(instruction: Instruction, computation: Computation) -> int:
-        return traffic(module, instruction, computation)
+    def weigh(instruction: Instruction, computation: Computation) -> float:
+        flops = sum(flops for _, flops, _ in products(module, instruction, computation))
+        return traffic(module, instruction, computation) + flops / _FLOPS_PER_BYTE
 
     run = list(executions(module, weigh))
-    moved = [weigh(execution.instruction, execution.computation) * execution.times for execution in run]
+    moved = [traffic(module, execution.instruction, execution.computation) * execution.times for execution in run]
     by_place: collections.Counter[str] = collections.Counter()
     for execution, num_bytes in zip(run, moved, strict=True):
         place = module.place_near(execution.instruction, execution.computation, root)
