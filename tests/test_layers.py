@@ -16,7 +16,7 @@ ALLOWED = {
     "page": {"writing"},
     "options": {"errors"},
     "config": {"options", "errors"},
-    "distributed": {"structures", "errors"},
+    "distributed": {"structures", "errors", "ops"},
     "anchor_shapes": set(),
     "ops": {"anchor_shapes", "structures", "errors"},
     "models": _LEAVES | {"ops"},

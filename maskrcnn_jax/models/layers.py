@@ -13,7 +13,7 @@ from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 from maskrcnn_jax.ops.cpu.max_pool import max_pool as max_pool
 from maskrcnn_jax.ops.cpu.relu import relu as relu
 from maskrcnn_jax.ops.devices import sum_over_devices
-from maskrcnn_jax.ops.precision import at_least_float32
+from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 default_init = kaiming_uniform(1.0)
 
@@ -33,7 +33,8 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*shape K"]) -> Float[Array, "*shape C"]:  # type: ignore[override]
         """Apply to x in the compute dtype."""
-        return add_bias(x.astype(self.dtype) @ self.kernel[...].astype(self.dtype), self.bias[...])  # type: ignore[index]
+        products = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=PRECISION)
+        return add_bias(products, self.bias[...])  # type: ignore[index]
 
 
 class Conv(nnx.Module):

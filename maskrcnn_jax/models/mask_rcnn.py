@@ -213,7 +213,8 @@ class MaskRCNN(nnx.Module):
             # Recomputed in the gradient, which would otherwise keep what each branch leaves for it, used or not.
             return nnx.remat(run)
 
-        return nnx.cond(any_on_devices(jnp.any(valid[:, few:])), with_slots(num_slots), with_slots(few), self.mask_head)
+        many = any_on_devices(jnp.any(valid[:, few:]))  # norms of the head need all devices in one branch
+        return nnx.cond(many, with_slots(num_slots), with_slots(few), self.mask_head)
 
     def match_anchors(self, anchors: Anchors, gt: GroundTruth) -> Int[Array, "B A"]:
         """Return [B, A] the object of each anchor, or BACKGROUND or IGNORED."""
@@ -264,8 +265,8 @@ class MaskRCNN(nnx.Module):
             proposals_from_rpn: Sample RoIs from all proposals, whatever ``train_proposals`` says.
 
         Returns:
-            The loss terms, scalars whose sum is minimised, and metrics, scalars for the log. Where devices share a batch,
-            the sum over the devices of each.
+            The loss terms, scalars whose sum is minimised, and metrics, scalars for the log. Where devices share a
+            batch, each is the sum of what they return.
 
         Raises:
             ValueError: if the batch has no ground truth.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from maskrcnn_jax.ops.cpu.depthwise import depthwise, depthwise_gradients
 from maskrcnn_jax.ops.cpu.gradients import input_gradient, kernel_gradient
 from maskrcnn_jax.ops.cpu.winograd import conv3x3
+from maskrcnn_jax.ops.precision import PRECISION
 
 # Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
 _WINOGRAD_CHANNELS = 128
@@ -34,7 +35,8 @@ def conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"], *, strid
     if kernel.shape[0] == 1:
         # On the flattened map, because the gradient of a product with more axes is slower.
         x = x[:, ::stride, ::stride]
-        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+        products = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=PRECISION)
+        return products.reshape(*x.shape[:-1], kernel.shape[-1])
     return _traced_once(x, kernel, stride)
 
 
@@ -127,4 +129,6 @@ def _depthwise_direct(x, kernel, stride):
 def _direct(x, kernel, stride, **options):
     padding = [((kernel.shape[0] - 1) // 2,) * 2] * 2
     layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layout, **options)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=layout, precision=PRECISION, **options
+    )

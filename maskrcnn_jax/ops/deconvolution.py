@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.ops.cpu.relu import relu
-from maskrcnn_jax.ops.precision import at_least_float32
+from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 # RoIs per image that are enlarged at once.
 CHUNK = 8
@@ -56,22 +56,21 @@ def _enlarged_logits_backward(residuals, gradient):
         x, filters, gradient = chunk
         enlarged = _enlarge(x, kernel, bias)
         by_filters = product("brhiwj,brhwijk->brk", gradient, enlarged)
-        inner = jnp.einsum("brhiwj,brk->brhwijk", gradient, filters)
+        inner = jnp.einsum("brhiwj,brk->brhwijk", gradient, filters, precision=PRECISION)
         inner = jnp.where(enlarged > 0, inner, 0)
-        # Summed per image: devices that share a batch would otherwise exchange sums in every step of the loop.
-        by_kernel = sums[0] + product("brhwl,brhwijk->blijk", x, inner)
-        by_bias = sums[1] + jnp.sum(inner, axis=(1, 2, 3, 4, 5), dtype=sums[1].dtype)
+        by_kernel = sums[0] + product("brhwl,brhwijk->lijk", x, inner)
+        by_bias = sums[1] + jnp.sum(inner, axis=(0, 1, 2, 3, 4, 5), dtype=sums[1].dtype)
         by_x = product("brhwijk,lijk->brhwl", inner, kernel)
         return (by_kernel, by_bias), (by_x.astype(x.dtype), by_filters.astype(x.dtype))
 
     wide = at_least_float32(x.dtype)
-    sums = jnp.zeros((batch, *kernel.shape), wide), jnp.zeros((batch, *bias.shape), wide)
+    sums = jnp.zeros(kernel.shape, wide), jnp.zeros(bias.shape, wide)
     (by_kernel, by_bias), (by_x, by_filters) = jax.lax.scan(visit, sums, (_cut(x), _cut(filters), _cut(gradient)))
     return (
         by_x.swapaxes(0, 1).reshape(x.shape),
         by_filters.swapaxes(0, 1).reshape(filters.shape),
-        by_kernel.sum(axis=0).astype(kernel.dtype),
-        by_bias.sum(axis=0).astype(bias.dtype),
+        by_kernel.astype(kernel.dtype),
+        by_bias.astype(bias.dtype),
     )
 
 
@@ -80,12 +79,14 @@ enlarged_logits.defvjp(_enlarged_logits_forward, _enlarged_logits_backward)
 
 def product(equation: str, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return an einsum that is accumulated and returned in float32 or wider."""
-    return jnp.einsum(equation, *arrays, preferred_element_type=at_least_float32(arrays[0].dtype))
+    wide = at_least_float32(arrays[0].dtype)
+    return jnp.einsum(equation, *arrays, precision=PRECISION, preferred_element_type=wide)
 
 
 def _enlarge(x, kernel, bias):
     """Return the positive part of the deconvolution of x [B, R, h, w, K], [B, R, h, w, 2, 2, K2]."""
-    return relu(jnp.einsum("brhwl,lijk->brhwijk", x, kernel) + bias.reshape(1, 1, 1, 1, 1, 1, -1))
+    enlarged = jnp.einsum("brhwl,lijk->brhwijk", x, kernel, precision=PRECISION)
+    return relu(enlarged + bias.reshape(1, 1, 1, 1, 1, 1, -1))
 
 
 def _cut(array):

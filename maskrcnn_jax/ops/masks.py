@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from maskrcnn_jax.ops.precision import PRECISION
 from maskrcnn_jax.ops.roi_align import interpolation_corners
 
 
@@ -54,9 +55,8 @@ def mask_targets(
         rows = _resampling_matrix(box[1], box[3], mask_size[0], image_size[0], max_size[0], *sizes)
         columns = _resampling_matrix(box[0], box[2], mask_size[1], image_size[1], max_size[1], *sizes)
         mask = unpack_mask(packed[index]).astype(box.dtype)
-        # The default precision of matrix products on accelerators would round the weights to bf16.
-        half = jnp.matmul(rows, mask, precision=jax.lax.Precision.HIGHEST)
-        return jnp.matmul(half, columns.T, precision=jax.lax.Precision.HIGHEST)
+        half = jnp.matmul(rows, mask, precision=PRECISION)
+        return jnp.matmul(half, columns.T, precision=PRECISION)
 
     # In small groups of RoIs: the unpacked masks of all RoIs at once would take gigabytes.
     return jax.lax.map(lambda args: target(*args), (boxes, gt_index), batch_size=8)
