@@ -24,6 +24,7 @@ from maskrcnn_jax.config import to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import write_json
 from tools.compiling.compiler import check_installed, compile_program
+from tools.compiling.program import image_size
 from tools.compiling.report import HEADER, as_row, as_text, make_report
 from tools.compiling.sweep import Fit, largest_that_fits
 from tools.compiling.targets import Target, parse_target
@@ -91,7 +92,8 @@ def make_settings(options: argparse.Namespace, target: Target) -> dict:
         UserError: if an option is wrong, or the chips cannot share the batch.
     """
     config: ConfigDict = options.config
-    batch_size, parts = to_options(config).batch_size, config.optim.accumulate if options.what == "train" else 1
+    checked = to_options(config)
+    batch_size, parts = checked.batch_size, checked.optim.accumulate if options.what == "train" else 1
     if batch_size % (target.chips * parts):
         raise UserError(
             f"batch_size {batch_size} is not divisible by {target.chips} chips"
@@ -105,7 +107,7 @@ def make_settings(options: argparse.Namespace, target: Target) -> dict:
         "what": options.what,
         "num_classes": options.num_classes,
         "num_objects": options.num_objects,
-        "compiler_options": {},
+        "image_size": image_size(checked.data),
     }
 
 

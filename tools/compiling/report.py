@@ -37,6 +37,7 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
         "what": settings["what"],
         "batch_size": batch_size,
         "images_per_chip": batch_size / target.chips,
+        "image_size": settings["image_size"],
         "dtype": dtype,
         "remat": config["model"]["remat"],
         "memory_bytes": memory,
@@ -62,9 +63,10 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
 
 def as_text(report: Mapping, target: Target) -> str:
     """Return a report for people."""
+    height, width = report["image_size"]
     lines = [
         f"{report['what']} for {target}, {target.chips} chips, batch {report['batch_size']}: "
-        f"{report['images_per_chip']:g} images a chip, {report['dtype']}. Compiled, not run.",
+        f"{report['images_per_chip']:g} images of {height}x{width} a chip, {report['dtype']}. Compiled, not run.",
         "",
         *_memory_lines(report),
     ]
