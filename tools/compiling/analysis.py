@@ -148,16 +148,18 @@ def _inside(
 
 def _copies(module: Module, run: Sequence[Execution], root: Path) -> list[str]:
     """Return warnings of large arrays that are copied in every round of a loop."""
-    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for execution in run:
         instruction = execution.instruction
         if not execution.loops or instruction.opcode not in ("copy", "copy-start"):
             continue
         if traffic(module, instruction, execution.computation) >= LARGE_COPY:
             place = module.place_near(instruction, execution.computation, root) or instruction.name
-            found[str(instruction.arrays[0]), place] += execution.times
+            loop = module.place(execution.loops[-1], root) or execution.loops[-1].name
+            found[str(instruction.arrays[0]), loop, place] += execution.times
     return [
-        f"{shape} is copied inside a loop, {times} times a step, at {place}" for (shape, place), times in found.items()
+        f"{shape} is copied {times} times a step, inside the loop at {loop}, for {place}"
+        for (shape, loop, place), times in found.items()
     ]
 
 
