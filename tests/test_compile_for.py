@@ -280,6 +280,24 @@ def test_flops_leave_out_padding_and_gaps():
     assert (count, dtypes) == (2 * 3 * 5 * 4, {"bf16"})
 
 
+def test_libraries_on_gpus_compute_as_many_flops():
+    call = 'ROOT %c = ({0}, u8[9]) custom-call(%l, %r), custom_call_target="{1}"'
+    window = "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f"
+    images, kernel, result = "bf16[2,5,5,7]", "bf16[4,3,3,7]", "bf16[2,3,3,4]"
+    for target, left, right, output in (
+        ("__cudnn$convForward", images, kernel, result),
+        ("__cudnn$convBackwardInput", result, kernel, images),
+        ("__cudnn$convBackwardFilter", images, result, kernel),
+    ):
+        lines = f"%l = {left} parameter(0)", f"%r = {right} parameter(1)", f"{call.format(output, target)}, {window}"
+        module = program(*lines)
+        assert [flops for _, flops, _ in products(module, module.entry.root, module.entry)] == [2 * 2 * 7 * 7 * 7 * 4]
+    config = 'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    gemm = f"{call.format('bf16[3,4]', '__cublas$lt$matmul')}, {config}"
+    module = program("%l = bf16[3,5] parameter(0)", "%r = bf16[5,4] parameter(1)", gemm)
+    assert [flops for _, flops, _ in products(module, module.entry.root, module.entry)] == [2 * 3 * 5 * 4]
+
+
 def test_large_products_in_another_dtype_are_told_of():
     module = program(
         "%l = f32[1000,1000] parameter(0)",
