@@ -1,6 +1,5 @@
 """Convolutions and normalisations that every part of the network is built from."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,7 +11,7 @@ from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 from maskrcnn_jax.ops.cpu.max_pool import max_pool as max_pool
 from maskrcnn_jax.ops.cpu.relu import relu as relu
-from maskrcnn_jax.ops.devices import sum_over_devices
+from maskrcnn_jax.ops.normalization import batch_norm, normalize
 from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 default_init = kaiming_uniform(1.0)
@@ -107,17 +106,18 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
         """Normalise x; in training with the statistics of its valid rows."""
+        scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean, var, count = _statistics(x.astype(self.scale[...].dtype), valid, self.mean[...])
-            unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(var.dtype)
-            # Without a valid row there is nothing to learn about the statistics.
-            momentum = jnp.where(count > 0, self.momentum, 0).astype(mean.dtype)
-            self.mean[...] += momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
-            self.var[...] += momentum * (jax.lax.stop_gradient(unbiased) - self.var[...])
-            self.num_batches[...] += (count > 0).astype(jnp.int32)
-        return _normalize(x, mean, var, self.scale[...], self.bias[...], self.eps, self.dtype)
+            return normalize(x, self.mean[...], self.var[...], scale, bias, eps=self.eps, dtype=self.dtype)
+        valid = jnp.ones(x.shape[0], bool) if valid is None else valid
+        y, (mean, var, count) = batch_norm(x, scale, bias, valid, self.mean[...], self.eps, self.dtype)
+        unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(var.dtype)
+        # Without a valid row there is nothing to learn about the statistics.
+        momentum = jnp.where(count > 0, self.momentum, 0).astype(mean.dtype)
+        self.mean[...] += momentum * (mean - self.mean[...])
+        self.var[...] += momentum * (unbiased - self.var[...])
+        self.num_batches[...] += (count > 0).astype(jnp.int32)
+        return y
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -133,31 +133,8 @@ class FrozenBatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
         """Normalise x; ``valid`` has no effect here."""
-        return _normalize(x, self.mean[...], self.var[...], self.scale[...], self.bias[...], self.eps, self.dtype)
-
-
-def _statistics(x, valid, shift):
-    """Return the mean [K] and the (biased) variance [K] of x [N, H, W, K] over its valid rows, and their cells.
-
-    In one pass over x, since two would read the activations twice. The difference of two squares cancels few digits if
-    x is first moved by ``shift`` [K], an estimate of its mean.
-    """
-    x = x - jax.lax.stop_gradient(shift).reshape(1, 1, 1, -1)
-    rows = jnp.ones(x.shape[0], x.dtype) if valid is None else valid.astype(x.dtype)
-    count = sum_over_devices(jnp.sum(rows)) * (x.shape[1] * x.shape[2])
-    weight = (rows / jnp.maximum(count, 1)).reshape(-1, 1, 1, 1)
-    sums = jnp.sum(x * weight, axis=(0, 1, 2)), jnp.sum(jnp.square(x) * weight, axis=(0, 1, 2))
-    mean, mean_square = sum_over_devices(jnp.stack(sums))
-    var = jnp.maximum(mean_square - jnp.square(mean), 0)
-    return mean + shift, var, count
-
-
-def _normalize(x, mean, var, scale, bias, eps, dtype):
-    """Apply one multiplication and one addition per element, their factors computed in full precision."""
-    factor = scale * jax.lax.rsqrt(var + eps)
-    offset = bias - mean * factor
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    return (x * factor.reshape(shape) + offset.reshape(shape)).astype(dtype)
+        fixed = (self.mean[...], self.var[...], self.scale[...], self.bias[...])
+        return normalize(x, *fixed, eps=self.eps, dtype=self.dtype)
 
 
 def make_norm(

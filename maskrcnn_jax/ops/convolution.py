@@ -32,20 +32,30 @@ def conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"], *, strid
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C].
     """
-    if kernel.shape[0] == 1:
-        # On the flattened map, because the gradient of a product with more axes is slower.
-        x = x[:, ::stride, ::stride]
-        products = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=PRECISION)
-        return products.reshape(*x.shape[:-1], kernel.shape[-1])
     return _traced_once(x, kernel, stride)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv2d(x, kernel, stride):
+    if kernel.shape[0] == 1:
+        flat, product = (functools.partial(form, stride=stride) for form in (_flat_product, _product))
+        return jax.lax.platform_dependent(x, kernel, cpu=flat, default=product)
     direct = functools.partial(_direct, stride=stride)
     if _suits_winograd(x, kernel, stride):
         return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
     return direct(x, kernel)
+
+
+def _product(x, kernel, stride):
+    """Apply a 1x1 convolution as a matrix product."""
+    return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], precision=PRECISION)
+
+
+def _flat_product(x, kernel, stride):
+    """Apply a 1x1 convolution as a product with the flattened map: with more axes, its gradient is slower on CPUs."""
+    x = x[:, ::stride, ::stride]
+    products = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=PRECISION)
+    return products.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 _traced_once = jax.jit(_conv2d, static_argnums=2)  # for all layers of one shape
@@ -56,17 +66,18 @@ def _forward(x, kernel, stride):
 
 
 def _backward(stride, residuals, gradient):
-    def direct(x, kernel, gradient):
-        return jax.vjp(functools.partial(_direct, stride=stride), x, kernel)[1](gradient)
-
-    def by_winograd(x, kernel, gradient):
-        return jax.vjp(conv3x3, x, kernel)[1](gradient)
+    def pull_back(function):
+        return lambda x, kernel, gradient: jax.vjp(function, x, kernel)[1](gradient)
 
     def by_layout(x, kernel, gradient):
         return input_gradient(x, kernel, gradient, stride), kernel_gradient(x, kernel, gradient, stride)
 
     x, kernel = residuals
-    cpu = by_winograd if _suits_winograd(x, kernel, stride) else by_layout
+    direct, cpu = pull_back(functools.partial(_direct, stride=stride)), by_layout
+    if kernel.shape[0] == 1:
+        direct, cpu = (pull_back(functools.partial(form, stride=stride)) for form in (_product, _flat_product))
+    elif _suits_winograd(x, kernel, stride):
+        cpu = pull_back(conv3x3)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=direct)
 
 

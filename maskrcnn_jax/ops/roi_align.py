@@ -179,14 +179,50 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
     return index.reshape(shape), weight.reshape(shape)
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def _weighted_rows(table, index, weight):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
-    total = jnp.zeros((*index.shape[1:], table.shape[1]), at_least_float32(table.dtype))
-    # In two steps of a loop: XLA would fuse the sum into its consumer, with all T arrays of rows in memory.
-    halves = [array.reshape(2, len(array) // 2, *array.shape[1:]) for array in (index, weight)]
-    total, _ = jax.lax.scan(lambda total, half: (_add_rows(total, table, *half), None), total, halves)
-    return total.astype(table.dtype)
+    return sequential_vmap(_gather_rows)(table, index, weight)
+
+
+def _weighted_rows_forward(table, index, weight):
+    return _weighted_rows(table, index, weight), (table, index, weight)
+
+
+def _weighted_rows_backward(residuals, gradient):
+    table, index, weight = residuals
+    scatter = sequential_vmap(functools.partial(_scatter_gradient, num_rows=table.shape[0]))
+    return scatter(index, weight, gradient).astype(table.dtype), None, jnp.zeros_like(weight)
+
+
+_weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
+
+
+def _gather_rows(table, index, weight):
+    def gather(_, chunk):
+        total = jnp.zeros((*chunk[0].shape[1:], table.shape[1]), at_least_float32(table.dtype))
+        return None, _add_rows(total, table, *chunk).astype(table.dtype)
+
+    _, pooled = jax.lax.scan(gather, None, (_chunks(index, 1), _chunks(weight, 1)))
+    return pooled.reshape(-1, *pooled.shape[2:])[: index.shape[1]]
+
+
+def _scatter_gradient(index, weight, gradient, num_rows):
+    """Return the gradient of :func:`_gather_rows` with respect to the table, [N, K], in float32 or wider."""
+
+    def scatter(total, chunk):
+        return _scatter_rows(total, *chunk), None
+
+    total = jnp.zeros((num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype))
+    return jax.lax.scan(scatter, total, (_chunks(index, 1), _chunks(weight, 1), _chunks(gradient, 0)))[0]
+
+
+def _chunks(array, axis):
+    """Cut the RoIs along an axis: [..., R, ...] to [R / CHUNK, ..., CHUNK, ...], zero where no RoI is left."""
+    array = jnp.moveaxis(array, axis, 0)
+    chunk = min(CHUNK, max(len(array), 1))
+    array = jnp.pad(array, ((0, -len(array) % chunk), *((0, 0),) * (array.ndim - 1)))
+    return jnp.moveaxis(array.reshape(-1, chunk, *array.shape[1:]), 1, axis + 1)
 
 
 def _add_rows(total, table, index, weight):
@@ -202,40 +238,6 @@ def _scatter_rows(total, index, weight, gradient):
     """Add weight * gradient [R, P, K] to the rows of total, the transpose of :func:`_add_rows`."""
     updates = weight[..., None].astype(total.dtype) * gradient[None].astype(total.dtype)
     return total.at[index].add(updates, mode="promise_in_bounds")
-
-
-def _weighted_rows_forward(table, index, weight):
-    return _weighted_rows(table, index, weight), (table, index, weight)
-
-
-def _weighted_rows_backward(residuals, gradient):
-    table, index, weight = residuals
-    scatter = sequential_vmap(functools.partial(_scatter_all_rows, num_rows=table.shape[0]))
-    return scatter(index, weight, gradient).astype(table.dtype), None, jnp.zeros_like(weight)
-
-
-def _scatter_all_rows(index, weight, gradient, num_rows):
-    """Return sum_t weight[t] * gradient at the rows index[t], [N, K], in float32 or wider."""
-    num_terms, num_rois, num_bins = index.shape
-    chunk = min(CHUNK, max(num_rois, 1))
-    padding = -num_rois % chunk
-    # Padded RoIs have weight 0 and add nothing to row 0.
-    index = jnp.pad(index, ((0, 0), (0, padding), (0, 0))).reshape(num_terms, -1, chunk, num_bins)
-    weight = jnp.pad(weight, ((0, 0), (0, padding), (0, 0))).reshape(index.shape)
-    gradient = jnp.pad(gradient, ((0, padding), (0, 0), (0, 0))).reshape(-1, chunk, num_bins, gradient.shape[-1])
-
-    def scatter(total, chunk_inputs):
-        return _scatter_rows(total, *chunk_inputs), None  # [T, chunk, P], the same, [chunk, P, K]
-
-    total, _ = jax.lax.scan(
-        scatter,
-        jnp.zeros((num_rows, gradient.shape[-1]), at_least_float32(gradient.dtype)),
-        (index.swapaxes(0, 1), weight.swapaxes(0, 1), gradient),
-    )
-    return total
-
-
-_weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 
 
 class _RoIs(NamedTuple):
