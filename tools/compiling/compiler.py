@@ -81,8 +81,11 @@ def compile_program(settings: dict, target: Target, folder: Path, *, full: bool)
 
 
 def _is_assigned(folder: Path) -> bool:
-    """Return whether XLA has written where values lie in memory and gone on, so that these files are complete."""
-    return any(folder.glob("*after_buffer_assignment.txt"))
+    """Return whether XLA has written where values lie in memory and gone on, so that these files are complete.
+
+    On TPUs it writes the program again, on GPUs it begins with LLVM's code.
+    """
+    return any(folder.glob("*after_buffer_assignment.txt")) or any(folder.glob("*.ll"))
 
 
 def _read(folder: Path, *, failed: bool) -> Compiled:

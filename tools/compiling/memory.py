@@ -64,7 +64,7 @@ def largest_buffers(module: Module, compiled: Compiled, root: Path, limit: int) 
         array = _element(instruction, index)
         if array is not None and array.space == 0:
             argument = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            if instruction.opcode == "parameter" and argument:
+            if instruction.opcode == "parameter" and argument and computation is module.entry:
                 place = argument[1].replace("\\'", "'")
             else:
                 place = module.place_near(instruction, computation, root) or name

@@ -33,7 +33,13 @@ CHIPS = {
     ),
     "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 6.2e9, "cloud.google.com/tpu/docs/v5p-training"),
     "h100": Chip(
-        "cuda", 80 * 10**9, 989e12, 3352e9, 450e9, 50e9, "NVIDIA's data sheet of the H100 SXM; network of a DGX H100"
+        "cuda",
+        84_929_347_584,
+        989e12,
+        3352e9,
+        450e9,
+        50e9,
+        "NVIDIA's data sheet of the H100 SXM; network of a DGX H100",
     ),
 }
 
