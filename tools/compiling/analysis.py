@@ -14,6 +14,7 @@ from tools.compiling.traffic import traffic
 LARGE_COPY = 16 * 2**20  # bytes; smaller copies inside loops are not worth a warning
 LARGE_PRODUCT = 1e9  # FLOPs in a step; smaller matrix products in float32 are those of boxes and masks
 _FLOPS_PER_BYTE = 240  # what a v5e can compute while it moves a byte; others are near, and branches differ by more
+_COPIES = ("copy", "copy-start", "reshape", "transpose")  # a reshape that moves nothing is a bitcast
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -151,7 +152,7 @@ def _copies(module: Module, run: Sequence[Execution], root: Path) -> list[str]:
     found: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for execution in run:
         instruction = execution.instruction
-        if not execution.loops or instruction.opcode not in ("copy", "copy-start"):
+        if not execution.loops or instruction.opcode not in _COPIES:
             continue
         if traffic(module, instruction, execution.computation) >= LARGE_COPY:
             place = module.place_near(instruction, execution.computation, root) or instruction.name
