@@ -12,7 +12,7 @@ from tools.compiling.targets import Target
 from tools.compiling.traffic import traffic
 
 LARGE_COPY = 16 * 2**20  # bytes; smaller copies inside loops are not worth a warning
-LARGE_PRODUCT = 1e9  # FLOPs in a step; smaller matrix products in float32 are those of boxes and masks
+LARGE_PRODUCT = 1e9  # FLOPs in a step; smaller matrix products in float32 are those of boxes
 _FLOPS_PER_BYTE = 240  # what a v5e can compute while it moves a byte; others are near, and branches differ by more
 _COPIES = ("copy", "copy-start", "reshape", "transpose")  # a reshape that moves nothing is a bitcast
 _COLLECTIVES = (
@@ -113,7 +113,7 @@ def _flops(module: Module, run: Sequence[Execution], root: Path, compute_dtype: 
     return total, [
         f"{kind} of {dtypes}, not {wanted}, {flops / 1e9:.1f} GFLOP a step and chip, at {place}"
         for (kind, dtypes, place), flops in others.most_common()
-        if flops >= LARGE_PRODUCT
+        if kind == "convolution" or flops >= LARGE_PRODUCT
     ]
 
 
