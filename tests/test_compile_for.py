@@ -74,7 +74,7 @@ def test_a_loop_that_ends_by_its_data_is_told_of():
     text = LOOPS.replace("compare(%nine, %d.i), direction=GT", "custom-call(%d.i)")
     costs = analyse(parse(text), ROOT, "float32")
     assert [loop.trips for loop in costs.loops] == [None, 4]
-    assert "10 are assumed" in notes(costs)[0]
+    assert "10 are assumed" in notes(costs, "float32")[0]
 
 
 def test_loops_multiply_traffic_and_collectives():

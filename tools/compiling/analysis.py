@@ -184,12 +184,16 @@ def _loops(module: Module, run: Sequence[Execution], moved: Sequence[int], root:
     return loops
 
 
-def notes(costs: Costs) -> list[str]:
+def notes(costs: Costs, compute_dtype: str) -> list[str]:
     """Return what the figures assume."""
-    unknown = [loop.place for loop in costs.loops if loop.trips is None]
-    if not unknown:
-        return []
-    return [f"{place}: the number of rounds depends on the data; {ASSUMED_ROUNDS} are assumed" for place in unknown]
+    found = [
+        f"{loop.place}: the number of rounds depends on the data; {ASSUMED_ROUNDS} are assumed"
+        for loop in costs.loops
+        if loop.trips is None
+    ]
+    if compute_dtype not in ("bfloat16", "float16"):
+        found.append(f"the bound by computing is that of bfloat16; {compute_dtype} is several times slower")
+    return found
 
 
 def roofline(costs: Costs, target: Target, images: float) -> dict[str, float]:

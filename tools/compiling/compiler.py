@@ -92,8 +92,7 @@ def _read(folder: Path, *, failed: bool) -> Compiled:
     log = (folder / "log").read_text()
     refused = failed and "RESOURCE_EXHAUSTED" in log
     if failed and not refused:
-        lines = [line for line in log.splitlines() if line.strip()]
-        raise UserError("XLA cannot compile this: " + "; ".join(lines[-3:]))
+        raise UserError(f"this cannot be compiled: {log.strip().splitlines()[-1]}")
 
     def text(pattern: str) -> str:
         return "".join(path.read_text() for path in folder.glob(pattern))

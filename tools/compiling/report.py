@@ -55,7 +55,7 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
         "collectives": [item._asdict() for item in costs.collectives],
         "loops": [loop._asdict() for loop in costs.loops],
         "warnings": costs.warnings,
-        "notes": notes(costs),
+        "notes": notes(costs, dtype),
         "roofline_images_per_second": limits,
         "images_per_second_estimate": min(limits.values()) if limits else None,
     }
@@ -80,10 +80,9 @@ def as_text(report: Mapping, target: Target) -> str:
     lines += [f"HBM traffic a step and chip: {report['hbm_traffic_bytes'] / 1e9:,.1f} GB, most of it at"]
     lines += [f"  {size / 1e9:8,.2f} GB  {place}" for place, size in report["hbm_traffic_by_place"].items()]
     lines += ["", "Loops, with the HBM traffic of all rounds:"]
-    lines += [
-        f"  {loop['traffic'] / 1e9:8,.2f} GB  {loop['trips'] or '?':>4} rounds  {loop['place']}"
-        for loop in report["loops"]
-    ] or ["  none"]
+    for loop in report["loops"]:
+        trips = "?" if loop["trips"] is None else loop["trips"]
+        lines.append(f"  {loop['traffic'] / 1e9:8,.2f} GB  {trips:>4} rounds  {loop['place']}")
     lines += ["", "Collectives a step, with what a chip puts in:"]
     lines += [
         f"  {item['bytes'] / 1e6:8,.2f} MB  {item['times']:4} x {item['op']} of {item['dtype']}"
