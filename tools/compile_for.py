@@ -24,7 +24,9 @@ from maskrcnn_jax.config import to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import write_json
 from tools.compiling.compiler import check_installed, compile_program
+from tools.compiling.program import image_size
 from tools.compiling.report import HEADER, as_row, as_text, make_report
+from tools.compiling.sweep import Fit, largest_that_fits
 from tools.compiling.targets import Target, parse_target
 
 
@@ -42,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_objects", type=at_least(1), default=96, metavar="N", help="most objects in an image of the dataset"
     )
+    parser.add_argument(
+        "--sweep", action="store_true", help="find the largest batch that fits, with and without model.remat"
+    )
     parser.add_argument("--full", action="store_true", help="compile to the end: the size of the code, in minutes")
     parser.add_argument("--json", metavar="FILE", help="file for the report")
     parser.add_argument("--markdown", action="store_true", help="print a row of the table in docs/cluster.md")
@@ -51,12 +56,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     """Compile and report."""
     target = parse_target(options.topology, options.slices)
-    settings = make_settings(options, target)
     check_installed(target)
-    report = compile_and_report(settings, target, full=options.full, keep=options.keep)
-    print(f"{HEADER}\n{as_row(report, target)}" if options.markdown else as_text(report, target))
+    if options.sweep:
+        reports = [report for remat in (False, True) if (report := largest_batch(options, target, remat=remat))]
+        print("\n".join([HEADER, *(as_row(report, target) for report in reports)]))
+    else:
+        report = compile_and_report(make_settings(options, target), target, full=options.full, keep=options.keep)
+        print(f"{HEADER}\n{as_row(report, target)}" if options.markdown else as_text(report, target))
     if options.json:
-        write_json(options.json, report, indent=2)
+        write_json(options.json, {"sweep": reports} if options.sweep else report, indent=2)
+
+
+def largest_batch(options: argparse.Namespace, target: Target, *, remat: bool) -> dict | None:
+    """Return the report of the largest batch that fits, if any does."""
+    unit = target.chips * (options.config.optim.accumulate if options.what == "train" else 1)
+    options.config.model.remat = remat
+    reports: dict[int, dict] = {}
+
+    def measure(number: int) -> Fit:
+        options.config.batch_size = number * unit
+        report = reports[number] = compile_and_report(make_settings(options, target), target)
+        size = report["memory_bytes"]["total"]
+        verdict = "fits" if report["fits"] else "does not fit"
+        print(f"remat {remat}, batch {number * unit}: {size / 2**30:.2f} GiB, {verdict}", file=sys.stderr, flush=True)
+        return Fit(report["fits"], size)
+
+    number = largest_that_fits(measure, target.chip.memory)
+    return reports[number] if number else None
 
 
 def make_settings(options: argparse.Namespace, target: Target) -> dict:
@@ -66,7 +92,8 @@ def make_settings(options: argparse.Namespace, target: Target) -> dict:
         UserError: if an option is wrong, or the chips cannot share the batch.
     """
     config: ConfigDict = options.config
-    batch_size, parts = to_options(config).batch_size, config.optim.accumulate if options.what == "train" else 1
+    checked = to_options(config)
+    batch_size, parts = checked.batch_size, checked.optim.accumulate if options.what == "train" else 1
     if batch_size % (target.chips * parts):
         raise UserError(
             f"batch_size {batch_size} is not divisible by {target.chips} chips"
@@ -80,7 +107,7 @@ def make_settings(options: argparse.Namespace, target: Target) -> dict:
         "what": options.what,
         "num_classes": options.num_classes,
         "num_objects": options.num_objects,
-        "compiler_options": {},
+        "image_size": image_size(checked.data),
     }
 
 

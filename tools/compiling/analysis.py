@@ -12,7 +12,9 @@ from tools.compiling.targets import Target
 from tools.compiling.traffic import traffic
 
 LARGE_COPY = 16 * 2**20  # bytes; smaller copies inside loops are not worth a warning
-LARGE_PRODUCT = 1e9  # FLOPs in a step; smaller matrix products in float32 are those of boxes and masks
+LARGE_PRODUCT = 1e9  # FLOPs in a step; smaller matrix products in float32 are those of boxes
+_FLOPS_PER_BYTE = 240  # what a v5e can compute while it moves a byte; others are near, and branches differ by more
+_COPIES = ("copy", "copy-start", "reshape", "transpose")  # a reshape that moves nothing is a bitcast
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -32,7 +34,7 @@ class Collective(NamedTuple):
     dtype: str
     in_loop: bool
     bytes: int  # of what a chip puts in, in a step
-    count: int  # in a step
+    times: int  # in a step
     places: tuple[str, ...]  # "file:line"
 
 
@@ -64,11 +66,12 @@ def analyse(module: Module, root: Path, compute_dtype: str) -> Costs:
         compute_dtype: Dtype of convolutions and matrix products that is wanted, such as bfloat16.
     """
 
-    def weigh(instruction: Instruction, computation: Computation) -> int:
-        return traffic(module, instruction, computation)
+    def weigh(instruction: Instruction, computation: Computation) -> float:
+        flops = sum(flops for _, flops, _ in products(module, instruction, computation))
+        return traffic(module, instruction, computation) + flops / _FLOPS_PER_BYTE
 
     run = list(executions(module, weigh))
-    moved = [weigh(execution.instruction, execution.computation) * execution.times for execution in run]
+    moved = [traffic(module, execution.instruction, execution.computation) * execution.times for execution in run]
     by_place: collections.Counter[str] = collections.Counter()
     for execution, num_bytes in zip(run, moved, strict=True):
         place = module.place_near(execution.instruction, execution.computation, root)
@@ -76,9 +79,14 @@ def analyse(module: Module, root: Path, compute_dtype: str) -> Costs:
     flops, wide = _flops(module, run, root, compute_dtype)
     found = _collectives(module, run, root)
     warnings = [
-        f"{item.op} of {item.dtype} inside a loop, {item.count} a step, at {', '.join(item.places)}"
+        f"{item.op} of {item.dtype} inside a loop, {item.times} a step, at {', '.join(item.places)}"
         for item in found
         if item.in_loop
+    ]
+    warnings += [
+        f"{item.op} adds {item.dtype}, {item.bytes / 1e6:.2f} MB a step: every addition is rounded"
+        for item in found
+        if item.op in ("all-reduce", "reduce-scatter") and item.dtype in ("bf16", "f16")
     ]
     return Costs(
         sum(moved),
@@ -105,7 +113,7 @@ def _flops(module: Module, run: Sequence[Execution], root: Path, compute_dtype: 
     return total, [
         f"{kind} of {dtypes}, not {wanted}, {flops / 1e9:.1f} GFLOP a step and chip, at {place}"
         for (kind, dtypes, place), flops in others.most_common()
-        if flops >= LARGE_PRODUCT
+        if kind == "convolution" or flops >= LARGE_PRODUCT
     ]
 
 
@@ -141,16 +149,18 @@ def _inside(
 
 def _copies(module: Module, run: Sequence[Execution], root: Path) -> list[str]:
     """Return warnings of large arrays that are copied in every round of a loop."""
-    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    found: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for execution in run:
         instruction = execution.instruction
-        if not execution.loops or instruction.opcode not in ("copy", "copy-start"):
+        if not execution.loops or instruction.opcode not in _COPIES:
             continue
         if traffic(module, instruction, execution.computation) >= LARGE_COPY:
             place = module.place_near(instruction, execution.computation, root) or instruction.name
-            found[str(instruction.arrays[0]), place] += execution.times
+            loop = module.place(execution.loops[-1], root) or execution.loops[-1].name
+            found[str(instruction.arrays[0]), loop, place] += execution.times
     return [
-        f"{shape} is copied inside a loop, {times} times a step, at {place}" for (shape, place), times in found.items()
+        f"{shape} is copied {times} times a step, inside the loop at {loop}, for {place}"
+        for (shape, loop, place), times in found.items()
     ]
 
 
@@ -174,12 +184,16 @@ def _loops(module: Module, run: Sequence[Execution], moved: Sequence[int], root:
     return loops
 
 
-def notes(costs: Costs) -> list[str]:
+def notes(costs: Costs, compute_dtype: str) -> list[str]:
     """Return what the figures assume."""
-    unknown = [loop.place for loop in costs.loops if loop.trips is None]
-    if not unknown:
-        return []
-    return [f"{place}: the number of rounds depends on the data; {ASSUMED_ROUNDS} are assumed" for place in unknown]
+    found = [
+        f"{loop.place}: the number of rounds depends on the data; {ASSUMED_ROUNDS} are assumed"
+        for loop in costs.loops
+        if loop.trips is None
+    ]
+    if compute_dtype not in ("bfloat16", "float16"):
+        found.append(f"the bound by computing is that of bfloat16; {compute_dtype} is several times slower")
+    return found
 
 
 def roofline(costs: Costs, target: Target, images: float) -> dict[str, float]:
@@ -190,17 +204,25 @@ def roofline(costs: Costs, target: Target, images: float) -> dict[str, float]:
         target: The machine.
         images: Of a chip and step.
     """
-    chip, num, groups = target.chip, target.chips, target.groups
+    chip, num = target.chip, target.chips
     seconds = {"compute": costs.flops / chip.flops, "hbm": costs.traffic / chip.hbm}
     if num > 1:
         seconds["network"] = 0.0
     for item in costs.collectives if num > 1 else ():
-        in_group = num // groups
-        if item.op == "all-reduce":
-            # A ring inside each slice, and one between the slices, to which each chip brings its share.
-            seconds["network"] += 2 * (in_group - 1) / in_group * item.bytes / chip.links
-            seconds["network"] += 2 * (groups - 1) / groups * item.bytes / in_group / chip.network
-        else:
-            times = num - 1 if item.op == "all-gather" else 1  # what a chip puts in goes to all others
-            seconds["network"] += times * item.bytes / (chip.links if groups == 1 else chip.network)
+        seconds["network"] += _exchange(item, target)
     return {name: images / duration for name, duration in seconds.items() if duration}
+
+
+def _exchange(item: Collective, target: Target) -> float:
+    """Return the seconds that collectives take: rings over the chips of a slice or node, then between these."""
+    chip, groups = target.chip, target.groups
+    in_group = target.chips // groups
+    if item.op == "send":  # into which XLA divides what several TPU slices do together
+        return item.bytes / chip.network
+    # How often what a chip puts in, or one part of it for each chip, goes over a link.
+    passes = {"all-reduce": 2 * (in_group - 1) / in_group, "all-gather": in_group - 1}
+    seconds = passes.get(item.op, (in_group - 1) / in_group) * item.bytes / chip.links
+    if chip.platform == "cuda" and groups > 1:
+        passes = {"all-reduce": 2 * (groups - 1) / groups, "all-gather": in_group * (groups - 1)}
+        seconds += passes.get(item.op, (groups - 1) / groups) * item.bytes / in_group / chip.network
+    return seconds

@@ -81,16 +81,18 @@ def compile_program(settings: dict, target: Target, folder: Path, *, full: bool)
 
 
 def _is_assigned(folder: Path) -> bool:
-    """Return whether XLA has written where values lie in memory and gone on, so that these files are complete."""
-    return any(folder.glob("*after_buffer_assignment.txt"))
+    """Return whether XLA has written where values lie in memory and gone on, so that these files are complete.
+
+    On TPUs it writes the program again, on GPUs it begins with LLVM's code.
+    """
+    return any(folder.glob("*after_buffer_assignment.txt")) or any(folder.glob("*.ll"))
 
 
 def _read(folder: Path, *, failed: bool) -> Compiled:
     log = (folder / "log").read_text()
     refused = failed and "RESOURCE_EXHAUSTED" in log
     if failed and not refused:
-        lines = [line for line in log.splitlines() if line.strip()]
-        raise UserError("XLA cannot compile this: " + "; ".join(lines[-3:]))
+        raise UserError(f"this cannot be compiled: {log.strip().splitlines()[-1]}")
 
     def text(pattern: str) -> str:
         return "".join(path.read_text() for path in folder.glob(pattern))

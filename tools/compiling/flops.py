@@ -12,20 +12,32 @@ def products(
     module: Module, instruction: Instruction, computation: Computation
 ) -> Iterator[tuple[Instruction, int, set[str]]]:
     """Yield the convolutions and matrix products in an instruction: each, its FLOPs and the dtypes of its inputs."""
-    if instruction.opcode in ("convolution", "dot"):
-        left, right = (operand.arrays[0] for operand in computation.operands(instruction)[:2])
-        (result,) = instruction.arrays
-        count = _convolution if instruction.opcode == "convolution" else _dot
-        yield instruction, count(instruction, left, right, result), {left.dtype, right.dtype}
-    elif instruction.opcode in ("fusion", "async-start"):
+    if instruction.opcode in ("fusion", "async-start"):
         for name in instruction.called:
             for inner in module.computations[name].instructions.values():
                 yield from products(module, inner, module.computations[name])
+        return
+    target = instruction.attribute("custom_call_target").strip('"') if instruction.opcode == "custom-call" else ""
+    if instruction.opcode not in ("convolution", "dot") and not target.startswith(("__cudnn$conv", "__cublas$")):
+        return
+    left, right = (operand.arrays[0] for operand in computation.operands(instruction)[:2])
+    result = instruction.arrays[0]
+    if instruction.opcode == "dot" or target.startswith("__cublas$"):
+        flops = _dot(instruction, left, result)
+    elif target == "__cudnn$convBackwardInput":  # (gradient, kernel) -> gradient of the input
+        flops = _convolution(instruction, result, right, left)
+    elif target == "__cudnn$convBackwardFilter":  # (input, gradient) -> gradient of the kernel
+        flops = _convolution(instruction, left, result, right)
+    else:
+        flops = _convolution(instruction, left, right, result)
+    yield instruction, flops, {left.dtype, right.dtype}
 
 
-def _dot(instruction: Instruction, left: Array, right: Array, result: Array) -> int:
-    axes = instruction.attribute("lhs_contracting_dims").split(",")
-    return 2 * math.prod(result.dims) * math.prod(left.dims[int(axis)] for axis in axes if axis)
+def _dot(instruction: Instruction, left: Array, result: Array) -> int:
+    in_text = instruction.attribute("lhs_contracting_dims")
+    in_config = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)  # of cuBLAS
+    axes = re.findall(r"\d+", in_config[1] if in_config else in_text)
+    return 2 * math.prod(result.dims) * math.prod(left.dims[int(axis)] for axis in axes)
 
 
 def _convolution(instruction: Instruction, left: Array, right: Array, result: Array) -> int:

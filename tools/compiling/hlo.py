@@ -267,10 +267,10 @@ def _parse_frames(lines: list[str]) -> dict[int, tuple[str, int, int]]:
                 break  # the first computation
     names = {number: content.strip('"') for number, content in tables["FileNames"].items()}
     frames = {}
-    for number, content in tables["StackFrames"].items():
+    for frame, content in tables["StackFrames"].items():
         location = tables["FileLocations"].get(_number(content, "file_location_id"), "")
         file = names.get(_number(location, "file_name_id"), "")
-        frames[number] = file, _number(location, "line"), _number(content, "parent_frame_id")
+        frames[frame] = file, _number(location, "line"), _number(content, "parent_frame_id")
     return frames
 
 

@@ -13,7 +13,7 @@ _PEAK = re.compile(r"^ +Live ranges at \d+ \(peak\):$", re.MULTILINE)
 _VALUE = re.compile(r"^ +(\S+?)\{([\d,]*)\}: (\d+) bytes", re.MULTILINE)
 
 
-def memory_by_kind(compiled: Compiled) -> dict[str, int | None]:
+def memory_by_kind(compiled: Compiled) -> dict:
     """Return the bytes of HBM that a program takes on each chip.
 
     Returns:
@@ -41,9 +41,9 @@ class Buffer(NamedTuple):
     """Values of one shape that one place of the code asks for, in memory together."""
 
     num_bytes: int  # of all of them
-    count: int
+    times: int
     shape: str
-    place: str  # "file:line", or the name of the instruction
+    place: str  # "file:line", the name of an argument, or that of the instruction
 
 
 def largest_buffers(module: Module, compiled: Compiled, root: Path, limit: int) -> list[Buffer]:
@@ -52,16 +52,23 @@ def largest_buffers(module: Module, compiled: Compiled, root: Path, limit: int) 
     if found is None:
         return []
     instructions = {
-        instruction.name: instruction
+        instruction.name: (instruction, computation)
         for computation in module.computations.values()
         for instruction in computation.instructions.values()
     }
     groups: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     for name, index, size in _VALUE.findall(compiled.live_ranges, found.end()):
-        instruction = instructions.get(name)
-        array = _element(instruction, index) if instruction else None
-        if instruction is not None and array is not None and array.space == 0:
-            groups[str(array), module.place(instruction, root) or name].append(int(size))
+        if name not in instructions:
+            continue
+        instruction, computation = instructions[name]
+        array = _element(instruction, index)
+        if array is not None and array.space == 0:
+            argument = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            if instruction.opcode == "parameter" and argument and computation is module.entry:
+                place = argument[1].replace("\\'", "'")
+            else:
+                place = module.place_near(instruction, computation, root) or name
+            groups[str(array), place].append(int(size))
     buffers = [Buffer(sum(sizes), len(sizes), *key) for key, sizes in groups.items()]
     return sorted(buffers, reverse=True)[:limit]
 

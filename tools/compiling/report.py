@@ -10,10 +10,11 @@ from tools.compiling.memory import largest_buffers, memory_by_kind
 from tools.compiling.targets import Target
 
 _BUFFERS, _PLACES = 15, 15  # lines of the text
+_ANY_RATE = 1e5  # images/s, beyond which a part of the machine is as good as unused
 HEADER = (
-    "| target | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB "
+    "| target | remat | global batch | images a chip | memory a chip, GiB | of | HBM traffic a step and chip, GB "
     "| GFLOP an image | collectives, MB a step | in loops | images/s a chip, at most (estimate) |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -36,6 +37,7 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
         "what": settings["what"],
         "batch_size": batch_size,
         "images_per_chip": batch_size / target.chips,
+        "image_size": settings["image_size"],
         "dtype": dtype,
         "remat": config["model"]["remat"],
         "memory_bytes": memory,
@@ -53,7 +55,7 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
         "collectives": [item._asdict() for item in costs.collectives],
         "loops": [loop._asdict() for loop in costs.loops],
         "warnings": costs.warnings,
-        "notes": notes(costs),
+        "notes": notes(costs, dtype),
         "roofline_images_per_second": limits,
         "images_per_second_estimate": min(limits.values()) if limits else None,
     }
@@ -61,36 +63,39 @@ def make_report(compiled: Compiled, target: Target, settings: Mapping, root: Pat
 
 def as_text(report: Mapping, target: Target) -> str:
     """Return a report for people."""
+    height, width = report["image_size"]
     lines = [
         f"{report['what']} for {target}, {target.chips} chips, batch {report['batch_size']}: "
-        f"{report['images_per_chip']:g} images a chip, {report['dtype']}. Compiled, not run.",
+        f"{report['images_per_chip']:g} images of {height}x{width} a chip, {report['dtype']}. Compiled, not run.",
         "",
         *_memory_lines(report),
     ]
     if report["largest_buffers"]:
         lines += ["", "Largest buffers, when memory is fullest:"]
         lines += [
-            f"  {buffer['num_bytes'] / 2**20:8,.0f} MiB  {buffer['count']:3} x {buffer['shape']:28} {buffer['place']}"
+            f"  {buffer['num_bytes'] / 2**20:8,.0f} MiB  {buffer['times']:3} x {buffer['shape']:28} {buffer['place']}"
             for buffer in report["largest_buffers"]
         ]
     lines += ["", f"FLOPs an image: {report['flops_per_image'] / 1e9:,.0f} G", ""]
     lines += [f"HBM traffic a step and chip: {report['hbm_traffic_bytes'] / 1e9:,.1f} GB, most of it at"]
     lines += [f"  {size / 1e9:8,.2f} GB  {place}" for place, size in report["hbm_traffic_by_place"].items()]
     lines += ["", "Loops, with the HBM traffic of all rounds:"]
-    lines += [
-        f"  {loop['traffic'] / 1e9:8,.2f} GB  {loop['trips'] or '?':>4} rounds  {loop['place']}"
-        for loop in report["loops"]
-    ] or ["  none"]
+    for loop in report["loops"]:
+        trips = "?" if loop["trips"] is None else loop["trips"]
+        lines.append(f"  {loop['traffic'] / 1e9:8,.2f} GB  {trips:>4} rounds  {loop['place']}")
     lines += ["", "Collectives a step, with what a chip puts in:"]
     lines += [
-        f"  {item['bytes'] / 1e6:8,.2f} MB  {item['count']:4} x {item['op']} of {item['dtype']}"
+        f"  {item['bytes'] / 1e6:8,.2f} MB  {item['times']:4} x {item['op']} of {item['dtype']}"
         + (" inside loops" if item["in_loop"] else "")
         for item in report["collectives"]
     ] or ["  none"]
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     lines += [f"note: {note}" for note in report["notes"]]
     lines += ["", "Images/s a chip that each part would allow by itself, were it always busy (estimate):"]
-    lines += [f"  {name:8} {rate:8,.1f}" for name, rate in report["roofline_images_per_second"].items()]
+    lines += [
+        f"  {name:8} {rate:8,.1f}" if rate < _ANY_RATE else f"  {name:8} no limit"
+        for name, rate in report["roofline_images_per_second"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -113,6 +118,7 @@ def as_row(report: Mapping, target: Target) -> str:
     collectives = report["collectives"]
     cells = [
         str(target),
+        "yes" if report["remat"] else "no",
         str(report["batch_size"]),
         f"{report['images_per_chip']:g}",
         f"{report['memory_bytes']['total'] / 2**30:.1f}" + ("" if report["fits"] else ", does not fit"),
@@ -120,7 +126,7 @@ def as_row(report: Mapping, target: Target) -> str:
         f"{report['hbm_traffic_bytes'] / 1e9:.0f}",
         f"{report['flops_per_image'] / 1e9:,.0f}",
         f"{sum(item['bytes'] for item in collectives) / 1e6:.0f}",
-        str(sum(item["count"] for item in collectives if item["in_loop"])),
+        str(sum(item["times"] for item in collectives if item["in_loop"])),
         f"{report['images_per_second_estimate']:.0f} ({_narrowest(report)})",
     ]
     return f"| {' | '.join(cells)} |"

@@ -23,8 +23,8 @@ class Chip:
     source: str
 
 
-# Memory: what XLA leaves to programs of the 16, 32, 32 and 95 GiB, as it says when it refuses one. Where two versions of
-# a source differ (v5e: 800 or 819 GB/s of HBM), the larger figure is taken.
+# Memory: what XLA leaves to programs of 16, 32, 32 and 95 GiB, as it says when it refuses one. Where two versions of a
+# source differ (v5e: 800 or 819 GB/s of HBM), the larger figure is taken.
 CHIPS = {
     "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.1e9, "cloud.google.com/tpu/docs/v6e, column v5e"),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1640e9, 400e9, 12.5e9, "cloud.google.com/tpu/docs/v6e"),
@@ -33,7 +33,13 @@ CHIPS = {
     ),
     "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 6.2e9, "cloud.google.com/tpu/docs/v5p-training"),
     "h100": Chip(
-        "cuda", 80 * 10**9, 989e12, 3352e9, 450e9, 50e9, "NVIDIA's data sheet of the H100 SXM; network of a DGX H100"
+        "cuda",
+        84_929_347_584,
+        989e12,
+        3352e9,
+        450e9,
+        50e9,
+        "NVIDIA's data sheet of the H100 SXM; network of a DGX H100",
     ),
 }
 
