@@ -36,7 +36,7 @@ class Profiler:
             train_step: What is traced.
         """
         self._folder, self._num_steps, self._is_tracing = Path(workdir) / "profile", num_steps, False
-        self._train_step = train_step
+        self._train_step, self._results = train_step, None
 
     def before_step(self, number: int) -> None:
         """Start the trace where it is due.
@@ -53,16 +53,18 @@ class Profiler:
 
         Args:
             number: as of ``before_step``.
-            results: arrays that the step computes, for which the end waits.
+            results: arrays that the step computes, for which the end of the trace waits.
         """
-        if self._is_tracing and number == _FIRST + self._num_steps - 1:
-            jax.block_until_ready(results)
-            self.close()
+        if self._is_tracing:
+            self._results = results
+            if number == _FIRST + self._num_steps - 1:
+                self.close()
 
     def close(self) -> None:
         """End a trace that is still going on, as it is where the training ends before."""
         if not self._is_tracing:
             return
+        jax.block_until_ready(self._results)
         jax.profiler.stop_trace()
         self._is_tracing = False
         _log.info("wrote a trace into %s", self._folder)
