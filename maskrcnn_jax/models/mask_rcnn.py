@@ -169,7 +169,8 @@ class MaskRCNN(nnx.Module):
         if self.options.roi_operator == "pool":
             operator = multiscale_roi_pool
         pool = functools.partial(operator, image_shape=image_shape, output_size=output_size)
-        return jax.vmap(pool)(features[:-1], boxes)
+        # One image after another, so that only one table of all its levels is in memory, and one of their gradient.
+        return jax.lax.map(lambda image: pool(*image), (features[:-1], boxes))
 
     @jax.named_scope("select")
     def select(
@@ -314,7 +315,7 @@ class MaskRCNN(nnx.Module):
             targets = encode_boxes(
                 gt_boxes[jnp.maximum(matches[index], 0)], jnp.concatenate(anchors)[index], RPN_BOX_WEIGHTS
             )
-            return objectness[index], deltas[index], targets
+            return objectness[index], deltas[index].astype(targets.dtype), targets
 
         logits, predicted, targets = jax.vmap(gather)(
             jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1), matches, sample.index, gt.boxes

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from maskrcnn_jax.ops.boxes import clip_boxes, decode_boxes, is_large
 from maskrcnn_jax.ops.matching import BACKGROUND, ignore_covered, match, sample_balanced
 from maskrcnn_jax.ops.nms import nms
+from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.structures import GroundTruth, Proposals, RoISamples
 
 RPN_BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -47,7 +48,8 @@ def select_proposals(
     for level_scores, level_deltas, level_anchors in zip(objectness, deltas, anchors, strict=True):
         count = min(width, level_scores.shape[0])
         top, index = jax.lax.top_k(level_scores, count)
-        level_boxes = decode_boxes(level_deltas[index], jnp.asarray(level_anchors)[index], RPN_BOX_WEIGHTS)
+        chosen = level_deltas[index].astype(at_least_float32(level_deltas.dtype))
+        level_boxes = decode_boxes(chosen, jnp.asarray(level_anchors)[index], RPN_BOX_WEIGHTS)
         # Padded to one length, so that all levels are suppressed in one loop.
         padded_boxes.append(jnp.pad(level_boxes, ((0, width - count), (0, 0))))
         padded_scores.append(jnp.pad(top, (0, width - count), constant_values=-jnp.inf))

@@ -33,8 +33,8 @@ class RPNHead(nnx.Module):
             features: [B, H_l, W_l, K] per level.
 
         Returns:
-            objectness logits [B, A_l] and offsets [B, A_l, 4] per level, float32 or wider, in the order of
-            ops.anchors.grid_anchors.
+            objectness logits [B, A_l], float32 or wider, and offsets [B, A_l, 4] in the compute dtype, per level, in the
+            order of ops.anchors.grid_anchors.
         """
         objectness, deltas = [], []
         for feature in features:
@@ -42,7 +42,7 @@ class RPNHead(nnx.Module):
             for convolution in self.convs:
                 hidden = relu(convolution(hidden))
             logits, offsets = apply_together([self.cls_logits, self.bbox_pred], hidden)
-            batch, wide = feature.shape[0], at_least_float32(hidden.dtype)
-            objectness.append(logits.reshape(batch, -1).astype(wide))
-            deltas.append(offsets.reshape(batch, -1, 4).astype(wide))
+            batch = feature.shape[0]
+            objectness.append(logits.reshape(batch, -1).astype(at_least_float32(logits.dtype)))
+            deltas.append(offsets.reshape(batch, -1, 4))  # few are used, which are then made wider
         return objectness, deltas

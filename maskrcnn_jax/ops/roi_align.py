@@ -157,7 +157,7 @@ def _pool(
         rows = interpolation_corners(y, heights[:, None, None])
         columns = interpolation_corners(x, widths[:, None, None])
         index, weight = _table_rows(rows, columns, starts, widths, sampling_ratio)
-        pooled = _weighted_rows(table, index, weight)
+        pooled = _weighted_rows(table, index, weight, len(table))
     return pooled.reshape(boxes.shape[0], output_size, output_size, table.shape[-1])
 
 
@@ -180,20 +180,20 @@ def _table_rows(rows, columns, starts, widths, sampling_ratio):
     return index.reshape(shape), weight.reshape(shape)
 
 
-@jax.custom_vjp
-def _weighted_rows(table, index, weight):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _weighted_rows(table, index, weight, num_rows):
     """Return sum_t weight[t] * table[index[t]], [R, P, K], accumulated in float32 at least."""
     return sequential_vmap(_gather_rows)(table, index, weight)
 
 
-def _weighted_rows_forward(table, index, weight):
-    return _weighted_rows(table, index, weight), (table, index, weight)
+def _weighted_rows_forward(table, index, weight, num_rows):
+    return _weighted_rows(table, index, weight, num_rows), (index, weight)  # the gradient needs no table
 
 
-def _weighted_rows_backward(residuals, gradient):
-    table, index, weight = residuals
-    scatter = sequential_vmap(functools.partial(_scatter_gradient, num_rows=table.shape[0]))
-    return scatter(index, weight, gradient).astype(table.dtype), None, jnp.zeros_like(weight)
+def _weighted_rows_backward(num_rows, residuals, gradient):
+    index, weight = residuals
+    scatter = sequential_vmap(functools.partial(_scatter_gradient, num_rows=num_rows))
+    return scatter(index, weight, gradient).astype(gradient.dtype), None, jnp.zeros_like(weight)
 
 
 _weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)

@@ -203,6 +203,8 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
         params, variables, scale, key = shared
         gradients, variables, metrics = gradient(graphdef, params, variables, scale, key, batch)
         with jax.named_scope("sum_gradients"):
+            # Without the barrier XLA sums those that were half precision before as such, and rounds every addition.
+            gradients = jax.lax.optimization_barrier(gradients)
             gradients, metrics = sum_over_devices((gradients, metrics))
         return gradients, variables, metrics
 
