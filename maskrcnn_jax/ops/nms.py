@@ -83,30 +83,28 @@ def class_nms(
         The picks, in descending order of score; of equal scores the lower class and box index come first.
     """
 
-    @jax.custom_batching.custom_vmap
-    def pick(boxes, scores):
-        return jax.tree.map(lambda array: array[0], pick_together(boxes[None], scores[None]))
-
-    @pick.def_vmap
-    def _(axis_size, in_batched, boxes, scores):
-        every = [
-            array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
-            for array, is_batched in zip((boxes, scores), in_batched, strict=True)
-        ]
-        picks = pick_together(*every)
-        return picks, jax.tree.map(lambda _: True, picks)
-
-    def pick_together(boxes, scores):
+    def of_batch(boxes, scores):
         return _pick_best(boxes, jnp.where(scores > score_threshold, scores, -1), iou_threshold, max_picks)
 
-    return pick(boxes, scores)
+    # A plain vmap would copy the boxes and scores of every image with each pick.
+    @jax.custom_batching.custom_vmap
+    def of_image(boxes, scores):
+        return jax.tree.map(lambda array: array[0], of_batch(boxes[None], scores[None]))
+
+    @of_image.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        arrays = [
+            array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+            for array, is_batched in zip(arrays, in_batched, strict=True)
+        ]
+        picks = of_batch(*arrays)
+        return picks, jax.tree.map(lambda _: True, picks)
+
+    return of_image(boxes, scores)
 
 
 def _pick_best(boxes, alive, iou_threshold, max_picks):
-    """Return the picks [B, D] of boxes [B, N, C, 4]; alive: [B, N, C], 0 or below for pairs that must not be picked.
-
-    All images together: under vmap, each pick would copy the boxes and scores of every image.
-    """
+    """Return the picks [B, D] of boxes [B, N, C, 4]; alive: [B, N, C], 0 or below for pairs that must not be picked."""
     batch, number, num_classes = alive.shape
     corners = boxes.transpose(3, 0, 2, 1).reshape(4, batch * num_classes, number)
     alive = alive.transpose(0, 2, 1)
