@@ -33,8 +33,8 @@ class RPNHead(nnx.Module):
             features: [B, H_l, W_l, K] per level.
 
         Returns:
-            objectness logits [B, A_l], float32 or wider, and offsets [B, A_l, 4] in the compute dtype, per level, in the
-            order of ops.anchors.grid_anchors.
+            objectness logits [B, A_l], float32 or wider, and offsets [B, A_l, 4], in the compute dtype, per level, in
+            the order of ops.anchors.grid_anchors.
         """
         objectness, deltas = [], []
         for feature in features:

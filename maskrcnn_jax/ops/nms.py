@@ -104,7 +104,7 @@ def class_nms(
 
 
 def _pick_best(boxes, alive, iou_threshold, max_picks):
-    """Return the picks [B, D] of boxes [B, N, C, 4]; alive: [B, N, C], 0 or below for pairs that must not be picked."""
+    """Return the picks [B, D] of boxes [B, N, C, 4]; alive [B, N, C] is 0 or below where none must be picked."""
     batch, number, num_classes = alive.shape
     corners = boxes.transpose(3, 0, 2, 1).reshape(4, batch * num_classes, number)
     alive = alive.transpose(0, 2, 1)

@@ -9,6 +9,7 @@ batch. The state is on every device, or divided among them between the steps.
 
 import ctypes
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.options import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimOptions
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.training.optimizer import is_frozen
+
+_log = logging.getLogger(__name__)
 
 
 class LossScale(NamedTuple):
@@ -143,15 +146,28 @@ class TrainStep:
         """Make the program for such a batch and return it; nothing if there is one already."""
         if _kind(batch) in self.programs:
             return None
-        program = self.lower(state, batch, key).compile()
+        try:
+            program = self.lower(state, batch, key).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            _log.warning("%s; compiling without the options of compiler_options", str(error).splitlines()[0])
+            program = self.lower(state, batch, key, tuned=False).compile()
         self.programs[_kind(batch)] = program
         give_back_memory()
         return program
 
-    def lower(self, state: TrainState, batch: Batch, key: jax.Array) -> jax.stages.Lowered:
-        """Trace the step; the next state will lie on the devices as ``state`` does."""
+    def lower(self, state: TrainState, batch: Batch, key: jax.Array, *, tuned: bool = True) -> jax.stages.Lowered:
+        """Trace the step; the next state will lie on the devices as ``state`` does.
+
+        Args:
+            state: Or the shapes, dtypes and shardings of one, as for the other two.
+            batch: As of a step.
+            key: As of a step.
+            tuned: Whether the program is compiled with ``compiler_options``.
+        """
         layouts = jax.tree.map(lambda array: array.sharding, state), replicated(self._mesh)
-        options = compiler_options(self._mesh)
+        options = compiler_options(self._mesh) if tuned else {}
         step = jax.jit(self._step, donate_argnums=0, out_shardings=layouts, compiler_options=options)
         return step.lower(state, batch, key)
 

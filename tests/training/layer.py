@@ -10,6 +10,8 @@ from flax import nnx
 
 from maskrcnn_jax.distributed import make_mesh, shard_batch
 from maskrcnn_jax.models.layers import BatchNorm, Conv
+from maskrcnn_jax.models.losses import masked_mean
+from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.step import TrainStep, create_train_state
 
@@ -32,8 +34,9 @@ class Layer(nnx.Module):
     def losses(self, batch, key):
         x = self.conv(batch.x)
         x = x if self.norm is None else self.norm(x)
-        loss = jnp.mean(jnp.square(x.astype(jnp.float32) - batch.y))
-        return {"loss_y": loss}, {"draw": jax.random.uniform(key)}
+        distance = jnp.square(x.astype(jnp.float32) - batch.y)
+        loss = masked_mean(distance, jnp.ones(distance.shape, bool))
+        return {"loss_y": loss}, {"draw": jax.random.uniform(key) / sum_over_devices(jnp.ones(()))}
 
 
 def points(batch_size=8, seed=0):

@@ -270,3 +270,12 @@ def test_recomputing_every_block_in_the_gradient_takes_less_memory_and_changes_n
     assert metrics["loss"] == pytest.approx(float(its_metrics["loss"]), rel=1e-5)
     for ours, expected in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(
+        "maskrcnn_jax.training.step.compiler_options", lambda mesh: {"xla_tpu_an_option_of_another_version": True}
+    )
+    training = Training()
+    assert np.isfinite(training.step(points(16))["loss"])
+    assert "an_option_of_another_version" in caplog.text
