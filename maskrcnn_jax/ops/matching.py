@@ -56,7 +56,8 @@ def match(
         return (jnp.maximum(best_iou, highest), best_gt, is_best | jnp.any(best_of_gt, axis=0)), None
 
     number = boxes.shape[0]
-    start = jnp.full(number, -2, boxes.dtype), jnp.zeros(number, jnp.int32), jnp.zeros(number, bool)
+    dtype = jnp.result_type(boxes, gt_boxes)
+    start = jnp.full(number, -2, dtype), jnp.zeros(number, jnp.int32), jnp.zeros(number, bool)
     blocks = (
         jnp.arange(0, gt_boxes.shape[0], size),
         jnp.pad(gt_boxes, ((0, padding), (0, 0))).reshape(-1, size, 4),

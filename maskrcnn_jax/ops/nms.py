@@ -93,11 +93,11 @@ def class_nms(
 
     @of_image.def_vmap
     def _(axis_size, in_batched, *arrays):
-        arrays = [
+        every = [
             array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
             for array, is_batched in zip(arrays, in_batched, strict=True)
         ]
-        picks = of_batch(*arrays)
+        picks = of_batch(*every)
         return picks, jax.tree.map(lambda _: True, picks)
 
     return of_image(boxes, scores)

@@ -69,7 +69,7 @@ class Profiler:
         self._is_tracing = False
         _log.info("wrote a trace into %s", self._folder)
         newest = max(self._folder.rglob("*.trace.json.gz"), key=os.path.getmtime)
-        times = stage_times(newest, [program.as_text() for program in self._train_step.programs.values()])
+        times = stage_times(newest, [program.as_text() or "" for program in self._train_step.programs.values()])
         total = max(sum(times.values()), 1e-9)
         lines = [f"{time / total:6.1%}  {stage}" for stage, time in times.items()]
         _log.info("time of the devices in it:\n%s", "\n".join(lines))

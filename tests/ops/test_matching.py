@@ -173,3 +173,23 @@ def test_without_regions_nothing_is_ignored():
     boxes = jnp.array([[0, 0, 10, 10], [0, 0, 0, 0.0]])
     for regions in (jnp.zeros((0, 4)), jnp.zeros((2, 4))):
         assert ignore_covered(matches, boxes, regions, jnp.ones(len(regions), bool)).tolist() == [BACKGROUND, 0]
+
+
+def test_blocks_of_objects_are_matched_as_all_at_once(monkeypatch):
+    """Among them equal objects in different blocks, of which the first counts, and invalid ones."""
+    rng = np.random.default_rng(5)
+    corner, gt_corner = rng.uniform(0, 60, (300, 2)), rng.uniform(0, 60, (37, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 30, (300, 2))], axis=1)
+    gt = np.concatenate([gt_corner, gt_corner + rng.uniform(5, 30, (37, 2))], axis=1)
+    boxes[0] = gt[20] = gt[3]
+    valid = jnp.asarray(rng.uniform(size=37) < 0.8).at[jnp.array([3, 20])].set(True)
+
+    def matches(block):
+        monkeypatch.setattr(matching, "_BLOCK", block)
+        options = {"high_threshold": 0.6, "low_threshold": 0.3, "allow_low_quality": True}
+        return np.asarray(matching.match(jnp.asarray(boxes), jnp.asarray(gt), valid, **options))
+
+    whole = matches(37)
+    assert len(set(whole.tolist())) > 20 and whole[0] == 3
+    for block in (1, 8, 16):
+        np.testing.assert_array_equal(matches(block), whole)
