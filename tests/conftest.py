@@ -1,11 +1,16 @@
-"""Settings of every test: eight simulated devices, checked shapes, strict broadcasting, kept compiled programs."""
+"""Settings of every test: eight simulated devices, quick compilation, checked shapes, strict broadcasting."""
 
 import os
 from pathlib import Path
 
-# Read when JAX is first imported. Programs that use one device are unaffected.
+from tests.children import QUICK_XLA, children, kill_children
+
+# Read when JAX is first imported. Programs that use one device are unaffected by the others.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count=8 {QUICK_XLA}".strip()
+# For child processes.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Likewise torch: a thread that waits for one of another test process keeps its core busy.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,10 +21,12 @@ from absl import flags
 from jaxtyping import install_import_hook
 
 from tests import shape_checker
-from tests.children import children, kill_children
 
 # Check the annotated shapes and dtypes at every call. This must come before the first import of these modules.
 install_import_hook(["maskrcnn_jax.ops", "maskrcnn_jax.models"], f"{shape_checker.__name__}.check")
+# Most programs of the tests compile far longer than they run.
+_QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+jax.config.update("jax_disable_most_optimizations", _QUICK)
 # A missing axis is a bug more often than a wish: [N] + [N, 4] must say what it means.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -37,13 +44,13 @@ def _no_process_is_left_behind():
 
 
 @pytest.fixture
-def quick_compilation():
-    """Compile without optimizing, here and in child processes: for programs that compile far longer than they run."""
+def optimized():
+    """Compile with all optimizations, here and in child processes: for programs that run longer than they compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", _QUICK)
 
 
 @pytest.fixture

@@ -31,11 +31,6 @@ from tests.models.tiny import OPTIONS, tiny_model
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-    """Most of the time of these tests is compiling."""
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a dataset of 64-pixel shapes with the ids 7, 12 and 900, and a run whose network is random."""

@@ -12,7 +12,6 @@ from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.tables import write_docs
 from tools.benchmarks.timing import Row, Spread, cell, compare, measure, table, write_json
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = Settings(height=96, width=96, rounds=2, options=NARROW, num_classes=7, dtype="float32")
 
 
@@ -120,12 +119,14 @@ def measured(subject: str, settings: Settings) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
+@pytest.mark.slow
 def test_without_a_reference_only_ours_is_timed():
     rows = measured("ops", dataclasses.replace(TINY, num_classes=3))
     assert len(rows) >= 6
     assert all(row.reference is None and row.ratio is None for row in rows.values())
 
 
+@pytest.mark.slow
 def test_operations_give_the_same_on_both_sides_and_are_timed(against):
     rows = measured("ops", against)
     assert all(row.ratio == row.reference.median / row.ours.median for row in rows.values())

@@ -25,7 +25,7 @@ from tools import options_page
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
 
-def test_the_examples_of_every_operation_give_what_they_say(quick_compilation):
+def test_the_examples_of_every_operation_give_what_they_say():
     text = "\n".join(text for language, text in blocks("ops.md") if language == "python")
     missing = [name for name in ops.__all__ if not re.search(rf"ops\.{name}\b", text)]
     assert not missing, f"docs/ops.md shows no {missing}"
@@ -182,7 +182,7 @@ def test_the_notebook_has_no_stored_outputs():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs(optimized, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("XLA_FLAGS", "")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maskrcnn_jax.data.shapes import write_dataset
-from tests.children import PATIENCE
+from tests.children import PATIENCE, QUICK_XLA
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,11 +55,11 @@ def refusal(terminal, monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def run(tmp_path, quick_compilation):
+def run(tmp_path):
     """Run a script of this checkout in an empty folder and a process of its own."""
 
     def run(script, *arguments):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA}
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=PATIENCE)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.children import QUICK_XLA
+
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "maskrcnn_jax", "configs")
 
@@ -33,9 +35,8 @@ def test_every_command_and_function_works_in_an_empty_folder(tmp_path):
         "PYTHONPATH": paths["purelib"],
         "PATH": f"{paths['scripts']}{os.pathsep}{os.environ['PATH']}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICK_XLA,
     }
     walk = [sys.executable, Path(__file__).with_name("walk.py"), paths["purelib"]]
     done = subprocess.run(walk, cwd=empty, env=environment, capture_output=True, text=True)

@@ -20,7 +20,7 @@ PARTS = ("maskrcnn_jax", "configs", "tools", "train.py", "eval.py", "predict.py"
 
 
 @pytest.mark.slow
-def test_every_command_of_the_walk_works(tmp_path):
+def test_every_command_of_the_walk_works(optimized, tmp_path):
     for name in PARTS:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)

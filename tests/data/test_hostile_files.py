@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -76,6 +77,7 @@ def _dumps(document):
     return json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
+@pytest.mark.slow
 @hostile("annotations", changes=changes, times=st.integers(0, 7))
 def test_hostile_annotations_are_read_or_refused(changes, times):
     document = change_document(json.loads(_TEXT), changes)
@@ -86,6 +88,7 @@ _TOKENS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"\\u", b"\\ud800", 
 _TOKENS += [b"[" * 9000, b'{"a":' * 3000, b'"images":', b'"annotations":[', b"null", b"\xff", b"\xc3", b"\xef\xbb\xbf"]
 
 
+@pytest.mark.slow
 @hostile(
     "annotation text",
     data=st.one_of(
@@ -105,6 +108,7 @@ def test_hostile_text_is_read_or_refused(data):
 _numbers = st.one_of(st.sampled_from(NUMBERS), st.floats(width=32), st.floats(0, 24), st.floats(0, 1), st.integers())
 
 
+@pytest.mark.slow
 @hostile(
     "numbers",
     boxes=st.lists(st.lists(_numbers, min_size=4, max_size=4), min_size=1, max_size=4),
@@ -127,6 +131,7 @@ _counts = st.one_of(
 _sides = st.one_of(st.just(20), st.just(24), st.sampled_from(NUMBERS))
 
 
+@pytest.mark.slow
 @hostile("run lengths", counts=_counts, height=_sides, width=_sides, boxed=st.booleans())
 def test_hostile_run_lengths_are_read_or_refused(counts, height, width, boxed):
     if isinstance(counts, str) and is_well_formed(counts.encode("utf-8")):

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -46,6 +47,7 @@ def _write(name, document, changes, damages):
 _rarely = st.one_of(st.just([]), st.just([]), damages)
 
 
+@pytest.mark.slow
 @hostile("results", of_truth=changes, of_results=changes, damages=_rarely, which=st.integers(0, 2))
 def test_hostile_results_and_annotations_are_evaluated_or_refused(of_truth, of_results, damages, which):
     truth = _write("truth.json", _TRUTH, of_truth if which else [], damages if which else [])

@@ -42,11 +42,6 @@ for name, batches in (("one", [[image] for image in images]), ("four", [images])
 """
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-    """Most of the time of these tests is compiling."""
-
-
 @pytest.fixture
 def predictor():
     # Nothing is found in an image of fewer rows than box_min_size.
@@ -65,7 +60,7 @@ def test_an_export_finds_what_the_model_finds_without_the_package(predictor, ima
     export_model(predictor, tmp_path / "model.mrcnn")
     np.savez(tmp_path / "images.npz", *images)
     shutil.copy(ROOT / "tools" / "run_exported.py", tmp_path)
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": ""}
+    environment = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -135,6 +130,7 @@ def test_images_that_fit_no_exported_size_are_refused(predictor, tmp_path):
         model._prepare(np.zeros((100, 200, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_other_networks_can_be_traced_for_any_number_of_images(predictor, tmp_path):
     model = tiny_options(backbone="mobilenet_v3_large", roi_operator="pool", mask_deconv=False)
     options = dataclasses.replace(predictor.options, model=model)

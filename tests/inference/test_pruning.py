@@ -15,11 +15,6 @@ from maskrcnn_jax.options import DataOptions, Options
 from tests.models.tiny import SIDE, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-    """Most of the time of these tests is compiling."""
-
-
 def arrays(network):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(network)}
 
@@ -37,6 +32,7 @@ def detect(network):
     return jax.jit(lambda state: nnx.merge(graphdef, state).detect(images, sizes))(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"norm": "batch"}, {"backbone": "resnet50", "bottleneck_channels": 8}])
 def test_channels_that_give_nothing_are_the_ones_to_go(options):
     network = tiny_model(**options)

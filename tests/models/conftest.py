@@ -5,11 +5,6 @@ import pytest
 from tests.models.tiny import compiled, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-    """Most of the time of these tests is compiling."""
-
-
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny Mask R-CNN with frozen norms."""

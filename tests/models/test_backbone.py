@@ -48,6 +48,7 @@ def model_with(backbone, anchor_sizes, **options) -> MaskRCNN:
     return MaskRCNN(NUM_CLASSES, options, backbone=backbone, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_maps", "containers"), [(1, ("array", "list", "tuple", "dict")), (3, ("list", "tuple", "dict"))]
 )
@@ -68,6 +69,7 @@ def test_losses_and_detections_are_the_same_program_whatever_the_container(num_m
     assert len(programs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["align", "pool"])
 def test_a_backbone_with_one_map_trains_a_step_and_detects(operator, key):
     mesh, optimizer = make_mesh(), optax.sgd(1e-2)

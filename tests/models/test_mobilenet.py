@@ -50,6 +50,7 @@ def run_reference(features, x):
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "training"), [("batch", True), ("batch", False), ("frozen", True)])
 def test_outputs_and_statistics_are_torchvisions(reference_features, norm, training):
     # A frozen norm is one that is never in training.

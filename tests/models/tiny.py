@@ -1,5 +1,7 @@
 """A Mask R-CNN small enough to compile in seconds, and batches for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,13 @@ def tiny_model(*, num_classes: int = NUM_CLASSES, **changes) -> MaskRCNN:
     Its values are drawn with numpy: drawing each in its own compiled program takes far longer. Biases and statistics
     are not the trivial ones of an initialised network, so that forgetting one shows.
     """
-    options = tiny_options(**changes)
+    graphdef, state = _drawn(num_classes, tiny_options(**changes))
+    return nnx.merge(graphdef, jax.tree.map(jnp.array, state))
+
+
+@functools.cache
+def _drawn(num_classes: int, options: ModelOptions) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return the structure of a model and its values as NumPy arrays."""
     model = nnx.eval_shape(lambda: MaskRCNN(num_classes, options, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
@@ -54,10 +62,10 @@ def tiny_model(*, num_classes: int = NUM_CLASSES, **changes) -> MaskRCNN:
             values = rng.normal(size=leaf.shape) * 0.1
         else:
             values = rng.normal(size=leaf.shape) * (1.0 / np.prod(leaf.shape[:-1])) ** 0.5
-        return jnp.asarray(values, leaf.dtype)
+        return np.asarray(values, leaf.dtype)
 
-    nnx.update(model, jax.tree_util.tree_map_with_path(draw, nnx.state(model)))
-    return model
+    graphdef, state = nnx.split(model)
+    return graphdef, jax.tree_util.tree_map_with_path(draw, state)
 
 
 def tiny_batch(batch_size: int = 2, num_gt: int = 3, seed: int = 0, side: int = SIDE) -> Batch:

@@ -15,7 +15,7 @@ from tools.torchvision_reference import build_reference, load_reference  # noqa:
 
 
 @pytest.mark.slow
-def test_an_exported_run_has_the_same_ap_in_torchvision(tmp_path):
+def test_an_exported_run_has_the_same_ap_in_torchvision(optimized, tmp_path):
     """Overfitted to eight images, so that there is an AP after a minute."""
     write_dataset(tmp_path / "shapes", num_train=8, num_val=1, image_size=96, seed=3)
     config = load_config("shapes")

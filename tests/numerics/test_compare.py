@@ -47,6 +47,7 @@ def compare_on(coco_dir, options, dtype, num_images=2, **settings):
 SMALL = {"num_classes": 7, "min_size": 96, "max_size": 128}
 
 
+@pytest.mark.slow
 def test_a_small_network_agrees_in_float64_up_to_its_detections(coco_dir):
     options = options_of("v2", **NARROW, backbone="resnet18")
     result = compare_on(coco_dir, options, "float64", num_steps=0, **SMALL)
@@ -65,7 +66,7 @@ def test_a_narrow_resnet50_agrees_in_float64_through_ten_steps(coco_dir, version
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("version", "flips"), [("v1", 0), ("v2", 9)])
-def test_the_full_network_agrees_in_float32(coco_dir, version, flips):
+def test_the_full_network_agrees_in_float32(optimized, coco_dir, version, flips):
     """In version 2 single ReLUs round to either side of zero, see docs/numerics.md: in three channels, at most."""
     result = compare_on(coco_dir, options_of(version), "float32", num_steps=1)
     beyond = [row for row in result.rows if not row.ok]

@@ -171,6 +171,7 @@ def test_mask_loss_equals_maskrcnn_loss(dtype):
     assert_same_losses(ours, value_and_gradients(reference, [logits]), [logits], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_rpn_losses_equal_torchvisions_with_the_same_anchors_sampled(dtype):
     """The second image has no object. The sampler of the reference is replaced, for its draw is random."""

@@ -40,7 +40,7 @@ def test_iou_of_boxes_without_area_is_zero_and_never_nan():
     np.testing.assert_array_equal(iou, [[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 
 
-def test_iou_does_not_change_when_both_sides_are_shifted_scaled_or_flipped():
+def test_iou_does_not_change_when_both_sides_are_shifted_scaled_or_flipped(optimized):
     a, b = random_boxes(0, 7), random_boxes(1, 5)
     box_iou = jax.jit(box_ops.box_iou)
     expected = box_iou(a, b)

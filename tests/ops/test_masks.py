@@ -114,6 +114,7 @@ def exact_matrix(start, end, size, output_size):
     return np.maximum(0, 1 - np.abs(points - np.arange(size))).mean(axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_compiled_targets_of_boxes_of_whole_pixels_are_exact(dtype):
     """Many of their points lie on a cell, where the index and the weights must agree on which side it is."""

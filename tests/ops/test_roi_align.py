@@ -356,6 +356,7 @@ def test_half_precision_features_stay_in_their_dtype_and_accumulate_wider(key, s
         np.testing.assert_allclose(ours.astype(jnp.float32), wide, rtol=2**-8)
 
 
+@pytest.mark.slow
 def test_adaptive_pooling_of_a_batch_equals_that_of_its_images():
     """Forward and backward; the images of a batch share the loops over the samples, but not the number of samples."""
     features, boxes, cotangent = random_pyramid(3, 37)
@@ -380,6 +381,7 @@ def test_the_loops_of_a_batch_never_copy_the_table():
     assert not re.findall(f"stablehlo.select .*{table}", program)
 
 
+@pytest.mark.slow
 def test_a_batch_on_eight_devices_is_pooled_where_it_is():
     """Features, gradients and RoIs stay on their devices, which do not wait for each other."""
     arguments = random_pyramid(8, 20)

@@ -9,11 +9,6 @@ from maskrcnn_jax.config import load_config
 from maskrcnn_jax.data.shapes import write_dataset
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-    """Most of the time of these tests is compiling."""
-
-
 @pytest.fixture(scope="session")
 def shapes_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data") / "shapes"

@@ -15,6 +15,7 @@ from maskrcnn_jax.commands.app import set_up_logging
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.training.loop import train
+from tests.children import QUICK_XLA
 
 
 class FakeEvaluation(NamedTuple):
@@ -32,8 +33,7 @@ def _make_evaluate(categories):
 
 
 def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
-    os.environ["XLA_FLAGS"] = ""  # read when the first device is asked for: one device
-    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["XLA_FLAGS"] = QUICK_XLA  # read when the first device is asked for: one device
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with open(workdir.with_suffix(".log"), "a") as output:

@@ -76,6 +76,7 @@ def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
     Checkpoints(tmp_path).close()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # arrays that nobody waits for after the first failed
     training = Training(ema_decay=0.9)

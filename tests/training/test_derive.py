@@ -37,6 +37,7 @@ def test_options_that_are_set_stay(caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_published_weights_fit_the_config_for_own_datasets_but_for_the_classes():
     narrow = {
         "stem_channels": 8,

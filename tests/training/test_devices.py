@@ -45,7 +45,7 @@ def assert_same_on_all_numbers_of_devices(monkeypatch, tolerance, *options, **mo
 
 
 @pytest.mark.slow
-def test_float64_trains_alike_on_any_number_of_devices(quick_compilation, monkeypatch):
+def test_float64_trains_alike_on_any_number_of_devices(monkeypatch):
     with jax.enable_x64(True):
         assert_same_on_all_numbers_of_devices(monkeypatch, 1e-10, optax.adamw(1e-3), dtype="float64", side=32)
 
@@ -53,5 +53,5 @@ def test_float64_trains_alike_on_any_number_of_devices(quick_compilation, monkey
 # Larger steps let the rounding of a sum decide which of two equally good boxes is kept, and AdamW divides gradients
 # that are all rounding by their own size. float64 shows both to be no more than rounding.
 @pytest.mark.slow
-def test_float32_trains_alike_on_any_number_of_devices(quick_compilation, monkeypatch):
+def test_float32_trains_alike_on_any_number_of_devices(monkeypatch):
     assert_same_on_all_numbers_of_devices(monkeypatch, 1e-5, optax.sgd(1e-4, 0.9), dtype="float32", side=64)

@@ -31,8 +31,34 @@ class FakeEvaluation(NamedTuple):
     picture: np.ndarray = np.zeros((8, 8, 3), np.uint8)
 
 
-def train(config, workdir, **options):
-    loop.train(to_options(config), workdir, **options)
+@pytest.fixture
+def config(config):
+    config.optim.lr, config.optim.lr_batch_size = 0.001, 16
+    return config
+
+
+_PROGRAMS = {}  # of each config, what its runs have compiled
+_NOT_COMPILED = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+
+
+def train(config, workdir, *, anew=False, **options):
+    """Train with the programs of earlier runs of this config, as most of the time is compiling, or compile anew.
+
+    Returns the programs.
+    """
+    key = json.dumps({name: value for name, value in config.to_dict().items() if name not in _NOT_COMPILED})
+    programs = {} if anew else _PROGRAMS.setdefault(key, {})
+
+    def make_step(*args):
+        step = TrainStep(*args)
+        step.programs = programs
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TrainStep", make_step)
+        loop.train(to_options(config), workdir, **options)
+    _PROGRAMS[key] = programs
+    return programs
 
 
 def never(categories):
@@ -58,9 +84,9 @@ def arrays(workdir):
 
 
 def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path, caplog):
-    config.optim.lr, config.optim.lr_batch_size = 0.001, 16
     with caplog.at_level(logging.INFO, "maskrcnn_jax.training"):
-        train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
+        programs = train(config, tmp_path, anew=True, make_evaluate=scores(0.1, 0.2))
+    assert len(programs) == 1, "the step is compiled once"
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("maskrcnn_jax")]
     started, compiled, expected = messages[-3:]
     assert re.match(r"starting at step 0 of 4, 2 steps an epoch, batch 8 on 8 cpu devices, 0.\d M parameters", started)
@@ -81,7 +107,8 @@ def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_p
     assert [line["segm_AP"] for line in lines(tmp_path) if "segm_AP" in line] == [0.1, 0.2]
 
 
-@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True])
 def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, caplog):
     caplog.set_level(logging.INFO, "maskrcnn_jax.training")
     config.eval_every = 1
@@ -160,6 +187,7 @@ def test_a_signal_at_any_moment_is_followed_by_a_checkpoint_and_costs_no_evaluat
             np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config, tmp_path, monkeypatch):
     config.epochs, config.optim.ema_decay = 1, 0.9
     saved, evaluated = [], []
@@ -189,6 +217,7 @@ def test_models_are_evaluated_and_restored_with_their_averaged_parameters(config
         train(config, tmp_path, make_evaluate=never)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
     config.keep_checkpoints = config.checkpoint_every = 1
     train(config, tmp_path, make_evaluate=scores(0.9, 0.3))
@@ -201,8 +230,8 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
         load_run(tmp_path, checkpoint="3")
 
 
-def test_the_step_compiles_once_and_batches_are_placed_while_it_runs(config, tmp_path, monkeypatch):
-    steps, results, running = [], [], []
+def test_batches_are_placed_while_a_step_runs(config, tmp_path, monkeypatch):
+    results, running = [], []
     take = TrainStep.__call__
 
     def take_and_remember(*args):
@@ -215,14 +244,7 @@ def test_the_step_compiles_once_and_batches_are_placed_while_it_runs(config, tmp
 
     monkeypatch.setattr(TrainStep, "__call__", take_and_remember)
     monkeypatch.setattr("maskrcnn_jax.training.loop.shard_batch", place)
-
-    def remember(*args, **options):
-        steps.append(TrainStep(*args, **options))
-        return steps[-1]
-
-    monkeypatch.setattr("maskrcnn_jax.training.loop.TrainStep", remember)
     train(config, tmp_path, make_evaluate=scores(0.1, 0.2))
-    assert len(steps[0].programs) == 1
     assert any(running), "each batch waited for the end of the step before"
 
 
@@ -269,16 +291,12 @@ def test_the_logged_learning_rate_is_that_of_the_last_step_that_was_taken():
     assert written == [(11, 107), (12, 107), (13, 107), (15, 108)]
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, tmp_path, monkeypatch):
-    real = MaskRCNN.losses
+def test_a_loss_that_is_not_finite_stops_with_its_terms_step_and_images(config, tmp_path):
+    def break_masks(model):
+        model.mask_head.logits_bias[...] *= np.nan
 
-    def broken(self, batch, key):
-        terms, metrics = real(self, batch, key)
-        return terms | {"loss_mask": terms["loss_mask"] * np.nan}, metrics
-
-    monkeypatch.setattr(MaskRCNN, "losses", broken)
     with pytest.raises(UserError, match=r"step 1 is not finite: .*loss_mask nan.*image ids \[\d+"):
-        train(config, tmp_path, make_evaluate=never)
+        train(config, tmp_path, make_evaluate=never, initialize=break_masks)
     assert Checkpoints(tmp_path).latest_step is None
 
 
@@ -295,7 +313,7 @@ def test_float16_goes_on_from_skipped_steps_until_the_loss_scale_is_at_its_small
     config.eval_every = 0
     monkeypatch.setattr(MaskRCNN, "losses", broken)
     with pytest.raises(UserError, match=r"step 3 is not finite: .*loss_scale 1;"):
-        train(config, tmp_path, make_evaluate=lambda categories: None)
+        train(config, tmp_path, anew=True, make_evaluate=lambda categories: None)
     (line,) = lines(tmp_path)
     assert (line["step"], line["skipped"], line["loss_scale"]) == (2, 1, 3)
     assert "loss" not in line
@@ -316,6 +334,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
         train(config, tmp_path, make_evaluate=never)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_architecture_is_refused(config, tmp_path):
     config.eval_every = 0
     train(config, tmp_path, make_evaluate=lambda categories: None)
@@ -345,6 +364,7 @@ def test_an_evaluation_that_fails_loses_no_step(config, tmp_path):
         assert checkpoints.latest_step == len((tmp_path / "metrics.jsonl").read_text().splitlines()) * config.log_every
 
 
+@pytest.mark.slow
 def test_annotations_of_which_some_are_wrong_are_trained_on_and_told_of(config, tmp_path, caplog):
     root = shutil.copytree(config.data.coco_dir, tmp_path / "damaged")
     for seed, fault in enumerate(READ_ANYWAY, start=1):  # these seeds pick different annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.config import load_config
-from tests.children import PATIENCE
+from tests.children import PATIENCE, QUICK_XLA
 from tests.training.saved import saved_arrays
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,7 @@ def start(command, workdir, *, processes=1, devices=1, float64=False):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_XLA}",
         "JAX_ENABLE_X64": str(int(float64)),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }

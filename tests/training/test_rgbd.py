@@ -33,6 +33,7 @@ def rgbd_dir(shapes_dir, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_two_steps_train_on_rgbd_and_are_evaluated(config, rgbd_dir, tmp_path):
     config.data.coco_dir = str(rgbd_dir)
     config.model.in_channels = 4

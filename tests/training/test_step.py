@@ -176,7 +176,10 @@ def test_every_part_has_draws_of_its_own():
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float32", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.slow), "float16"],
+)
 def test_all_options_together_are_finite_and_go_on_from_a_checkpoint(
     dtype, ema_decay, accumulate, clip_norm, tmp_path
 ):

@@ -72,6 +72,7 @@ def test_a_state_dict_goes_in_and_out_bit_for_bit(options):
         assert out[key].tobytes() == array.tobytes(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, MOBILENET], ids=["resnet", "mobilenet"])
 def test_an_exported_backbone_starts_another_model(options):
     model, other = narrow_model(**options), narrow_model(**options)
@@ -195,6 +196,7 @@ def test_other_classes_reinitialise_the_three_predictors_and_nothing_else():
     }
 
 
+@pytest.mark.slow
 def test_predictors_of_other_classes_must_be_whole_and_fit_each_other():
     arrays = other_values(to_torchvision(narrow_model(num_classes=9)))
     del arrays["roi_heads.mask_predictor.mask_fcn_logits.bias"]
@@ -256,6 +258,7 @@ def test_a_backbone_fills_the_backbone_and_is_not_enough_to_detect_with():
     assert all(np.array_equal(out[f"backbone.body.{key}"], arrays[key]) for key in arrays if "fc" not in key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["torchvision", "mobilenet", "detectron2"])
 def test_weights_of_rgb_fill_a_model_of_more_channels_by_their_mean(family):
     options = MOBILENET if family == "mobilenet" else {}
@@ -300,6 +303,7 @@ def test_the_names_of_a_mobilenet_are_those_of_torchvisions_classifier():
     assert {key: a.shape for key, a in arrays.items()} == {key: tuple(t.shape) for key, t in reference.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 def test_a_mobilenet_of_imagenet_fills_the_backbone(norm):
     arrays, model = mobilenet_of_imagenet(), narrow_model(**MOBILENET, norm=norm)
@@ -316,6 +320,7 @@ def test_a_mobilenet_of_imagenet_fills_the_backbone(norm):
         assert out[key.replace("features.", "backbone.body.", 1)].tobytes() == arrays[key].tobytes(), key
 
 
+@pytest.mark.slow
 def test_a_mobilenet_that_lacks_an_array_or_has_one_too_many_is_refused():
     arrays, model = mobilenet_of_imagenet(), narrow_model(**MOBILENET)
     arrays["features.17.0.weight"] = arrays.pop("features.4.block.2.fc1.weight")
@@ -326,6 +331,7 @@ def test_a_mobilenet_that_lacks_an_array_or_has_one_too_many_is_refused():
     assert "features.17.0.weight is unknown" in str(error.value)
 
 
+@pytest.mark.slow
 def test_weights_of_detectron2_do_not_fit_a_mobilenet():
     with pytest.raises(UserError, match="MobileNetV3 has no counterpart in detectron2"):
         load_weights(narrow_model(**MOBILENET), detectron2_arrays(narrow_model()))

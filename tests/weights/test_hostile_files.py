@@ -50,6 +50,7 @@ def test_the_canary_is_made_by_an_unpickler():
         _CANARY.rmdir()
 
 
+@pytest.mark.slow
 @hostile(
     "weights",
     file=st.one_of(
