@@ -214,30 +214,7 @@ def test_nothing_is_compiled_after_the_first_call(tiny_functions, key):
         assert jitted._cache_size() == after_warm_up
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.slow
-def test_eight_devices_compute_the_losses_and_gradients_of_one(tiny_functions, key):
-    _, _, jitted, _, params, rest = tiny_functions
-    assert jax.device_count() >= 8
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    batch = tiny_batch(batch_size=8)
-    expected = jitted(params, rest, batch, key)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    sharded_batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    arguments = jax.device_put((params, rest), everywhere)
-    program = jitted.lower(*arguments, sharded_batch, jax.device_put(key, everywhere)).compile()
-    assert collectives_in_loops(program.as_text()) == [], "devices with too few threads could wait for ever"
-    terms, metrics, gradients = program(*arguments, sharded_batch, jax.device_put(key, everywhere))
-    for name in TERMS:
-        # Sums over the batch are added in another order.
-        np.testing.assert_allclose(terms[name], expected[0][name], rtol=1e-5)
-    for a, e in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[2]), strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4 * float(jnp.abs(e).max()) + 1e-8)
-
-
-@pytest.mark.slow
->>>>>>> suite
 def test_float16_adds_up_no_more_than_a_few_numbers():
     """Beside matrix products and convolutions, in which XLA sums in float32."""
     graph, params, rest = nnx.split(tiny_model(dtype="float16", norm="batch"), nnx.Param, ...)
