@@ -44,13 +44,13 @@ def tiny_model(*, num_classes: int = NUM_CLASSES, **changes) -> MaskRCNN:
     Its values are drawn with numpy: drawing each in its own compiled program takes far longer. Biases and statistics
     are not the trivial ones of an initialised network, so that forgetting one shows.
     """
-    graphdef, state = _drawn(num_classes, tiny_options(**changes))
+    graphdef, state = _drawn(num_classes, tiny_options(**changes), jax.dtypes.canonicalize_dtype(float))
     return nnx.merge(graphdef, jax.tree.map(jnp.array, state))
 
 
 @functools.cache
-def _drawn(num_classes: int, options: ModelOptions) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return the structure of a model and its values as NumPy arrays."""
+def _drawn(num_classes: int, options: ModelOptions, widest: np.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return the structure of a model and its values as NumPy arrays, in no dtype wider than JAX has at the time."""
     model = nnx.eval_shape(lambda: MaskRCNN(num_classes, options, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
