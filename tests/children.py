@@ -1,5 +1,6 @@
 """Child processes of tests: their compilation, how long they are waited for, and that none is left behind."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -17,8 +18,11 @@ _SERVERS = (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
 
 def children() -> set[int]:
     """Return the ids of the child processes of this process."""
-    lists = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
-    return {int(pid) for text in lists for pid in text.split()}
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found |= {int(pid) for pid in path.read_text().split()}
+    return found
 
 
 def kill_children(spared: set[int]) -> None:

@@ -315,7 +315,7 @@ class MaskRCNN(nnx.Module):
             targets = encode_boxes(
                 gt_boxes[jnp.maximum(matches[index], 0)], jnp.concatenate(anchors)[index], RPN_BOX_WEIGHTS
             )
-            return objectness[index], deltas[index].astype(targets.dtype), targets
+            return objectness[index], deltas[index].astype(objectness.dtype), targets
 
         logits, predicted, targets = jax.vmap(gather)(
             jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1), matches, sample.index, gt.boxes
