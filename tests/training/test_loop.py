@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, caplo
     config.eval_every = 1
     if mixed:
         config.epochs, config.eval_every, config.batch_size, config.model.dtype = 4, 2, 16, "float16"
-        config.optim.update(ema_decay=0.9, accumulate=2, loss_scale=2.0**20)
+        config.optim.update(ema_decay=0.9, accumulate=2, loss_scale=2.0**18)
     train(config, tmp_path / "whole", make_evaluate=scores(0.1, 0.2))
 
     def stopping(categories):
