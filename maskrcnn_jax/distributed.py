@@ -95,10 +95,10 @@ def gather(value) -> list:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh with one axis, "data", of these devices; of all, those of other processes too, if not given.
+    """Return a mesh with one axis, "data", of these devices; by default of all devices of all processes.
 
-    On TPU slices and GPU nodes of any number the devices of a process follow one another, and those of a slice, too.
-    Not ``jax.make_mesh``: it refuses several slices or nodes, and its order depends on the kind of device.
+    The devices of a process are neighbours on it, and so are those of a slice, whatever the number of TPU slices or
+    GPU nodes. ``jax.make_mesh`` would refuse several slices or nodes, and its order depends on the kind of device.
     """
     devices = jax.devices() if devices is None else devices
     ordered = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
@@ -112,9 +112,9 @@ def _slice(device: jax.Device) -> int:
 
 
 def process_rank(mesh: Mesh) -> int:
-    """Return how many processes have rows of the batch before those of this one.
+    """Return the place of this process in the mesh, from 0, and so which share of each batch it loads.
 
-    That is the index of the process, unless processes were numbered across the slices.
+    This is the index of the process, unless the processes are numbered across slices.
     """
     order = list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
     return order.index(jax.process_index())
@@ -190,26 +190,25 @@ def place_batch(arrays, mesh: Mesh):
 
 
 def on_each_device(function: Callable, mesh: Mesh, *, returns_rows: bool) -> Callable:
-    """Return ``function(shared, batch)`` such that each device runs it by itself, on its own rows of the batch.
+    """Return ``function(shared, batch)``, which each device runs by itself on its own rows of the batch.
 
-    Left to XLA, the devices would meet in every round of the loops that suppress boxes, and copy tables that they
-    could change in place. A batch that the devices cannot share is left to XLA.
+    Left to XLA, the devices would wait for each other in every round of the loops that suppress boxes, and copy tables
+    that can be changed in place. If the devices cannot share the rows evenly, each computes all of them.
 
     Args:
-      function: of a tree of arrays that every device has whole, and one of arrays [B, ...]. What it needs of the other
-        devices it asks for by ``ops.devices``.
+      function: takes a tree of arrays that every device has whole, and one of arrays [B, ...]. It exchanges values
+        with the other devices by ``ops.devices`` only.
       mesh: of the devices.
-      returns_rows: the result has a row for each of the batch's; else all devices return the same.
+      returns_rows: whether the result has a row for each row of the batch; otherwise all devices return the same.
     """
-    rows = PartitionSpec(DATA_AXIS)
-    out_specs = rows if returns_rows else PartitionSpec()
-    shared_out = jax.shard_map(
-        function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=out_specs, check_vma=False
+    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
+    divided = jax.shard_map(
+        function, mesh=mesh, in_specs=(whole, rows), out_specs=rows if returns_rows else whole, check_vma=False
     )
 
     def run(shared, batch):
         num_rows = jax.tree.leaves(batch)[0].shape[0]
-        return function(shared, batch) if num_rows % mesh.size else shared_out(shared, batch)
+        return function(shared, batch) if num_rows % mesh.size else divided(shared, batch)
 
     return run
 

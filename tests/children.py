@@ -9,7 +9,7 @@ from pathlib import Path
 # Seconds. On a busy machine everything takes many times as long; what hangs is ended by the limit of the whole run.
 PATIENCE = 3000
 
-# Options of XLA with which programs are compiled in half of the time and run no slower than in twice.
+# An option of XLA that nearly halves the time of compiling, for programs that run up to twice as long.
 QUICK_XLA = "--xla_cpu_use_fusion_emitters=false"
 
 # Processes of the standard library that serve every test of this process.

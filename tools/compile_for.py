@@ -1,8 +1,8 @@
-"""Compile for TPUs or GPUs that are not there: python tools/compile_for.py --config=r50_fpn --topology=v5e:4x4.
+"""Compile for TPUs or GPUs without having one: python tools/compile_for.py --config=r50_fpn --topology=v5e:4x4.
 
-Tells, without the machine, what a training step (or --what=detect) takes of a chip's memory and whether it fits, what
-it moves through HBM, what the chips exchange, and what in the program looks wrong. Nothing runs on a device; only its
-compiler is needed: pip install "jax[tpu]", or "jax[cuda12]" for GPUs.
+Reports how much of a chip's memory a training step takes (or detection, with --what=detect) and whether it fits, how
+much it moves through HBM, what the chips exchange, and what in the program looks wrong. Nothing runs on a device; only
+its compiler is needed: pip install "jax[tpu]", or "jax[cuda12]" for GPUs.
 
     python tools/compile_for.py --config=r50_fpn --topology=v5e:4x4 --config.batch_size=64
     python tools/compile_for.py --config=r50_fpn --topology=v5p:2x2x2 --slices=2 --json=report.json
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slices", type=at_least(1), default=1, metavar="N", help="number of such TPU slices")
     parser.add_argument(
-        "--what", choices=["train", "detect"], default="train", help="the step of training if not given"
+        "--what", choices=["train", "detect"], default="train", help="a training step (default) or detection"
     )
     parser.add_argument("--num_classes", type=at_least(2), default=91, metavar="N", help="background included")
     parser.add_argument(

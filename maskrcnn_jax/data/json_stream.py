@@ -97,7 +97,7 @@ def _walk_list(data: bytes, pos: int, handle: Callable[[Any], None], handle_batc
     pos = _expect(data, pos, "[")
     if data.startswith(b"]", pos):
         return pos + 1
-    key = _FIRST_KEY.match(data, pos)[0]  # type: ignore[index]  # matches everywhere; other elements begin alike
+    key = _FIRST_KEY.match(data, pos)[0]  # type: ignore[index]  # always matches; the other elements begin alike
     last_brace = re.compile(rb"\}(?=[ \t\n\r]*,[ \t\n\r]*%b)" % re.escape(key))
     next_batch = pos
     while True:

@@ -27,8 +27,8 @@ def masked_mean(
 ) -> Float[Array, ""]:
     """Return the sum of the values where mask is True, divided by ``count`` (by default the sum of the mask).
 
-    Where devices share a batch, the count is that of all of them and the sum that of this one. The mean is the sum of
-    what the devices return.
+    Where devices share a batch, the sum is that of this device, and the count that of all. The mean is then the sum of
+    the values that the devices return.
     """
     count = sum_over_devices(jnp.sum(mask) if count is None else count)
     total = jnp.sum(jnp.where(mask, values, 0))

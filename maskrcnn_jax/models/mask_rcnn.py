@@ -169,7 +169,7 @@ class MaskRCNN(nnx.Module):
         if self.options.roi_operator == "pool":
             operator = multiscale_roi_pool
         pool = functools.partial(operator, image_shape=image_shape, output_size=output_size)
-        # One image after another, so that only one table of all its levels is in memory, and one of their gradient.
+        # One image after another: the table of all its levels, and the gradient of the table, are large.
         return jax.lax.map(lambda image: pool(*image), (features[:-1], boxes))
 
     @jax.named_scope("select")
@@ -202,8 +202,7 @@ class MaskRCNN(nnx.Module):
     ) -> Float[Array, "B F M M"]:
         """Return the mask logits [B, F, M, M] of boxes [B, F, 4] for their labels [B, F]; M is 28, or 14.
 
-        The mask head is the most expensive part per box, and of its F slots ``valid`` [B, F] often has few, which come
-        first: a quarter is computed if that holds them all.
+        Often few of the F slots are ``valid`` [B, F]. They come first: a quarter is computed if that holds them all.
         """
         num_slots = boxes.shape[1]
         few = -(-num_slots // 4)
@@ -217,7 +216,7 @@ class MaskRCNN(nnx.Module):
             # Recomputed in the gradient, which would otherwise keep what each branch leaves for it, used or not.
             return nnx.remat(run)
 
-        many = any_on_devices(jnp.any(valid[:, few:]))  # norms of the head need all devices in one branch
+        many = any_on_devices(jnp.any(valid[:, few:]))  # all devices take one branch, as norms need
         return nnx.cond(many, with_slots(num_slots), with_slots(few), self.mask_head)
 
     @jax.named_scope("match_anchors")
@@ -273,7 +272,7 @@ class MaskRCNN(nnx.Module):
 
         Returns:
             The loss terms, scalars whose sum is minimised, and metrics, scalars for the log. Where devices share a
-            batch, each is the sum of what they return.
+            batch, each device returns its share: add them with ``ops.devices.sum_over_devices``.
 
         Raises:
             ValueError: if the batch has no ground truth.

@@ -33,8 +33,8 @@ class RPNHead(nnx.Module):
             features: [B, H_l, W_l, K] per level.
 
         Returns:
-            objectness logits [B, A_l], float32 or wider, and offsets [B, A_l, 4], in the compute dtype, per level, in
-            the order of ops.anchors.grid_anchors.
+            Per level, objectness logits [B, A_l] in float32 or wider and offsets [B, A_l, 4] in the compute dtype,
+            both in the order of ops.anchors.grid_anchors.
         """
         objectness, deltas = [], []
         for feature in features:
@@ -44,5 +44,5 @@ class RPNHead(nnx.Module):
             logits, offsets = apply_together([self.cls_logits, self.bbox_pred], hidden)
             batch = feature.shape[0]
             objectness.append(logits.reshape(batch, -1).astype(at_least_float32(logits.dtype)))
-            deltas.append(offsets.reshape(batch, -1, 4))  # few are used, which are then made wider
+            deltas.append(offsets.reshape(batch, -1, 4))  # only the few that are used are converted
         return objectness, deltas

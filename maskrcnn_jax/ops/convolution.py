@@ -1,8 +1,8 @@
 """Convolutions that keep the size up to their stride, in the form that is fast on the platform they run on.
 
-XLA's convolutions are good on accelerators, where only that of the image and those of one cell have forms of their
-own. On CPUs the forms of ops/cpu/ are faster: Winograd's algorithm for wide 3x3 convolutions, gradients in one layout
-for the others, shifted products for depthwise ones. This module alone decides which form runs.
+XLA's convolutions are good on accelerators; there, only the first convolution and those of 1x1 have another form. On
+CPUs the forms of ops/cpu/ are faster: Winograd's algorithm for wide 3x3 convolutions, gradients in one layout for the
+others, shifted products for depthwise ones. This module alone decides which form runs.
 """
 
 import functools
@@ -19,7 +19,7 @@ from maskrcnn_jax.ops.precision import PRECISION
 
 # Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
 _WINOGRAD_CHANNELS = 128
-# Channels up to which the input of a convolution with stride 2 is an image.
+# Inputs with more channels than these are no images.
 _FEW_CHANNELS = 8
 
 
@@ -50,18 +50,6 @@ def _conv2d(x, kernel, stride):
     return direct(x, kernel)
 
 
-def _product(x, kernel, stride):
-    """Apply a 1x1 convolution as a matrix product."""
-    return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], precision=PRECISION)
-
-
-def _flat_product(x, kernel, stride):
-    """Apply a 1x1 convolution as a product with the flattened map: with more axes, its gradient is slower on CPUs."""
-    x = x[:, ::stride, ::stride]
-    products = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=PRECISION)
-    return products.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 _traced_once = jax.jit(_conv2d, static_argnums=2)  # for all layers of one shape
 
 
@@ -90,6 +78,18 @@ def _backward(stride, residuals, gradient):
 _conv2d.defvjp(_forward, _backward)
 
 
+def _product(x, kernel, stride):
+    """Apply a 1x1 convolution as a matrix product."""
+    return jnp.matmul(x[:, ::stride, ::stride], kernel[0, 0], precision=PRECISION)
+
+
+def _flat_product(x, kernel, stride):
+    """Apply a 1x1 convolution as a product with the flattened map: with more axes, its gradient is slower on CPUs."""
+    x = x[:, ::stride, ::stride]
+    products = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=PRECISION)
+    return products.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def _suits_blocks(x, kernel, stride):
     return kernel.shape[0] % 4 == 3 and stride == 2 and x.shape[-1] <= _FEW_CHANNELS
 
@@ -104,7 +104,7 @@ def _by_blocks(x, kernel):
     batch, height, width, channels = x.shape
     blocks = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     blocks = blocks.reshape(batch, height // 2, width // 2, 4 * channels)
-    # A window of one more cell, at its beginning, is one of whole blocks.
+    # With a row and a column of zeros before it, the window covers whole blocks.
     half = (kernel.shape[0] + 1) // 2
     window = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(half, 2, half, 2, *kernel.shape[2:])
     window = window.transpose(0, 2, 1, 3, 4, 5).reshape(half, half, 4 * channels, -1)

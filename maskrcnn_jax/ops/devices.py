@@ -1,8 +1,7 @@
-"""What the images on one device need to know of those on the other devices that share the batch.
+"""The values that devices exchange when they share a batch.
 
-The network runs on each device by itself, on its own images (``distributed.on_each_device``), so nothing that works
-image by image makes devices wait for each other. These functions are the exceptions. Where a whole batch is on one
-device, or devices are left to XLA, they change nothing.
+Each device runs the network by itself, on its own images (``distributed.on_each_device``). Only these functions make
+devices wait for each other. Outside of ``on_each_device`` they leave their argument as it is.
 """
 
 import jax

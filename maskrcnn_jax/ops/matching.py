@@ -10,7 +10,7 @@ from maskrcnn_jax.ops.boxes import box_coverage, box_iou
 
 BACKGROUND = -1
 IGNORED = -2
-# Objects that are compared with all boxes at once, few enough that their overlaps need little memory.
+# Objects that are compared with all boxes at once; the overlaps of all objects would take too much memory.
 _BLOCK = 16
 
 
@@ -50,7 +50,7 @@ def match(
         first, gt_boxes, gt_valid = block
         iou = jnp.where(gt_valid[:, None], box_iou(gt_boxes, boxes), -1)  # [size, N]
         highest = jnp.max(iou, axis=0)
-        # An equal overlap with an earlier object counts more.
+        # Of equal overlaps, the one with the earlier object wins.
         best_gt = jnp.where(highest > best_iou, first + jnp.argmax(iou, axis=0), best_gt).astype(jnp.int32)
         best_of_gt = (iou == jnp.max(iou, axis=1, keepdims=True)) & gt_valid[:, None]
         return (jnp.maximum(best_iou, highest), best_gt, is_best | jnp.any(best_of_gt, axis=0)), None

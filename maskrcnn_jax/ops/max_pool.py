@@ -11,8 +11,8 @@ from maskrcnn_jax.ops.cpu.max_pool import max_of_slices
 def max_pool(x: Float[Array, "B H W K"]) -> Float[Array, "B _ _ K"]:
     """Pool by the maximum over 3 x 3 cells with stride 2 and one cell of padding.
 
-    The gradient goes to the first of equal maxima, as in torch, but on CPUs they share it. Equal values come from
-    equal patches, for which the gradients of all parameters are the same.
+    Of equal maxima the first gets the gradient, as in torch; on CPUs they share it. Equal values come from equal
+    patches, so the gradients of the parameters are the same.
     """
     return jax.lax.platform_dependent(x, cpu=max_of_slices, default=max_of_windows)
 

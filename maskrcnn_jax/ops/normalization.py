@@ -1,7 +1,7 @@
 """Batch normalisation with the statistics of the whole batch, and normalisation with given ones.
 
-In training the gradient is written out, so that of the input only the array in the compute dtype is kept for it. XLA
-would otherwise keep its float32 copy, which is twice as large.
+The gradient of batch normalisation is written by hand and needs only the input, in the compute dtype. With automatic
+differentiation, XLA would keep a float32 copy of the input, which is twice as large.
 """
 
 import functools
@@ -26,7 +26,7 @@ def batch_norm(
     eps: float,
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "N H W K"], Statistics]:
-    """Normalise by the statistics of the valid rows, of those on other devices too.
+    """Normalise by the statistics of the valid rows, including those on the other devices.
 
     Args:
         x: [N, H, W, K].
@@ -56,7 +56,7 @@ def _backward(eps, dtype, residuals, gradients):
     inverse = jax.lax.rsqrt(var + eps)
     normalized = _by_channel(x.astype(scale.dtype), inverse, -mean * inverse)
     by_scale, by_bias = jnp.sum(gradient * normalized, axis=(0, 1, 2)), jnp.sum(gradient, axis=(0, 1, 2))
-    # Each valid cell moves the mean and the variance by its share, on all devices.
+    # A valid cell also moves the mean and the variance, and through them all cells on all devices.
     all_scale, all_bias = sum_over_devices((by_scale, by_bias))
     share = (valid.astype(scale.dtype) / jnp.maximum(count, 1)).reshape(-1, 1, 1, 1)
     by_x = gradient - share * _by_channel(normalized, all_scale, all_bias)

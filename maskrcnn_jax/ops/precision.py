@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-# Of all matrix products and convolutions: float32 is float32. By default, TPUs would round its factors to bfloat16 and
-# GPUs to TF32. Half precision is computed as fast as without.
+# The precision of all matrix products and convolutions: float32 is float32. By default, TPUs would round the factors
+# to bfloat16, and GPUs to TF32. It costs nothing in half precision.
 PRECISION = jax.lax.Precision.HIGHEST
 
 

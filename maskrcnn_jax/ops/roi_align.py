@@ -1,8 +1,8 @@
 """RoIAlign: pool a box of any size from a feature map to a fixed grid by bilinear interpolation, without rounding.
 
 Each of the output_size^2 bins averages sampling_ratio^2 points, each interpolated from its four nearest cells. All
-points of all RoIs are looked up in a table of feature vectors by one gather per (sample, corner), which accumulates
-instead of holding all corners at once; the gradient scatters back in chunks of RoIs for the same reason.
+points are looked up in a table of feature vectors by one gather per (sample, corner), which accumulates instead of
+holding all corners at once; the gradient scatters back. Both take one image after another, in chunks of RoIs.
 
 Adaptive sampling (sampling_ratio 0, detectron2) takes about one point per cell instead, so the number of points varies
 from RoI to RoI. Shapes cannot vary, so RoIs with similar numbers are processed together, for as many steps as the
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Int32
 from maskrcnn_jax.ops.precision import at_least_float32
 from maskrcnn_jax.ops.pyramid import Placed, place_on_level, place_on_pyramid
 
-# Bins that are pooled at once, few enough that what is looked up for them stays in the memory of the chip.
+# Bins that are pooled at once. Their rows of the table fit into the cache of a CPU and the memory on a TPU's chip.
 CHUNK_BINS = 16 * 49
 # RoIs that share a number of steps in adaptive sampling, few enough to need similar numbers.
 CHUNK = 16
@@ -245,7 +245,7 @@ def _add_rows(total, table, index, weight):
 
 def _scatter_rows(total, index, weight, gradient):
     """Add weight * gradient [R, P, K] to the rows of total, the transpose of :func:`_add_rows`."""
-    # RoIs and bins as one axis before they are multiplied: TPUs would copy the updates to join them.
+    # RoIs and bins become one axis before the product; on TPUs, joining them afterwards would be a copy.
     gradient = gradient.reshape(-1, gradient.shape[-1]).astype(total.dtype)
     updates = weight.reshape(len(weight), -1, 1).astype(total.dtype) * gradient[None]
     return total.at[index.reshape(len(index), -1)].add(updates, mode="promise_in_bounds")

@@ -2,9 +2,9 @@
 
 The model is split once into its structure and a tree of arrays, and the step is a plain ``jax.jit`` over the arrays:
 ``nnx.jit`` would take the model apart again at every call. The batch is sharded along its first axis, and each device
-computes the losses and gradients of its own rows. What the devices exchange is written out: the numbers that losses
-divide by, batch statistics, and the gradients, which are summed in float32. So all of these are those of the whole
-batch. The state is on every device, or divided among them between the steps.
+computes the losses and gradients of its own rows. The devices exchange only the numbers that losses are divided by,
+batch statistics, and the gradients, which are summed in float32; all of these are those of the whole batch. The state
+is on every device, or divided among them between the steps.
 """
 
 import ctypes
@@ -183,8 +183,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
             "xla_disable_hlo_passes": "cse_barrier_expander",
         },
         "tpu": {
-            # At a few images a chip these passes cut maps into strips and copy them before and after each convolution
-            # of 3x3 cells: a third of the memory traffic of a step.
+            # For a few images a chip, these passes cut maps into strips and copy them before and after each 3x3
+            # convolution: a third of the memory traffic of a step.
             "xla_tpu_run_space_to_batch": False,
             "xla_tpu_run_space_to_batch_on_new_platforms": False,
         },
@@ -219,7 +219,7 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
         params, variables, scale, key = shared
         gradients, variables, metrics = gradient(graphdef, params, variables, scale, key, batch)
         with jax.named_scope("sum_gradients"):
-            # Without the barrier XLA sums those that were half precision before as such, and rounds every addition.
+            # Without the barrier, XLA would add up in half precision what was computed in it.
             gradients = jax.lax.optimization_barrier(gradients)
             gradients, metrics = sum_over_devices((gradients, metrics))
         return gradients, variables, metrics

@@ -1,11 +1,15 @@
 """Traces of steps: written when they are due, and divided by stages."""
 
 import logging
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import maskrcnn_jax
+from maskrcnn_jax.training import profiler
 from maskrcnn_jax.training.profiler import Profiler
 
 
@@ -26,11 +30,11 @@ class Step:
         return self.programs[""](self.argument)
 
 
-def run(profiler, step, num_steps):
+def run(tracer, step, num_steps):
     for number in range(1, num_steps + 1):
-        profiler.before_step(number)
-        profiler.after_step(number, step())
-    profiler.close()
+        tracer.before_step(number)
+        tracer.after_step(number, step())
+    tracer.close()
 
 
 @pytest.mark.parametrize("num_steps", [4, 3])  # the second ends before the trace does
@@ -50,3 +54,10 @@ def test_nothing_is_written_that_was_not_wanted_or_did_not_come_to_pass(wanted, 
     step = Step()
     run(Profiler(tmp_path, wanted, step), step, taken)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_named_scope_of_a_training_is_a_stage():
+    sources = [path.read_text() for path in Path(maskrcnn_jax.__file__).parent.rglob("*.py")]
+    scopes = {name for source in sources for name in re.findall(r'named_scope\("(\w+)"\)', source)}
+    assert scopes - profiler._STAGES == {"select"}, "detection alone selects"
+    assert scopes >= profiler._STAGES
