@@ -320,8 +320,11 @@ class DataOptions(_Checked):
         "crowds, and objects of categories that the file does not list, are neither object nor background where they "
         "cover half of an anchor or proposal; otherwise they are background, as in torchvision",
     )
-    mask_side: int = _option(
-        640, "side of the canvas that holds a ground-truth mask, a multiple of 8", unit="pixels", low=8
+    max_objects: int = _option(
+        0,
+        "objects in an image that training uses, rounded up to a multiple of 8; of an image with more, so many are "
+        "drawn anew in every epoch, and the others count as background. 0 uses all",
+        low=0,
     )
     threads: int = _option(4, "threads that read and decode images, in each process", low=1)
     workers: int = _option(0, "additional processes that read and decode images", low=0)
@@ -332,8 +335,6 @@ class DataOptions(_Checked):
         problems = []
         if self.short_side > self.long_side:
             problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
-        if self.mask_side % 8:
-            problems.append(f"data.mask_side is {self.mask_side}; use a multiple of 8")
         return problems
 
 

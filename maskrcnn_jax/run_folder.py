@@ -28,8 +28,9 @@ from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file, writing
 
 BEST_METRIC = "segm_AP"
-# Options that had another name in an earlier version.
+# Options that had another name in an earlier version, and those that are gone.
 _RENAMED = {"box_iou_thresh": "box_fg_iou_thresh"}
+_GONE = ("mask_side",)
 # By default every device that holds a copy writes a slice of it, and a program is compiled for every slice.
 _ONE_WRITER = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
@@ -57,7 +58,8 @@ def load_options(workdir: str | os.PathLike) -> Options:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         model = {_RENAMED.get(name, name): value for name, value in found["model"].items()}
-        return to_options(ConfigDict(found | {"model": model}))
+        data = {name: value for name, value in found["data"].items() if name not in _GONE}
+        return to_options(ConfigDict(found | {"model": model, "data": data}))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None

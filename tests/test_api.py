@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     config = mr.load_config("shapes")
     config.data.coco_dir = str(place / "own")
     config.data.eval_split = "val"
-    config.data.short_side = config.data.long_side = config.data.mask_side = 64
+    config.data.short_side = config.data.long_side = 64
     config.eval_batch_size = 1
     config.model.update(OPTIONS)
     options = to_options(config)

@@ -6,7 +6,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from maskrcnn_jax import page
 from maskrcnn_jax.checking.annotations import objects_per_category
@@ -16,6 +15,7 @@ from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import Finding
 from maskrcnn_jax.data.images import decode_image
+from maskrcnn_jax.data.transforms import shrink_mask
 from maskrcnn_jax.inference.draw import draw_instances
 
 _SIDE = 340  # pixels of a picture's longer side; three fit beside each other
@@ -128,21 +128,14 @@ def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.
         boxes = _box_as_given(entry)
         names = [f"annotation {short(entry.get('id'))}"][: len(boxes)]
     if pixels.shape[:2] == tuple(index.sizes[image].tolist()) and len(rows) and index.has_mask[rows].all():
-        masks = [_mask(index, row, pixels.shape[:2], small.shape[:2]) for row in rows.tolist()]
+        size = pixels.shape[:2]
+        masks = [shrink_mask(index.crop(row, *size), size, small.shape[:2]) for row in rows.tolist()]
     boxes = np.clip(boxes * scale, -1, max(small.shape[:2]) + 1)
     return draw_instances(small, boxes, [plain(name) for name in names], masks=masks, min_side=_SIDE)
 
 
 def _category(index: CocoDataset, row: int) -> str:
     return index.categories.name(index.labels[row]) if index.labels[row] else "not listed"
-
-
-def _mask(index: CocoDataset, row: int, size: tuple[int, ...], drawn: tuple[int, ...]) -> np.ndarray:
-    mask = np.zeros(size, np.uint8)
-    height, width = size
-    part = coco_mask.decode(index.rle(row, height, width))  # covers the upper left corner of the image
-    mask[: part.shape[0], : part.shape[1]] = part
-    return cv2.resize(mask, drawn[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def _box_as_given(entry: dict) -> np.ndarray:

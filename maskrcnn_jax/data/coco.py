@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
-import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.images import read_image_file
+from maskrcnn_jax.data.run_lengths import Crop, decode_crop
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -117,29 +117,43 @@ class CocoDataset:
             self.annotation_ids[rows], self.labels[rows], self.boxes[rows], self._is_crowd(rows), has_mask
         )
 
-    def masks(self, i: int, with_crowd: bool = False) -> np.ndarray:
-        """Rasterise the masks of image ``i``, in the order of ``annotations``.
+    def crops(self, i: int, chosen: np.ndarray | slice = slice(None), with_crowd: bool = False) -> list[Crop | None]:
+        """Rasterise masks of image ``i``, each in its own box.
+
+        Args:
+            i: row of the image.
+            chosen: places in ``annotations``; by default all of them, in their order.
+            with_crowd: as in ``annotations``.
 
         Returns:
-            [n, h, w] uint8, 0 or 1, at the resolution of the image file; 0 for objects without a mask.
+            Per annotation, its mask at the resolution of the image file; None for objects without a mask.
 
         Raises:
             UserError: a run-length mask does not describe an image of this size.
         """
-        height, width = map(int, self.sizes[i])
-        rows = self._rows(i, with_crowd)
-        masks = np.zeros((len(rows), height, width), np.uint8)
-        for mask, row in zip(masks, rows, strict=True):
-            if self.num_parts[row] < 0:
-                continue
-            try:
-                rle = self.rle(row, *self._extent(row, height, width))
-                columns = coco_mask.decode(rle).T  # pycocotools stores column after column
-                corner = mask[: columns.shape[1], : columns.shape[0]]
-                cv2.transpose(columns, dst=corner)  # several times as fast as a transposing copy in NumPy
-            except ValueError:
-                details = {"annotation": self.annotation_ids[row], "image": self.file_names[i]}
-                raise UserError(Kind.UNFILLED.tell(size=f"{height}x{width}", **details)) from None
+        rows = self._rows(i, with_crowd)[chosen].tolist()
+        return [self.crop(row, *map(int, self.sizes[i])) if self.num_parts[row] >= 0 else None for row in rows]
+
+    def crop(self, row: int, height: int, width: int) -> Crop:
+        """Rasterise the mask of a row in its own box; see ``rle``."""
+        try:
+            return decode_crop(self.rle(row, height, width))
+        except ValueError:
+            place = {"annotation": self.annotation_ids[row], "image": self.file_names[self.image_rows[row]]}
+            raise UserError(Kind.UNFILLED.tell(size=f"{height}x{width}", **place)) from None
+
+    def masks(self, i: int, with_crowd: bool = False) -> np.ndarray:
+        """Rasterise the masks of image ``i`` at full size, as ``crops`` does.
+
+        Returns:
+            [n, h, w] uint8, 0 or 1; 0 for objects without a mask. Crowded large images take gigabytes.
+        """
+        crops = self.crops(i, with_crowd=with_crowd)
+        masks = np.zeros((len(crops), *self.sizes[i]), np.uint8)
+        for mask, crop in zip(masks, crops, strict=True):
+            if crop is not None:
+                height, width = crop.mask.shape
+                mask[crop.y : crop.y + height, crop.x : crop.x + width] = crop.mask
         return masks
 
     def read_image(self, i: int, channels: int = 3) -> np.ndarray:
@@ -196,15 +210,6 @@ class CocoDataset:
 
     def _is_crowd(self, rows: np.ndarray | slice) -> np.ndarray:
         return self.iscrowd[rows] | (self.labels[rows] == 0)
-
-    def _extent(self, row: int, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) of the top-left part of an image that holds a mask."""
-        first, num = self.first_part[row], self.num_parts[row]
-        if num <= 0:
-            return height, width
-        start, stop = self.part_offsets[[first, first + num]]
-        x_max, y_max = self.coordinates[start:stop].reshape(-1, 2).max(axis=0)
-        return min(height, max(0, int(y_max)) + 2), min(width, max(0, int(x_max)) + 2)
 
 
 def clip_boxes(dataset: CocoDataset, report: Report = stop) -> CocoDataset:

@@ -57,9 +57,7 @@ def train_on_data(root):
     index = load_coco(root, "train2017")
     stop_or_warn(check_index(index, Anchors.from_options(OPTIONS)), "train2017")
     load_coco(root, "val2017").categories.check_known(index.categories, "val2017")
-    loader = load(
-        index, batch_size=4, short_side=96, long_side=96, mask_side=96, train=True, annotations=True, threads=1
-    )
+    loader = load(index, batch_size=4, short_side=96, long_side=96, train=True, annotations=True, threads=1)
     for batch in loader:
         assert batch.valid.all()
         boxes = batch.gt.boxes[batch.gt.valid]
