@@ -28,9 +28,9 @@ from maskrcnn_jax.structures import Batch, GroundTruth
 _log = logging.getLogger(__name__)
 
 _STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
-# Of the canvas that holds the mask of one object, in pixels. Targets have 28 cells along a side, so that what sampling
-# a larger mask moves at its outline changes few of them.
-_MASK_SIDE = 320
+# Of the canvas that holds the mask of one object, in pixels: COCO's images have no more. Of a larger mask, sampled at
+# so many lines, hardly a target of 28x28 cells changes.
+_MASK_SIDE = 640
 # Objects in an image: more of them, and many times as many as most images have, are worth a warning.
 _MANY_OBJECTS, _MANY_TIMES = 100, 4
 
