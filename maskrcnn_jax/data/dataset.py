@@ -9,11 +9,13 @@ import numpy as np
 
 from maskrcnn_jax.data.annotations import read_annotations
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
+from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.formats import correct_formats
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
+from maskrcnn_jax.paths import expand
 
 
 def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
@@ -101,7 +103,7 @@ def read_dataset(
     dataset = read_annotations(
         json_path, image_dir, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted, report=report
     )
-    dataset = correct_formats(dataset, report)
+    dataset = use_names_on_disk(correct_formats(dataset, report))
     missing = _find_missing(dataset, report if not skip_broken else lambda finding: None)
     return clip_boxes(replace(dataset, missing=missing), report)
 
@@ -112,7 +114,7 @@ def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
     Raises:
         UserError: the folder has another layout.
     """
-    root = Path(coco_dir)
+    root = Path(expand(coco_dir))
     layout = f"a folder that holds {split}/ (the images) and {annotations_name(split)}"
     if not os.fspath(coco_dir):
         raise UserError(f"no dataset was given; set data.coco_dir to {layout}")

@@ -226,7 +226,8 @@ class _BatchReader:
         gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
         gt.labels[row, :num] = objects.labels
         gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.options.mask_side)
-        gt.valid[row, :num] = ~objects.crowd
+        scaled = gt.boxes[row, :num]
+        gt.valid[row, :num] = ~objects.crowd & (scaled[:, 2:] > scaled[:, :2]).all(axis=1)
         if gt.has_mask is not None:
             gt.has_mask[row, :num] = objects.has_mask
         if gt.ignored is not None:

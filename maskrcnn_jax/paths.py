@@ -1,0 +1,33 @@
+"""Paths as users write them, and the folder for what is kept between runs."""
+
+import os
+from pathlib import Path
+
+from maskrcnn_jax.errors import UserError
+
+
+def expand(path: str | os.PathLike) -> str:
+    """Return a path with ``~`` replaced by the home folder, which shells leave to programs in ``--option=~/folder``.
+
+    Raises:
+        UserError: if there is no such home folder.
+    """
+    path = os.fspath(path)
+    expanded = os.path.expanduser(path) if path.startswith("~") else path
+    # A file whose name begins with ~ is given with the folder that it is in.
+    if expanded.startswith("~"):
+        raise UserError(f"there is no home folder for {path.partition('/')[0]} in {path}; give the whole path")
+    return expanded
+
+
+def cache_dir() -> Path | None:
+    """Return the folder for downloads and compiled programs: $MASKRCNN_JAX_CACHE, or one in the home folder.
+
+    Returns:
+        The folder, which need not exist; None in a container or batch job whose user has no home folder.
+    """
+    chosen = os.environ.get("MASKRCNN_JAX_CACHE")
+    if chosen:
+        return Path(expand(chosen))
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home) / ".cache" / "maskrcnn_jax"
