@@ -24,10 +24,10 @@ def cache_dir() -> Path | None:
     """Return the folder for downloads and compiled programs: $MASKRCNN_JAX_CACHE, or one in the home folder.
 
     Returns:
-        The folder, which need not exist; None in a container or batch job whose user has no home folder.
+        The folder, which need not exist; None without a home folder, as in some containers and batch jobs.
     """
     chosen = os.environ.get("MASKRCNN_JAX_CACHE")
     if chosen:
         return Path(expand(chosen))
     home = os.path.expanduser("~")
-    return None if home == "~" else Path(home) / ".cache" / "maskrcnn_jax"
+    return Path(home, ".cache", "maskrcnn_jax") if home != "~" and os.path.isdir(home) else None

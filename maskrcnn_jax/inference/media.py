@@ -48,7 +48,7 @@ def list_images(path: str | os.PathLike) -> list[Path]:
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     others = [file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
     if images and others:
-        _log.info("%d other files in %s are not read, such as %s", len(others), path, others[0])
+        _log.info("not read in %s, by their endings: %d, such as %s", path, len(others), others[0])
     if not images:
         raise UserError(f"the folder {path} holds no images; files with {', '.join(sorted(IMAGE_SUFFIXES))} are read")
     return images

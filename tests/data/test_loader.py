@@ -12,6 +12,7 @@ from maskrcnn_jax.data import loader as loader_module
 from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import drop_labels
 from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Plan, buckets_for, training_subset
 from maskrcnn_jax.data.shapes import write_dataset
@@ -229,6 +230,29 @@ def test_images_are_mirrored_together_with_their_objects(mixed):
     mask = np.unpackbits(mirrored.gt.masks[0, 0], axis=1, bitorder="little")
     assert mask[2:8, 20:28].all()
     assert mask.sum() == 48
+
+
+@pytest.mark.parametrize("side", [1e-30, 1e-14, 1e-6, 1e-4, 1e-3])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_sliver_has_an_area_in_the_batch_or_is_no_object(dataset, side, flip):
+    boxes = [[x, y, *size] for x in (0, 1 / 3, 13.7, 21) for y in (0, 5.3, 11) for size in ((side, 3), (3, side))]
+    boxes.append([1, 1, 9, 9])
+    objects = [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes, 1)]
+    index = load_coco(dataset.write([(16, 24)], objects), "train2017")
+    kept = index.annotations(0).ids.tolist()
+    assert kept == (list(range(1, 26)) if side >= 1e-4 else [25])
+    assert index.problems.get(Kind.FLAT_BOX, 0) == 25 - len(kept)
+    for short in (5, 16, 37, 800):
+        batch = next(iter(load(index, **TRAIN | {"batch_size": 1, "short_side": short, "long_side": 2000, "hflip": flip})))
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert len(boxes) == len(kept) and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_box_that_loses_its_area_when_it_is_scaled_is_no_object(index):
+    thin = np.float32([[1.9999999, 2, 2, 8]]).repeat(len(index.boxes), axis=0)  # the smallest step there is
+    for batch in load(dataclasses.replace(index, boxes=thin), **TRAIN | {"short_side": 23, "long_side": 64, "hflip": 1.0}):
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_augmentation_differs_from_image_to_image_and_from_epoch_to_epoch(mixed):

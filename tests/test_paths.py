@@ -1,0 +1,70 @@
+"""Paths with ~ are those of the home folder, and programs run where there is none."""
+
+import pwd
+from pathlib import Path
+
+import pytest
+
+from maskrcnn_jax.config import load_config
+from maskrcnn_jax.data.dataset import locate
+from maskrcnn_jax.data.tfds_source import load_tfds
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.inputs import read_image
+from maskrcnn_jax.paths import cache_dir, expand
+from maskrcnn_jax.weights.published import resolve
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MASKRCNN_JAX_CACHE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """An account that the system does not know, as in a container that is run by number."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("MASKRCNN_JAX_CACHE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_tilde_at_the_start_is_the_home_folder(home):
+    assert expand("~/a") == f"{home}/a"
+    assert expand(Path("~")) == str(home)
+    for path in ("a~", "./~", "a/~/b", "", "/~"):
+        assert expand(path) == path
+
+
+def test_every_reader_of_paths_finds_the_home_folder(home):
+    (home / "own.py").write_text("from maskrcnn_jax.config import default_config as get_config")
+    assert load_config("~/own.py").batch_size == load_config(home / "own.py").batch_size
+    with pytest.raises(UserError, match=f"coco_dir {home}/coco is not a folder"):
+        locate("~/coco", "train2017")
+    with pytest.raises(UserError, match=f"tfds_dir {home}/tfds has no"):
+        load_tfds("~/tfds", "train2017")
+    with pytest.raises(UserError, match=f"{home}/a.jpg cannot be read"):
+        read_image("~/a.jpg")
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_folder_it_is_missed_only_where_it_is_named_or_needed():
+    assert cache_dir() is None
+    assert expand("/a") == "/a"
+    with pytest.raises(UserError, match="there is no home folder for ~ in ~/a; give the whole path"):
+        expand("~/a")
+    with pytest.raises(UserError, match="set the environment variable MASKRCNN_JAX_CACHE to a folder"):
+        resolve("torchvision:resnet50")
+
+
+def test_a_home_folder_that_is_no_folder_keeps_nothing(home, monkeypatch):
+    assert cache_dir() == home / ".cache" / "maskrcnn_jax"
+    monkeypatch.setenv("MASKRCNN_JAX_CACHE", "~/kept")
+    assert cache_dir() == home / "kept"
+    monkeypatch.delenv("MASKRCNN_JAX_CACHE")
+    monkeypatch.setenv("HOME", str(home / "absent"))
+    assert cache_dir() is None
