@@ -21,13 +21,10 @@ def expand(path: str | os.PathLike) -> str:
 
 
 def cache_dir() -> Path | None:
-    """Return the folder for downloads and compiled programs: $MASKRCNN_JAX_CACHE, or one in the home folder.
+    """Return the folder for downloads and compiled programs.
 
     Returns:
         The folder, which need not exist; None without a home folder, as in some containers and batch jobs.
     """
-    chosen = os.environ.get("MASKRCNN_JAX_CACHE")
-    if chosen:
-        return Path(expand(chosen))
     home = os.path.expanduser("~")
-    return Path(home, ".cache", "maskrcnn_jax") if home != "~" and os.path.isdir(home) else None
+    return Path(home, ".cache", "maskrcnn_jax") if home != "~" else None

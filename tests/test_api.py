@@ -87,7 +87,6 @@ def test_many_shapes_of_images_are_told_once_if_each_is_compiled(model, caplog):
         assert caplog.text.count("data.buckets is exact") == told
 
 
-
 def test_importing_the_package_imports_nothing_else():
     """So that flags of JAX can be set after it; the names come when they are used."""
     code = """

@@ -3,8 +3,10 @@
 import pwd
 from pathlib import Path
 
+import jax
 import pytest
 
+from maskrcnn_jax.commands import app
 from maskrcnn_jax.config import load_config
 from maskrcnn_jax.data.dataset import locate
 from maskrcnn_jax.data.tfds_source import load_tfds
@@ -61,10 +63,23 @@ def test_without_a_home_folder_it_is_missed_only_where_it_is_named_or_needed():
         resolve("torchvision:resnet50")
 
 
-def test_a_home_folder_that_is_no_folder_keeps_nothing(home, monkeypatch):
-    assert cache_dir() == home / ".cache" / "maskrcnn_jax"
+def test_downloads_are_looked_for_in_the_folder_that_the_environment_names(home, monkeypatch):
     monkeypatch.setenv("MASKRCNN_JAX_CACHE", "~/kept")
-    assert cache_dir() == home / "kept"
-    monkeypatch.delenv("MASKRCNN_JAX_CACHE")
-    monkeypatch.setenv("HOME", str(home / "absent"))
-    assert cache_dir() is None
+    file = home / "kept" / "weights" / "resnet50-0676ba61.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{file} is not the published file"):
+        resolve("torchvision:resnet50")
+
+
+def test_compiled_programs_are_kept_only_where_a_folder_can_be_made(home, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    chosen = {}
+    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+    (home / "file").write_text("")
+    monkeypatch.setenv("HOME", str(home / "file"))
+    app._keep_compiled_programs()
+    assert not chosen
+    monkeypatch.setenv("HOME", str(home))
+    app._keep_compiled_programs()
+    assert chosen["jax_compilation_cache_dir"] == str(home / ".cache" / "maskrcnn_jax" / "xla")

@@ -1,6 +1,7 @@
 """What the commands share: options, logging, errors in one sentence, and the model that the user names."""
 
 import argparse
+import contextlib
 import difflib
 import io
 import logging
@@ -243,10 +244,13 @@ def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a folder for them or has no home folder."""
+    """Keep compiled programs between runs, unless the user has chosen a folder for them or cannot write at home."""
     import jax
 
     folder = cache_dir()
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        (folder / "xla").mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
