@@ -15,7 +15,7 @@ ALLOWED = {
     "writing": {"errors"},
     "page": {"writing"},
     "paths": {"errors"},
-    "options": {"errors"},
+    "options": {"errors", "paths"},
     "config": {"options", "errors", "paths"},
     "distributed": {"structures", "errors", "ops"},
     "anchor_shapes": set(),

@@ -6,12 +6,13 @@ from pathlib import Path
 import jax
 import pytest
 
+import maskrcnn_jax as mr
 from maskrcnn_jax.commands import app
 from maskrcnn_jax.config import load_config
-from maskrcnn_jax.data.dataset import locate
-from maskrcnn_jax.data.tfds_source import load_tfds
+from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.inputs import read_image
+from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.paths import cache_dir, expand
 from maskrcnn_jax.weights.published import resolve
 
@@ -45,10 +46,14 @@ def test_a_tilde_at_the_start_is_the_home_folder(home):
 def test_every_reader_of_paths_finds_the_home_folder(home):
     (home / "own.py").write_text("from maskrcnn_jax.config import default_config as get_config")
     assert load_config("~/own.py").batch_size == load_config(home / "own.py").batch_size
+    data = DataOptions(coco_dir="~/coco", tfds_dir="~/tfds")
+    assert (data.coco_dir, data.tfds_dir) == (f"{home}/coco", f"{home}/tfds")
     with pytest.raises(UserError, match=f"coco_dir {home}/coco is not a folder"):
-        locate("~/coco", "train2017")
-    with pytest.raises(UserError, match=f"tfds_dir {home}/tfds has no"):
-        load_tfds("~/tfds", "train2017")
+        load_dataset(data, "train2017")
+    with pytest.raises(UserError, match=f"{home}/a.safetensors"):
+        mr.load("~/a.safetensors", config="r50_fpn")
+    with pytest.raises(UserError, match=f"{home}/run"):
+        mr.load("torchvision:maskrcnn_resnet50_fpn", config="~/run")
     with pytest.raises(UserError, match=f"{home}/a.jpg cannot be read"):
         read_image("~/a.jpg")
 

@@ -18,7 +18,6 @@ from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, 
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import expand
 
 Progress = Callable[[Iterable, int, str], Iterable]  # wraps an iterable, given its length and a description
 
@@ -68,7 +67,6 @@ def check_dataset(
     Raises:
         UserError: there is no such dataset.
     """
-    dataset = expand(dataset)
     how: dict[str, Any] = {"open_images": open_images, "progress": progress}
     if os.path.isfile(dataset):
         if not image_dir or not os.path.isdir(image_dir):

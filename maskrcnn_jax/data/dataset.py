@@ -15,7 +15,6 @@ from maskrcnn_jax.data.formats import correct_formats
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
-from maskrcnn_jax.paths import expand
 
 
 def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
@@ -114,7 +113,7 @@ def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
     Raises:
         UserError: the folder has another layout.
     """
-    root = Path(expand(coco_dir))
+    root = Path(coco_dir)
     layout = f"a folder that holds {split}/ (the images) and {annotations_name(split)}"
     if not os.fspath(coco_dir):
         raise UserError(f"no dataset was given; set data.coco_dir to {layout}")

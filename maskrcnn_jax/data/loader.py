@@ -226,12 +226,13 @@ class _BatchReader:
         gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
         gt.labels[row, :num] = objects.labels
         gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.options.mask_side)
-        scaled = gt.boxes[row, :num]
-        gt.valid[row, :num] = ~objects.crowd & (scaled[:, 2:] > scaled[:, :2]).all(axis=1)
+        gt.valid[row, :num] = ~objects.crowd
         if gt.has_mask is not None:
             gt.has_mask[row, :num] = objects.has_mask
         if gt.ignored is not None:
             gt.ignored[row, :num] = objects.crowd
+        # What has no area now overlaps all anchors alike, by nothing, and would be matched to each.
+        gt.valid[row] &= (gt.boxes[row, :, 2:] > gt.boxes[row, :, :2]).all(axis=1)
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from maskrcnn_jax.data.annotations import read_annotations
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
 from maskrcnn_jax.data.images import check_and_decode
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import expand
 
 NAME, VERSION = "coco_instances", "1.0.0"
 
@@ -121,7 +120,6 @@ def load_tfds(
     Raises:
         UserError: the folder holds no such dataset or split, or its annotations are refused.
     """
-    tfds_dir = expand(tfds_dir)
     folder = dataset_folder(tfds_dir)
     how = "a folder that maskrcnn-jax build-tfds wrote"
     if not os.fspath(tfds_dir):

@@ -243,18 +243,16 @@ def test_a_sliver_has_an_area_in_the_batch_or_is_no_object(dataset, side, flip):
     assert kept == (list(range(1, 26)) if side >= 1e-4 else [25])
     assert index.problems.get(Kind.FLAT_BOX, 0) == 25 - len(kept)
     for short in (5, 16, 37, 800):
-        batch = next(
-            iter(load(index, **TRAIN | {"batch_size": 1, "short_side": short, "long_side": 2000, "hflip": flip}))
-        )
+        settings = {"batch_size": 1, "short_side": short, "long_side": 2000, "hflip": flip}
+        batch = next(iter(load(index, **TRAIN | settings)))
         boxes = batch.gt.boxes[batch.gt.valid]
         assert len(boxes) == len(kept) and (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_a_box_that_loses_its_area_when_it_is_scaled_is_no_object(index):
     thin = np.float32([[1.9999999, 2, 2, 8]]).repeat(len(index.boxes), axis=0)  # the smallest step there is
-    for batch in load(
-        dataclasses.replace(index, boxes=thin), **TRAIN | {"short_side": 23, "long_side": 64, "hflip": 1.0}
-    ):
+    settings = TRAIN | {"short_side": 23, "long_side": 64, "hflip": 1.0}
+    for batch in load(dataclasses.replace(index, boxes=thin), **settings):
         boxes = batch.gt.boxes[batch.gt.valid]
         assert (boxes[:, 2:] > boxes[:, :2]).all()
 
