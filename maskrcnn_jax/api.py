@@ -18,6 +18,7 @@ from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import expand
 from maskrcnn_jax.run_folder import load_model, load_options
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
@@ -51,7 +52,7 @@ def load(
     Raises:
         UserError: if one of these does not exist or they do not fit each other.
     """
-    source = os.fspath(source)
+    source = expand(source)
     if Path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")
@@ -66,8 +67,8 @@ def load(
     published = find_published(source).config if is_name(source) else None
     if config is None and published is None:
         raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")
-    if categories is None and isinstance(config, str | os.PathLike) and Path(config).is_dir():
-        categories = Path(config) / "categories.json"
+    if categories is None and isinstance(config, str | os.PathLike) and Path(expand(config)).is_dir():
+        categories = Path(expand(config)) / "categories.json"
     options = find_options(published if config is None else config)
     return Predictor(*_load_weights(source, options, categories), options)
 
@@ -94,7 +95,7 @@ def train(
     Raises:
         UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
     """
-    options = find_options(config)
+    options, workdir = find_options(config), expand(workdir)
 
     def make_evaluate(categories):
         evaluator = Evaluator(options, categories)
@@ -107,7 +108,7 @@ def train(
 
         return evaluate
 
-    initialize = functools.partial(_initialize, source=os.fspath(weights)) if weights else None
+    initialize = functools.partial(_initialize, source=expand(weights)) if weights else None
     loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize, profile_steps=profile_steps)
 
 
@@ -144,7 +145,7 @@ def evaluate(
     evaluator = Evaluator(options, model.categories)
     evaluation = evaluator(model.network)
     if output is not None:
-        evaluator.write(output, evaluation)
+        evaluator.write(expand(output), evaluation)
     return evaluation
 
 
@@ -181,6 +182,7 @@ def find_options(config: Config) -> Options:
         return config
     if isinstance(config, ConfigDict):
         return to_options(config)
+    config = expand(config)
     return load_options(config) if Path(config).is_dir() else to_options(load_config(config))
 
 
@@ -191,7 +193,7 @@ def _load_weights(
     if categories is None:
         categories = Categories.coco(options.data.contiguous_labels)
     elif not isinstance(categories, Categories):
-        categories = Categories.load(categories)
+        categories = Categories.load(expand(categories))
     network = make_unfilled(categories.num_classes, options.model)
     load_weights(network, read_arrays(resolve(source)), source=source)
     network.eval()

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import expand
 
 # Smallest dynamic loss scale, and the largest power of two in float32.
 MIN_LOSS_SCALE, MAX_LOSS_SCALE = 1.0, 2.0**127
@@ -330,6 +331,11 @@ class DataOptions(_Checked):
     workers: int = _option(0, "additional processes that read and decode images", low=0)
     prefetch: int = _option(4, "batches loaded ahead of the training step", low=1)
     skip_broken: bool = _option(False, "skip images that cannot be read instead of stopping")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("coco_dir", "tfds_dir"):
+            object.__setattr__(self, name, expand(getattr(self, name)))
 
     def _contradictions(self) -> list[str]:
         problems = []

@@ -1,7 +1,9 @@
 """Models in a few lines of Python, from a run or from weights."""
 
 import contextlib
+import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.distributed import make_mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.run_folder import save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.step import create_train_state
@@ -66,6 +69,22 @@ def paths(place):
 
 def same(ours, theirs):
     assert ours.to_coco(1) == theirs.to_coco(1)
+
+
+def test_a_pickled_model_predicts_the_same(model, place):
+    image = next((place / "own" / "val").iterdir())
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.predict(image, min_score=0).to_coco(1) == model.predict(image, min_score=0).to_coco(1)
+
+
+def test_many_shapes_of_images_are_told_once_if_each_is_compiled(model, caplog):
+    data = dataclasses.replace(model.options.data, buckets="exact", long_side=256)
+    exact = Predictor(model.network, model.categories, dataclasses.replace(model.options, data=data))
+    for predictor, told in ((model, 0), (exact, 1)):
+        caplog.clear()
+        for width in range(32, 256, 16):
+            predictor._prepare(np.zeros((64, width, 3), np.uint8))
+        assert caplog.text.count("data.buckets is exact") == told
 
 
 def test_importing_the_package_imports_nothing_else():

@@ -8,14 +8,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "maskrcnn_jax"
 # What each part of the package may import of it, itself aside.
-_LEAVES = {"structures", "errors", "options", "writing"}
+_LEAVES = {"structures", "errors", "options", "paths", "writing"}
 ALLOWED = {
     "structures": set(),
     "errors": set(),
     "writing": {"errors"},
     "page": {"writing"},
-    "options": {"errors"},
-    "config": {"options", "errors"},
+    "paths": {"errors"},
+    "options": {"errors", "paths"},
+    "config": {"options", "errors", "paths"},
     "distributed": {"structures", "errors", "ops"},
     "anchor_shapes": set(),
     "ops": {"anchor_shapes", "structures", "errors"},

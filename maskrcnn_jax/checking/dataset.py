@@ -15,10 +15,9 @@ from maskrcnn_jax.checking.images import ImageFacts, check_images, read_images
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name
 from maskrcnn_jax.data.dataset import locate, read_dataset
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
+from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
-
-_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 Progress = Callable[[Iterable, int, str], Iterable]  # wraps an iterable, given its length and a description
 
@@ -191,7 +190,7 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
 def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
     known = set(data.file_names.tolist())
     with os.scandir(image_dir) as entries:
-        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in _IMAGE_SUFFIXES)
+        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES)
     names = [name for name in names if name not in known]
     if not names:
         return []

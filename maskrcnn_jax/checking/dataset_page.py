@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
 
 from maskrcnn_jax import page
 from maskrcnn_jax.checking.annotations import objects_per_category
@@ -14,9 +12,10 @@ from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import Finding
+from maskrcnn_jax.data.image_headers import image_size
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.data.transforms import shrink_mask
-from maskrcnn_jax.inference.draw import draw_instances
+from maskrcnn_jax.inference.draw import draw_instances, shrink
 
 _SIDE = 340  # pixels of a picture's longer side; three fit beside each other
 _MAX_PIXELS = 1 << 26  # of an image that is opened only to be shown
@@ -120,7 +119,7 @@ def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.
     if place is not None:
         rows = rows[index.places[rows] == place]
     scale = min(1, _SIDE / max(pixels.shape[:2]))
-    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+    small = shrink(pixels, _SIDE)
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
     if place is None:
         names = [_category(index, row) for row in rows.tolist()]
@@ -151,11 +150,10 @@ def _box_as_given(entry: dict) -> np.ndarray:
 def _read(path: Path) -> np.ndarray | None:
     """Read an image; None if it cannot be read or is too large to be shown."""
     try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > _MAX_PIXELS:
-                return None
-        return decode_image(path.read_bytes())
-    except Exception:  # Pillow raises many kinds of errors for broken files
+        data = path.read_bytes()
+        height, width = image_size(data) or (0, 0)
+        return decode_image(data) if height * width <= _MAX_PIXELS else None
+    except (OSError, ValueError):  # a UserError is a ValueError
         return None
 
 

@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> None:
     data.train_split = options.train_split or data.train_split
     data.eval_split = options.val_split or data.eval_split
     config, how = to_options(options.config), {"open_images": options.open_images, "progress": _progress}
-    splits = check_dataset(options.dataset or data.coco_dir, config, image_dir=options.images, **how)
+    splits = check_dataset(options.dataset or config.data.coco_dir, config, image_dir=options.images, **how)
     _print_findings(splits)
     if options.report:
         write_report(Path(options.report), splits)

@@ -9,6 +9,7 @@ import numpy as np
 
 from maskrcnn_jax.data.annotations import read_annotations
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
+from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.formats import correct_formats
 from maskrcnn_jax.data.tfds_source import load_tfds
@@ -101,7 +102,7 @@ def read_dataset(
     dataset = read_annotations(
         json_path, image_dir, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted, report=report
     )
-    dataset = correct_formats(dataset, report)
+    dataset = use_names_on_disk(correct_formats(dataset, report))
     missing = _find_missing(dataset, report if not skip_broken else lambda finding: None)
     return clip_boxes(replace(dataset, missing=missing), report)
 

@@ -42,7 +42,9 @@ class _Image(msgspec.Struct, gc=False):
 
     def __post_init__(self):
         if self.height < 1 or self.width < 1 or self.height * self.width > _MOST_PIXELS:
-            raise ValueError(f"size {self.height}x{self.width}")
+            raise ValueError(
+                f"size {self.height}x{self.width} (height x width), where 1 to {_MOST_PIXELS:,} pixels can be decoded"
+            )
         if not 0 < len(self.file_name) <= _LONGEST_NAME or NO_NAME.search(self.file_name):
             raise ValueError(f"file_name {short(self.file_name)}")
 

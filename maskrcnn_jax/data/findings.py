@@ -159,7 +159,8 @@ class Kind(StrEnum):
         "correct the boxes, or their objects are learned as background")
     FLAT_BOX = (
         "boxes without area (dropped)", ANNOTATIONS, Severity.WARNING, Mend.BOX_FROM_MASK,
-        "{count:annotation is|annotations are} dropped because the width or height of the box is not positive",
+        "{count:annotation is|annotations are} dropped because the width or height of the box is not positive, or too "
+        "small for numbers of 32 bits",
         "correct the boxes, or their objects are learned as background")
     OUTSIDE_BOX = (
         "boxes outside their image (dropped)", ANNOTATIONS, Severity.WARNING, Mend.BOX_FROM_MASK,
@@ -258,6 +259,14 @@ class Kind(StrEnum):
         "images with an alpha channel", IMAGES, Severity.WARNING, None,
         "{count:of {total} images has|of {total} images have} an alpha channel, which is dropped",
         "remove the channel, or set model.in_channels=4 if it holds data such as depth")
+    FRAMES = (
+        "images of several pages or frames", IMAGES, Severity.WARNING, None,
+        "{count:of {total} images has|of {total} images have} several pages or frames, and the first is read",
+        "save the pages as files of their own if they should be used")
+    OTHER_FORM = (
+        "file names in another form", IMAGES, Severity.WARNING, None,
+        "{count:image file has|image files have} a name in another form than the annotations, which is used: accents "
+        "are composed otherwise, or %20 stands for a space", "write the names alike, for the sake of other programs")
     NOT_LISTED = (
         "unlisted image files", IMAGES, Severity.WARNING, None,
         "{folder} has {count:image file|image files} that the annotation file does not list and training does not use",

@@ -250,6 +250,8 @@ class _BatchReader:
             gt.has_mask[row, :num] = objects.has_mask[chosen]
         if gt.ignored is not None:
             gt.ignored[row, :num] = objects.crowd[chosen]
+        # What has no area now overlaps all anchors alike, by nothing, and would be matched to each.
+        gt.valid[row] &= (gt.boxes[row, :, 2:] > gt.boxes[row, :, :2]).all(axis=1)
 
 
 _WARNING = threading.Lock()  # functools.cache alone would let threads warn at the same time

@@ -20,11 +20,12 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
 from maskrcnn_jax.inference.detect import make_detect, run_detection
-from maskrcnn_jax.inference.draw import draw_instances, grid, side_by_side
+from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file
 
 NUM_PICTURES = 12  # images drawn after an evaluation
+DRAWN_SIDE = 2000  # pixels of the longer side of a picture, ground truth and predictions together
 DRAWN_SCORE = 0.5  # detections below are left out of the pictures
 
 
@@ -157,7 +158,7 @@ class Evaluator:
             [r["score"] for r in found],
             [r["segmentation"] for r in found],
         )
-        return side_by_side(truth, predicted)
+        return shrink(side_by_side(truth, predicted), DRAWN_SIDE)
 
     def write(self, workdir: str | os.PathLike, evaluation: Evaluation) -> None:
         """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder, by the first process."""

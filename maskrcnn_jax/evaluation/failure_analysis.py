@@ -31,6 +31,7 @@ from tqdm import tqdm
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import load_annotations, load_results, mask_truth
 from maskrcnn_jax.evaluation.detections_file import read_results
+from maskrcnn_jax.paths import expand
 from maskrcnn_jax.writing import write_json
 
 OCCLUSIONS = {"free": 0.05, "partly covered": 0.35, "mostly covered": np.inf}  # largest share of the box
@@ -251,7 +252,7 @@ def main() -> int:
             for group in table
         }
     if args.json:
-        write_json(Path(args.json), written, indent=2)
+        write_json(expand(args.json), written, indent=2)
     return 0
 
 

@@ -115,6 +115,15 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
+def shrink(picture: np.ndarray, side: int) -> np.ndarray:
+    """Reduce a picture [H, W, 3] whose longer side exceeds ``side`` pixels; a side never falls below one pixel."""
+    scale = side / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    height, width = (max(1, round(scale * length)) for length in picture.shape[:2])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+
 def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Write an RGB picture in the format that the ending of its name tells.
 
@@ -197,7 +206,7 @@ def _lay_out(text: str, box: np.ndarray, picture_size: tuple[int, int], taken: S
     margin = max(2, height // 4)
     if width + 2 * margin > picture_size[1]:
         # Rather small letters than a caption that is cut off.
-        scale *= (picture_size[1] - 2 * margin) / (width + 1)
+        scale *= max(1, picture_size[1] - 2 * margin) / (width + 1)
         (width, height), baseline = cv2.getTextSize(text, FONT, scale, thickness)
     size = (height + baseline + 2 * margin, width + 2 * margin)
     place = place_caption(size, box, picture_size, taken)

@@ -272,6 +272,22 @@ def file_in_other_case(content, root, rng):
     return image["file_name"]
 
 
+def file_in_other_form(content, root, rng):
+    image = content["images"][int(rng.integers(len(content["images"])))]
+    path = root / "train2017" / image["file_name"]
+    path.rename(path.with_stem(f"e\u0301 {path.stem}"))
+    image["file_name"] = f"\u00e9%20{image['file_name']}"
+    return image["file_name"]
+
+
+def of_several_pages(content, root, rng):
+    path = root / "train2017" / f"{int(rng.integers(1, 11)):012d}.jpg"
+    with Image.open(path) as page:
+        page.load()
+    page.save(path, format="TIFF", save_all=True, append_images=[page.rotate(90)])
+    return path.name
+
+
 def training_image_in_val(content, root, rng):
     name = f"{int(rng.integers(1, 11)):012d}.jpg"
     (root / "val2017" / "000000000001.jpg").write_bytes((root / "train2017" / name).read_bytes())
@@ -407,6 +423,8 @@ FAULTS = {
     pixel_bomb: Kind.BROKEN,
     file_missing: Kind.MISSING_FILE,
     file_in_other_case: Kind.MISSING_FILE,
+    file_in_other_form: Kind.OTHER_FORM,
+    of_several_pages: Kind.FRAMES,
     training_image_in_val: Kind.LEAK,
     category_only_in_val: Kind.UNKNOWN_CATEGORY,
     stored_turned: Kind.TURNED,

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 
@@ -299,3 +300,20 @@ def test_the_command_lists_findings_and_writes_a_page_and_a_cleaned_copy(root, t
     (root / "annotations" / "instances_train2017.json").write_bytes(cleaned.read_bytes())
     assert run_command(root) == 0
     assert "0 errors and 1 warning in 2 splits." in capsys.readouterr().out, "the image that was dropped is not listed"
+
+
+def test_a_page_shows_images_that_are_a_few_pixels_thin(tmp_path):
+    root = tmp_path / "thin"
+    write_dataset(root, num_train=2, num_val=1, image_size=96, seed=0)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for image, (height, width) in zip(content["images"], [(2, 2400), (2400, 1)], strict=True):
+        cv2.imwrite(str(root / "train2017" / image["file_name"]), np.zeros((height, width, 3), np.uint8))
+        image |= {"height": height, "width": width}
+    for annotation in content["annotations"]:
+        annotation |= {"bbox": [0, 0, 300, 300], "segmentation": [[0, 0, 300, 0, 300, 300, 0, 300]]}
+    path.write_text(json.dumps(content))
+    splits = check(root)
+    assert {Kind.CLIPPED_BOX} <= {finding.kind for finding in splits[0].findings}
+    write_report(tmp_path / "page.html", splits)
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") >= 2

@@ -17,6 +17,7 @@ from maskrcnn_jax.data import loader as loader_module
 from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import drop_labels
 from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.loader import Plan, buckets_for, mask_side, training_subset
 from maskrcnn_jax.data.run_lengths import decode_crop
@@ -236,6 +237,31 @@ def test_images_are_mirrored_together_with_their_objects(mixed):
     assert mirrored.gt.boxes[0, 0].tolist() == [40, 4, 56, 16]  # the image is twice as large as its file
     assert mirrored.gt.mask_windows[0, 0].tolist() == [2, 20, 6, 8]
     assert np.unpackbits(mirrored.gt.masks[0, 0]).sum() == 48
+
+
+@pytest.mark.parametrize("side", [1e-30, 1e-14, 1e-6, 1e-4, 1e-3])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_sliver_has_an_area_in_the_batch_or_is_no_object(dataset, side, flip):
+    boxes = [[x, y, *size] for x in (0, 1 / 3, 13.7, 21) for y in (0, 5.3, 11) for size in ((side, 3), (3, side))]
+    boxes.append([1, 1, 9, 9])
+    objects = [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes, 1)]
+    index = load_coco(dataset.write([(16, 24)], objects), "train2017")
+    kept = index.annotations(0).ids.tolist()
+    assert kept == (list(range(1, 26)) if side >= 1e-4 else [25])
+    assert index.problems.get(Kind.FLAT_BOX, 0) == 25 - len(kept)
+    for short in (5, 16, 37, 800):
+        settings = {"batch_size": 1, "short_side": short, "long_side": 2000, "hflip": flip}
+        batch = next(iter(load(index, **TRAIN | settings)))
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert len(boxes) == len(kept) and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_box_that_loses_its_area_when_it_is_scaled_is_no_object(index):
+    thin = np.float32([[1.9999999, 2, 2, 8]]).repeat(len(index.boxes), axis=0)  # the smallest step there is
+    settings = TRAIN | {"short_side": 23, "long_side": 64, "hflip": 1.0}
+    for batch in load(dataclasses.replace(index, boxes=thin), **settings):
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_augmentation_differs_from_image_to_image_and_from_epoch_to_epoch(mixed):
