@@ -65,4 +65,5 @@ def main(options: argparse.Namespace) -> None:
             title=f"{options.workdir or options.weights} on {chosen.data.eval_split}",
             draw=lambda image_id: evaluator.draw_image(image_id, evaluation.results),
             training=Path(options.workdir) / "metrics.jsonl" if options.workdir else None,
+            max_detections=chosen.model.box_detections_per_img,
         )

@@ -313,7 +313,7 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         ({"images": [3]}, "image 3 .* malformed"),
         ({"annotations": [annotation(5, image_id=9)]}, "annotation 5 with image 9; add the image"),
         ({"annotations": [annotation(5, image_id=1, category_id=9)]}, "annotation 5 with category 9"),
-        ({"annotations": [annotation(5, image_id="1")]}, "annotation 5 .* malformed"),
+        ({"annotations": [annotation(5, image_id="one")]}, r"annotation 5 .* malformed: .*`\$.image_id`"),
         ({"annotations": [annotation(5, image_id=1, bbox=[1, 2, 3])]}, "annotation 5 .* malformed"),
         (
             {"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]},
