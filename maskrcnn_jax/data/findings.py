@@ -232,8 +232,8 @@ class Kind(StrEnum):
         "set iscrowd to 0, as the copy does that maskrcnn-jax check --fix=FILE writes")
     MANY_OBJECTS = (
         "images with more objects than detections", IMAGES, Severity.WARNING, None,
-        "{count:image has|images have} more than {limit} objects (up to {most}), but {limit} detections of an image "
-        "are made and count in AP", "set model.box_detections_per_img to the number of objects or more")
+        "{count:image has|images have} more than {limit} objects (up to {most}), but only {limit} detections of an "
+        "image are made and count in AP", "set model.box_detections_per_img to the number of objects or more")
     EMPTY = (
         "many images without objects", IMAGES, Severity.WARNING, None,
         "{count:of {total} images has|of {total} images have} no objects, so the whole image is learned as background",
