@@ -15,7 +15,7 @@ from maskrcnn_jax.data.findings import Kind
 
 def _pick(content, rng):
     """Returns an annotation with polygons, and the file name of its image."""
-    chosen = [a for a in content["annotations"] if isinstance(a.get("segmentation"), list) and a["iscrowd"] == 0]
+    chosen = [a for a in content["annotations"] if isinstance(a.get("segmentation"), list)]
     annotation = chosen[int(rng.integers(len(chosen)))]
     return annotation, f"{annotation['image_id']:012d}.jpg"
 
@@ -363,9 +363,8 @@ def area_of_minus_one(content, root, rng):
 
 def many_objects(content, root, rng):
     annotation, name = _pick(content, rng)
-    x, y, width, height = annotation["bbox"]
     for i in range(31):  # more than model.box_detections_per_img of the config "shapes"
-        box = {"bbox": [x, y, width - i / 100, height]}
+        box = {"bbox": [9, 9, 40 + i / 100, 40], "segmentation": [[9, 9, 49, 9, 49, 49, 9, 49]]}
         content["annotations"].append(annotation | box | {"id": 10_000 + i})
     return name
 
