@@ -115,13 +115,19 @@ class _Section(Generic[_Entry]):
     def extend(self, text: bytes) -> bool:
         """Collect the entries of a JSON list, unless msgspec refuses one; return whether they were collected."""
         try:
-            entries = self.decoder.decode(text)
+            entries = self.decode(text)
             self.check(entries)
         except (ValueError, RecursionError):  # msgspec's errors are ValueErrors, too
             return False
         self.pack(range(self.num_seen, self.num_seen + len(entries)), entries)
         self.num_seen += len(entries)
         return True
+
+    def decode(self, text: bytes) -> Sequence[_Entry]:
+        try:
+            return self.decoder.decode(text)
+        except ValueError:  # numbers in another form make this several times as slow
+            return [self.convert(entry) for entry in msgspec.json.decode(text)]
 
     def add(self, entry: object) -> None:
         """Collect an entry that ``json`` has decoded, or report that it is malformed."""
