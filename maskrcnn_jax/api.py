@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
+from flax import nnx
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config, to_options
@@ -17,7 +18,7 @@ from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
-from maskrcnn_jax.options import Options
+from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.paths import expand
 from maskrcnn_jax.run_folder import load_model, load_options
 from maskrcnn_jax.training import loop
@@ -123,6 +124,7 @@ def evaluate(
     *,
     split: str | None = None,
     limit: int | None = None,
+    max_detections: int | None = None,
     output: str | os.PathLike | None = None,
 ) -> Evaluation:
     """Compute COCO's box and mask AP of a model.
@@ -132,6 +134,8 @@ def evaluate(
         dataset: Folder of a dataset in COCO's layout. Defaults to the dataset that the model was trained on.
         split: Of the dataset. Defaults to the split that the options of the model name.
         limit: Evaluate only the first so many images; 0 means all.
+        max_detections: Detections of an image, other than ``model.box_detections_per_img`` of the model. Above 100,
+            all metrics count as many, and a recall such as ``bbox_AR300`` is added.
         output: Folder for ``metrics.json``, ``detections.json`` and ``predictions.jpg``, if wanted.
 
     Returns:
@@ -141,9 +145,11 @@ def evaluate(
     Raises:
         UserError: if the dataset cannot be read or has categories that the model does not know.
     """
-    options = evaluation_options(model.options, coco_dir=dataset, split=split, limit=limit)
+    options = evaluation_options(
+        model.options, coco_dir=dataset, split=split, limit=limit, max_detections=max_detections
+    )
     evaluator = Evaluator(options, model.categories)
-    evaluation = evaluator(model.network)
+    evaluation = evaluator(with_options(model.network, options.model))
     if output is not None:
         evaluator.write(expand(output), evaluation)
     return evaluation
@@ -156,6 +162,7 @@ def evaluation_options(
     tfds_dir: str | os.PathLike | None = None,
     split: str | None = None,
     limit: int | None = None,
+    max_detections: int | None = None,
 ) -> Options:
     """Return options for evaluating on another dataset or split than those of the training."""
     changes: dict = {}
@@ -168,8 +175,19 @@ def evaluation_options(
     if limit is not None:
         changes["eval_limit"] = limit
     data = dataclasses.replace(options.data, **changes)
+    most = options.model.box_detections_per_img if max_detections is None else max_detections
+    network = dataclasses.replace(options.model, box_detections_per_img=most)
     # Training images are measured only by evaluations during training.
-    return dataclasses.replace(options, data=data, eval_train_limit=0)
+    return dataclasses.replace(options, data=data, model=network, eval_train_limit=0)
+
+
+def with_options(network: MaskRCNN, options: ModelOptions) -> MaskRCNN:
+    """Return a network with the same parameters whose detections follow other options."""
+    if options == network.options:
+        return network
+    network = nnx.merge(*nnx.split(network))
+    network.options = options
+    return network
 
 
 def find_options(config: Config) -> Options:

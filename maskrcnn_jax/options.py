@@ -182,7 +182,9 @@ class ModelOptions(_Checked):
     box_score_thresh: float = _option(0.05, "score above which a detection is kept", low=0, high=1)
     box_nms_thresh: float = _option(0.5, "IoU above which NMS drops the worse detection of a class", low=0, high=1)
     box_min_size: float = _option(1e-2, "detections with a smaller side are dropped", unit="pixels", low=0)
-    box_detections_per_img: int = _option(100, "detections per image", low=1, source=_TORCHVISION)
+    box_detections_per_img: int = _option(
+        100, "detections per image; above 100, COCO's metrics count as many", low=1, source=_TORCHVISION
+    )
     mask_channels: int = _option(256, "channels of the mask head", low=1)
     mask_deconv: bool = _option(
         True,
@@ -326,6 +328,9 @@ class DataOptions(_Checked):
         "objects in an image that training uses, rounded up to a multiple of 8; of an image with more, so many are "
         "drawn anew in every epoch, and the others count as background. 0 uses all",
         low=0,
+    )
+    exclude_categories: tuple[int, ...] = _option(
+        (), "ids of categories to leave out; their objects are background, or ignored with data.ignore_regions"
     )
     threads: int = _option(4, "threads that read and decode images, in each process", low=1)
     workers: int = _option(0, "additional processes that read and decode images", low=0)

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -15,7 +17,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 import maskrcnn_jax as mr
-from maskrcnn_jax.api import find_options
+from maskrcnn_jax.api import evaluation_options, find_options
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.shapes import write_dataset
@@ -161,6 +163,30 @@ def test_predictions_are_those_that_evaluations_measure(model, paths):
     ]
     assert len(predicted) > 10
     assert predicted == evaluated
+
+
+def test_an_evaluation_may_ask_for_more_detections_than_the_model_was_trained_with(model):
+    before = mr.evaluate(model)
+    more = mr.evaluate(model, max_detections=120)
+    numbers = [Counter(result["image_id"] for result in found.results) for found in (before, more)]
+    assert max(numbers[0].values()) <= OPTIONS["box_detections_per_img"] < max(numbers[1].values())
+    assert "bbox_AR120" in more.metrics and "bbox_AR120" not in before.metrics
+    assert model.network.options.box_detections_per_img == OPTIONS["box_detections_per_img"]
+
+
+def test_a_split_that_lists_fewer_categories_is_compared_by_the_labels_of_the_model(model, place, tmp_path):
+    root = shutil.copytree(place / "own", tmp_path / "own")
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 7]
+    content["categories"] = [category for category in content["categories"] if category["id"] != 7]
+    path.write_text(json.dumps(content))
+    evaluator = Evaluator(evaluation_options(model.options, coco_dir=root), model.categories)
+    dataset = evaluator._split.dataset
+    labels = dict(zip(model.categories.ids, model.categories.labels, strict=True))
+    assert dataset.labels.tolist() == [labels[i] for i in dataset.category_ids.tolist()]
+    assert dataset.categories == model.categories
+    assert 7 not in evaluator.truth.cats
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Check a dataset in COCO's format: annotations, image files, and what two splits have in common."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from maskrcnn_jax.checking.annotations import check_index, objects_per_category
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, listed, name_examples
 from maskrcnn_jax.checking.images import ImageFacts, check_images, read_images
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name
-from maskrcnn_jax.data.dataset import locate, read_dataset
+from maskrcnn_jax.data.dataset import locate, read_dataset, without_excluded
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.errors import UserError
@@ -72,15 +73,15 @@ def check_dataset(
         if not image_dir or not os.path.isdir(image_dir):
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
         path = Path(dataset)
-        return [check_split(path.stem, path, Path(image_dir), options, **how)]
+        return with_unlisted_files([check_split(path.stem, path, Path(image_dir), options, evaluated=None, **how)])
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     name = options.data.eval_split
     if not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
-        return [replace(training, findings=[*training.findings, missing])]
+        return with_unlisted_files([replace(training, findings=[*training.findings, missing])])
     evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)
-    return list(compare_splits(training, evaluated))
+    return with_unlisted_files(compare_splits(training, evaluated))
 
 
 def check_split(
@@ -89,7 +90,7 @@ def check_split(
     image_dir: Path,
     options: Options,
     *,
-    evaluated: bool = False,
+    evaluated: bool | None = False,
     open_images: bool = True,
     progress: Progress = no_progress,
 ) -> Split:
@@ -100,7 +101,7 @@ def check_split(
         json_path: the annotations.
         image_dir: the folder of the images.
         options: of the training that they are for.
-        evaluated: the split is used for evaluation.
+        evaluated: whether the split is used for evaluation; None if that is not known.
         open_images: also read the images; otherwise only look whether their files exist.
         progress: wraps the iteration over the images.
     """
@@ -112,14 +113,15 @@ def check_split(
             contiguous_labels=options.data.contiguous_labels,
             keep_unlisted=options.data.ignore_regions,
             report=collector,
-        ).without_flat()
+        )
+        data = without_excluded(data, options.data).without_flat()
     except UserError as error:
         findings = [*_judge(collector.findings(), options), Kind.UNREADABLE.finding(error=error)]
         return Split(name, json_path, image_dir, None, name_examples(json_path, findings))
     found = _judge(collector.findings(), options)
     found += [kind.finding(places) for kind, places in data.problem_places.items()]
-    found += _unlisted_files(data, image_dir)
-    by_row = check_index(data, Anchors.from_options(options), evaluated=evaluated)
+    most = options.model.box_detections_per_img
+    by_row = check_index(data, Anchors.from_options(options), max_detections=most, evaluated=evaluated)
     pixels: dict[bytes, int] = {}
     if open_images:
         images = np.setdiff1d(np.arange(len(data)), data.missing)
@@ -187,8 +189,21 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
-def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
-    known = set(data.file_names.tolist())
+def with_unlisted_files(splits: Sequence[Split]) -> list[Split]:
+    """Return splits with findings of the image files that no split with the same folder of images lists."""
+    listed_in: dict[Path, set[str]] = defaultdict(set)
+    for split in splits:
+        listed_in[split.image_dir.resolve()].update(split.data.file_names.tolist() if split.data is not None else ())
+    return [
+        replace(split, findings=[*split.findings, *_unlisted_files(split.image_dir, listed_in)])
+        if split.data is not None
+        else split
+        for split in splits
+    ]
+
+
+def _unlisted_files(image_dir: Path, listed_in: dict[Path, set[str]]) -> list[Finding]:
+    known = listed_in[image_dir.resolve()]
     with os.scandir(image_dir) as entries:
         names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES)
     names = [name for name in names if name not in known]

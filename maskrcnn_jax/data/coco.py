@@ -7,6 +7,7 @@ the training.
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -265,6 +266,34 @@ def drop_labels(dataset: CocoDataset, share: float, seed: int) -> CocoDataset:
         raise UserError(f"data.drop_labels {share} must be a share, 0..1")
     num = len(dataset.labels)
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(num)[round(share * num) :]))
+
+
+def exclude_categories(
+    dataset: CocoDataset, ids: Sequence[float], *, ignore: bool, contiguous_labels: bool = False
+) -> CocoDataset:
+    """Leave categories out, as if the file did not list them.
+
+    Args:
+        dataset: to leave categories out of.
+        ids: of the categories.
+        ignore: keep their objects as regions that are ignored, instead of dropping them.
+        contiguous_labels: as in ``load_coco``.
+
+    Raises:
+        UserError: there is no such category, or none would be left.
+    """
+    categories = dataset.categories
+    pairs = dict(zip(categories.ids, categories.names, strict=True))
+    kept = {i: name for i, name in pairs.items() if i not in ids}
+    if not kept or not pairs.keys() >= set(ids):
+        listed = ", ".join(f"{i} ({name})" for i, name in list(pairs.items())[:10])
+        wrong = "leaves none of the categories" if not kept else "names a category that is not"
+        raise UserError(f"data.exclude_categories {tuple(ids)} {wrong} in {dataset.annotation_path}: {listed}")
+    new = Categories.create(list(kept), list(kept.values()), contiguous_labels)
+    labels = np.zeros(categories.num_classes, np.int32)  # by old label
+    labels[[categories.labels[categories.ids.index(i)] for i in kept]] = [new.labels[new.ids.index(i)] for i in kept]
+    found = replace(dataset, categories=new, labels=labels[dataset.labels])
+    return found if ignore else found.select(np.flatnonzero((found.labels > 0) | (dataset.labels == 0)))
 
 
 def annotations_name(split: str) -> str:

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from maskrcnn_jax.data.annotations import read_annotations
-from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
+from maskrcnn_jax.data.areas import drop_impossible_areas
+from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes, exclude_categories
 from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.formats import correct_formats
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
+
+_NUM_NAMED = 6  # files, and folders, of a dataset in another layout
 
 
 def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
@@ -36,9 +39,20 @@ def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> C
         "keep_unlisted": data.ignore_regions,
         "keep_flat": keep_flat,
     }
+    dataset: CocoDataset
     if data.source == "coco":
-        return load_coco(data.coco_dir, split, skip_broken=data.skip_broken, **options)
-    return load_tfds(data.tfds_dir, split, **options)
+        dataset = load_coco(data.coco_dir, split, skip_broken=data.skip_broken, **options)
+    else:
+        dataset = load_tfds(data.tfds_dir, split, **options)
+    return without_excluded(dataset, data)
+
+
+def without_excluded(dataset: CocoDataset, data: DataOptions) -> CocoDataset:
+    """Return a dataset without the categories that the options leave out."""
+    if not data.exclude_categories:
+        return dataset
+    how = {"ignore": data.ignore_regions, "contiguous_labels": data.contiguous_labels}
+    return exclude_categories(dataset, data.exclude_categories, **how)
 
 
 def load_coco(
@@ -102,7 +116,7 @@ def read_dataset(
     dataset = read_annotations(
         json_path, image_dir, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted, report=report
     )
-    dataset = use_names_on_disk(correct_formats(dataset, report))
+    dataset = drop_impossible_areas(use_names_on_disk(correct_formats(dataset, report)))
     missing = _find_missing(dataset, report if not skip_broken else lambda finding: None)
     return clip_boxes(replace(dataset, missing=missing), report)
 
@@ -125,10 +139,23 @@ def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
     ]
     if absent:
         raise UserError(
-            f"coco_dir {root} lacks {' and '.join(absent)}; data.coco_dir must be {layout}, or data.train_split and "
-            "data.eval_split the names of the splits there"
+            f"coco_dir {root} lacks {' and '.join(absent)}; there {_describe_layout(root)}. data.coco_dir must be "
+            f"{layout}, or data.train_split and data.eval_split the names of the splits there"
         )
     return json_path, image_dir
+
+
+def _describe_layout(root: Path) -> str:
+    """Say what a folder holds that lacks a split."""
+    pattern = annotations_name("*")
+    splits = sorted(path.stem.removeprefix("instances_") for path in root.glob(pattern))
+    if splits:
+        return f"are the splits {', '.join(splits[:_NUM_NAMED])}"
+    files = sorted(path for name in ("*.json", "*/*.json", "*.y*ml") for path in root.glob(name))
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    names = [path.relative_to(root).as_posix() for path in files[:_NUM_NAMED]]
+    names += [f"{path.name}/" for path in folders[:_NUM_NAMED]]
+    return f"is {', '.join(names)}" if names else "is neither a folder nor a JSON file"
 
 
 def _find_missing(dataset: CocoDataset, report: Report) -> np.ndarray:

@@ -49,6 +49,8 @@ class Mend(StrEnum):
     CORNERS_TO_SIZES = "boxes converted from two corners to x, y, width, height"
     BOX_FROM_MASK = "boxes replaced by the box around the mask"  # without a mask, the annotation is dropped
     CLIP_BOX = "boxes clipped to their image"
+    AREA_FROM_MASK = "areas replaced by that of the mask"  # without a mask, by that of the box
+    NOT_CROWD = "crowds turned into single objects (iscrowd 0)"
 
 
 @unique
@@ -179,6 +181,12 @@ class Kind(StrEnum):
         "{count:object of an unlisted category is|objects of unlisted categories are} ignored",
         "list these categories if they are to be learned")
 
+    WRONG_AREA = (
+        "areas that cannot be right (recomputed)", ANNOTATIONS, Severity.WARNING, Mend.AREA_FROM_MASK,
+        "{count:annotation has an area|annotations have areas} that cannot be right (not a positive number of pixels, "
+        "or far from the mask), so evaluation takes that of the mask, or of the box where there is none",
+        "write the area of the mask in pixels")
+
     # The reader does not notice: annotations and categories.
     SAME_FILE = (
         "images listed more than once", IMAGES, Severity.ERROR, Mend.MERGE_IMAGES,
@@ -218,6 +226,15 @@ class Kind(StrEnum):
         "many crowds", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} annotations are crowds (iscrowd 1), which are not learned as objects",
         "set iscrowd to 0 for single objects")
+    ONLY_CROWDS = (
+        "nothing but crowds", ANNOTATIONS, Severity.ERROR, Mend.NOT_CROWD,
+        "{count:annotation is a crowd|annotations are crowds} (iscrowd 1) and there is no other, so no object is "
+        "learned or evaluated; CVAT writes masks that were painted so",
+        "set iscrowd to 0, as the copy does that maskrcnn-jax check --fix=FILE writes")
+    MANY_OBJECTS = (
+        "images with more objects than detections", IMAGES, Severity.WARNING, None,
+        "{count:image has|images have} more than {limit} objects (up to {most}), but only {limit} detections of an "
+        "image are made and count in AP", "set model.box_detections_per_img to the number of objects or more")
     EMPTY = (
         "many images without objects", IMAGES, Severity.WARNING, None,
         "{count:of {total} images has|of {total} images have} no objects, so the whole image is learned as background",
@@ -225,7 +242,7 @@ class Kind(StrEnum):
     UNUSED_CATEGORY = (
         "categories without objects", CATEGORIES, Severity.WARNING, None,
         "{count:of {total} categories has|of {total} categories have} no objects and cannot be learned: {names}",
-        "annotate such objects or remove the categories")
+        "annotate such objects, or leave the categories out with data.exclude_categories")
     RARE_CATEGORY = (
         "categories with few objects", CATEGORIES, Severity.WARNING, None,
         "{count:category has|categories have} few objects ({most} has {num_most}): {names}",

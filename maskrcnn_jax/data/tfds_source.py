@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from maskrcnn_jax.data.annotations import read_annotations
+from maskrcnn_jax.data.areas import drop_impossible_areas
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
 from maskrcnn_jax.data.images import check_and_decode
 from maskrcnn_jax.errors import UserError
@@ -130,9 +131,8 @@ def load_tfds(
     if not path.is_file():
         splits = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
         raise UserError(f"{folder} has no split {split}; use one of {', '.join(splits)}, or build it again with it")
-    dataset = clip_boxes(
-        read_annotations(path, folder / split, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted)
-    )
+    dataset = read_annotations(path, folder / split, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted)
+    dataset = clip_boxes(drop_impossible_areas(dataset))
     dataset.log_problems()
     records = Records(tfds_dir, split)
     if len(records) != len(dataset):

@@ -1,5 +1,6 @@
 """Evaluate a model on a split of a COCO-format dataset: detect, score, and draw some of the result."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,14 @@ class Evaluator:
         with_flat.categories.check_known(self._categories, split)
         dataset = with_flat.without_flat()
         rows = choose(dataset)
-        return _Split(prefix, dataset, ground_truth(with_flat, rows), rows)
+        return _Split(prefix, self._relabel(dataset), ground_truth(with_flat, rows), rows)
+
+    def _relabel(self, dataset: CocoDataset) -> CocoDataset:
+        """Give a split that lists fewer categories than the training split the labels of the model."""
+        known, listed = self._categories, dataset.categories
+        labels = np.zeros(listed.num_classes, np.int32)  # by label of the split
+        labels[list(listed.labels)] = [known.labels[known.ids.index(i)] for i in listed.ids]
+        return dataclasses.replace(dataset, categories=known, labels=labels[dataset.labels])
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
@@ -101,7 +109,12 @@ class Evaluator:
             workers=self._options.eval_workers,
         )
         results = [result for of_process in gather(results) for result in of_process]
-        metrics = evaluate(split.truth, results, image_ids=split.dataset.image_ids[split.rows].tolist())
+        metrics = evaluate(
+            split.truth,
+            results,
+            image_ids=split.dataset.image_ids[split.rows].tolist(),
+            max_detections=self._options.model.box_detections_per_img,
+        )
         metrics = {split.prefix + name: value for name, value in metrics.items()}
         if self._options.eval_losses:
             measured = measure_losses(model, self._make_loader(split, annotations=True))

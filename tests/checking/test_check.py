@@ -30,7 +30,9 @@ from tests.checking.dataset_faults import (
     damage,
     file_in_other_case,
     file_missing,
+    file_not_listed,
     image_cut_short,
+    only_crowds,
 )
 from tests.data.loading import load
 
@@ -209,6 +211,58 @@ def test_an_annotation_file_is_checked_with_its_folder_of_images(root):
     assert not split.findings
     with pytest.raises(UserError, match="is not a folder"):
         check_dataset(path, OPTIONS)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_annotation_ids_are_numbered_from_1_in_a_cleaned_copy(root, tmp_path, as_file):
+    path, images = locate(root, "train2017")
+    content = json.loads(path.read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = i
+    content["annotations"][5]["category_id"] = 99  # an error besides
+    path.write_text(json.dumps(content))
+    splits = check_dataset(path, OPTIONS, image_dir=images) if as_file else check(root)
+    assert (Kind.ZERO_ID in [f.kind for f in splits[0].findings]) == as_file
+    cleaned, changes = fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)
+    ids = sorted(cleaned.data.annotation_ids.tolist())
+    assert ids == [i for i in range(1, len(content["annotations"]) + 1) if i != 5]
+    assert len(changes[Mend.NEW_ID]) == 1
+
+
+def test_files_that_another_split_of_the_folder_lists_are_not_unlisted(root, tmp_path):
+    val = root / "val2017"
+    for path in val.iterdir():
+        path.rename(root / "train2017" / f"val_{path.name}")
+    val.rmdir()
+    val.symlink_to(root / "train2017")
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = f"val_{image['file_name']}"
+    path.write_text(json.dumps(content))
+    splits = check(root)
+    assert [f.sentence for split in splits for f in split.findings] == []
+    damage(root, file_not_listed)
+    damage(root, category_zero)
+    splits = check(root)
+    for split in (*splits, fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)[0]):
+        (found,) = [f for f in split.findings if f.kind == Kind.NOT_LISTED]
+        assert found.examples == ["stray.png"]
+
+
+def test_masks_that_are_all_crowds_are_turned_into_objects(root, tmp_path):
+    """As CVAT exports masks that were painted."""
+    damage(root, only_crowds)
+    splits = check(root)
+    (found,) = [f for f in splits[0].findings if f.is_error]
+    assert found.kind == Kind.ONLY_CROWDS
+    assert "--fix" in found.sentence
+    with pytest.raises(UserError) as error:
+        train_on_data(root)
+    assert str(error.value) == found.sentence
+    cleaned, changes = fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)
+    assert not cleaned.findings
+    assert cleaned.data.num_objects.sum() == len(changes[Mend.NOT_CROWD]) == len(found.rows)
 
 
 def test_a_cleaned_copy_is_checked_and_never_overwrites_annotations(root, tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,10 +14,11 @@ from pycocotools.coco import COCO
 from maskrcnn_jax.data import images
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import drop_labels
-from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.dataset import load_coco, load_dataset
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError, UndecodableError, decode_image
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
 
 SQUARE = [2, 3, 10, 3, 10, 9, 2, 9]  # a polygon: columns 2..9, rows 3..8
 
@@ -129,6 +131,45 @@ def test_other_categories_get_labels_from_1_in_order_of_id(dataset):
     assert index.annotations(0).labels.tolist() == [3, 1]
     assert index.categories.category_id(3) == 900
     assert index.categories.name(1) == "bee"
+
+
+ROBOFLOW = [
+    {"id": 0, "name": "fish", "supercategory": "none"},
+    {"id": 1, "name": "fish", "supercategory": "fish"},
+    {"id": 2, "name": "ray", "supercategory": "fish"},
+]
+
+
+def test_a_category_that_is_only_the_heading_of_others_is_no_class(dataset, caplog):
+    objects = [annotation(1, image_id=1), annotation(2, image_id=1, category_id=2)]
+    root = dataset.write([(20, 30)], objects, categories=ROBOFLOW)
+    with caplog.at_level("INFO", "maskrcnn_jax"):
+        index = load_coco(root, "train2017")
+    assert index.categories == Categories((1, 2), ("fish", "ray"), (1, 2), 3)
+    assert "category fish (id 0) is left out" in caplog.text
+    # With objects it is a class, as is one that no other names, or that has a supercategory itself.
+    root = dataset.write([(20, 30)], [*objects, annotation(3, image_id=1, category_id=0)], categories=ROBOFLOW)
+    assert load_coco(root, "train2017").categories.ids == (0, 1, 2)
+    for other in ({"supercategory": "animal"}, {"name": "crab"}):
+        root = dataset.write([(20, 30)], objects, categories=[ROBOFLOW[0] | other, *ROBOFLOW[1:]])
+        assert load_coco(root, "train2017").categories.ids == (0, 1, 2)
+
+
+def test_categories_can_be_left_out(dataset):
+    objects = [annotation(i, image_id=1, category_id=i) for i in (1, 2, 3)]
+    root = dataset.write([(20, 30)], objects, names=[(1, "cat"), (2, "dog"), (3, "owl")])
+    options = DataOptions(coco_dir=str(root), exclude_categories=(2,))
+    index = load_dataset(options, "train2017")
+    assert index.categories == Categories((1, 3), ("cat", "owl"), (1, 2), 3)
+    found = index.annotations(0, with_crowd=True)
+    assert found.ids.tolist() == [1, 3]
+    assert found.labels.tolist() == [1, 2]
+    ignored = load_dataset(replace(options, ignore_regions=True), "train2017").annotations(0, with_crowd=True)
+    assert ignored.labels.tolist() == [1, 0, 2]
+    assert ignored.crowd.tolist() == [False, True, False]
+    for ids, told in (((7,), "names a category that is not .*: 1 .cat., 2 .dog."), ((1, 2, 3), "leaves none")):
+        with pytest.raises(UserError, match=f"data.exclude_categories .*{told}"):
+            load_dataset(replace(options, exclude_categories=ids), "train2017")
 
 
 @pytest.mark.parametrize("escaped", [True, False])
@@ -260,6 +301,52 @@ def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["annotations/instances_train.json", "annotations/instances_val.json"], "there are the splits train, val."),
+        (["train/_annotations.coco.json", "valid/1.jpg"], "there is train/_annotations.coco.json, train/, valid/."),
+        (["data.yaml", "images/1.jpg", "labels/1.txt"], "there is data.yaml, images/, labels/."),
+        (["result.json", "images/1.jpg"], "there is result.json, images/."),
+        (["JPEGImages/1.jpg", "Annotations/1.xml"], "there is Annotations/, JPEGImages/."),
+        ([], "there is neither a folder nor a JSON file."),
+    ],
+)
+def test_what_is_there_instead_of_the_layout_is_named(tmp_path, files, told):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as error:
+        load_coco(tmp_path, "train2017")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            '[{"image_id": 1, "score": 0.5}]',
+            "expected '{' at character 0, but there is a list; .* lists such as images",
+        ),
+        ('  "text"', "expected '{' at character 2, but there is text"),
+        ("null", "there is null"),
+        ("7", "there is a number"),
+        (
+            '{"images": {"1": "a.jpg"}}',
+            r"expected '\[' at character 11, but there is an object; make \"images\" a list",
+        ),
+        ('{"images": [], "annotations": null}', 'there is null; make "annotations" a list'),
+    ],
+)
+def test_json_of_another_structure_is_not_said_to_be_broken(dataset, text, told):
+    root = dataset.write([(20, 30)])
+    dataset.json_path.write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        load_coco(root, "train2017")
+    assert str(dataset.json_path) in str(error.value)
+    assert "not valid JSON" not in str(error.value) and "cut short" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("", "expected '{' at character 0"),
@@ -313,7 +400,7 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         ({"images": [3]}, "image 3 .* malformed"),
         ({"annotations": [annotation(5, image_id=9)]}, "annotation 5 with image 9; add the image"),
         ({"annotations": [annotation(5, image_id=1, category_id=9)]}, "annotation 5 with category 9"),
-        ({"annotations": [annotation(5, image_id="1")]}, "annotation 5 .* malformed"),
+        ({"annotations": [annotation(5, image_id="one")]}, r"annotation 5 .* malformed: .*`\$.image_id`"),
         ({"annotations": [annotation(5, image_id=1, bbox=[1, 2, 3])]}, "annotation 5 .* malformed"),
         (
             {"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]},
