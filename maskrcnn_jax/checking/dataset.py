@@ -15,10 +15,9 @@ from maskrcnn_jax.checking.images import ImageFacts, check_images, read_images
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name
 from maskrcnn_jax.data.dataset import locate, read_dataset
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
+from maskrcnn_jax.data.layouts import IMAGE_SUFFIXES, find_layout, match_split
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
-
-_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 Progress = Callable[[Iterable, int, str], Iterable]  # wraps an iterable, given its length and a description
 
@@ -56,7 +55,7 @@ def check_dataset(
     """Check a dataset for training and evaluation, or a single annotation file.
 
     Args:
-        dataset: folder in COCO's layout, or an annotation file.
+        dataset: folder in a layout of COCO's format, or an annotation file.
         options: of the training that it is for.
         image_dir: folder of the images of an annotation file.
         open_images: also read the images; otherwise only look whether their files exist.
@@ -76,8 +75,12 @@ def check_dataset(
         return [check_split(path.stem, path, Path(image_dir), options, **how)]
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
+    if options.data.val_share or options.data.split_file:  # evaluated on some of these images
+        return [training]
     name = options.data.eval_split
-    if not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
+    layout = find_layout(Path(dataset))
+    is_there = layout is not None and match_split(name, list(layout.splits)) is not None
+    if not is_there and not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
         return [replace(training, findings=[*training.findings, missing])]
     evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)
@@ -191,7 +194,7 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
 def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
     known = set(data.file_names.tolist())
     with os.scandir(image_dir) as entries:
-        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in _IMAGE_SUFFIXES)
+        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES)
     names = [name for name in names if name not in known]
     if not names:
         return []
