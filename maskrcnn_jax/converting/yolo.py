@@ -172,7 +172,8 @@ def _object(line: str, size: tuple[int, int], names: dict[int, str], names_path:
         raise UserError(
             f"{where} has {len(values)} numbers after the class; a polygon has an even number of them from 6, a box 4"
         )
-    polygon = [value * (height if i % 2 else width) for i, value in enumerate(values)]
+    # To COCO's precision, which undoes the rounding of fractions where it would move a border by a pixel.
+    polygon = [round(value * (height if i % 2 else width), 2) for i, value in enumerate(values)]
     return with_polygons(number + 1, [polygon])
 
 

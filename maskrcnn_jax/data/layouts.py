@@ -156,7 +156,8 @@ def _image_dir(json_path: Path, split: str, root: Path) -> Path:
 def _first_names(json_path: Path) -> list[str]:
     """Return the first file names in an annotation file, without decoding it."""
     try:
-        with json_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with json_path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with the last match
             found = re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\\n]|\\.){1,1024}")', content)
             return [json.loads(match[1].decode(errors="replace")) for match in itertools.islice(found, 8)]
     except (OSError, ValueError):  # an empty file, or an escape that is none
