@@ -9,6 +9,7 @@ import base64
 import json
 import logging
 import math
+import os
 import tempfile
 import warnings
 from collections import defaultdict
@@ -23,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.converting.label_map import read_label_map, regions
 from maskrcnn_jax.converting.source import Object, Picture, Source, image_size, inside, read_text, with_polygons
+from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.layouts import IMAGE_SUFFIXES, folders_in
 from maskrcnn_jax.errors import UserError
 
@@ -106,7 +108,7 @@ def _pictures(root: Path, folder: Path, paths: list[Path], ids: dict[str, int]) 
         given = content.get("imageHeight"), content.get("imageWidth")
         if all(given) and given != upright:
             raise UserError(
-                f"{path} is for an image of {str(given[0])[:20]}x{str(given[1])[:20]} pixels (height x width), but "
+                f"{path} is for an image of {short(given[0])}x{short(given[1])} pixels (height x width), but "
                 f"{image} has {upright[0]}x{upright[1]}; find the image that was annotated"
             )
         groups: dict[object, list[dict]] = defaultdict(list)
@@ -135,7 +137,7 @@ def _image(root: Path, path: Path, content: dict) -> Path:
     given = given.replace("\\", "/")
     image = inside(root, path.parent / given, path)
     candidates = [image, path.parent / image.name, *(path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
     if found is None:
         raise UserError(f"{path} names the image {given[:100]!r}, which is not there; add it, or remove the file")
     return found

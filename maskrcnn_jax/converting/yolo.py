@@ -104,7 +104,7 @@ def _images(root: Path, content: dict, given: str, path: Path) -> list[Path]:
     candidates = [folder / given, *(root.joinpath(*words[i:]) for i in range(len(words)))]
     for candidate in candidates:
         candidate = Path(os.path.abspath(candidate))
-        if len(given) < 1000 and candidate.is_relative_to(root) and candidate.exists():
+        if len(given) < 1000 and candidate.is_relative_to(root) and os.path.exists(candidate):
             images = _listed(root, candidate) if candidate.suffix == ".txt" else _files(candidate)
             if not images:
                 raise UserError(f"{path} names {candidate}, which has no images but {describe(candidate)}; add them")

@@ -7,6 +7,7 @@ first image names of an annotation file where several folders could hold its ima
 import itertools
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,7 @@ def _image_dir(json_path: Path, split: str, root: Path) -> Path:
         return usual[0]
     folders = [folder for folder in dict.fromkeys([*usual, *folders_in(root)]) if folder.is_dir()]
     names = _first_names(json_path)
-    found = {folder: sum(_is_file(folder / name) for name in names) for folder in folders}
+    found = {folder: sum(os.path.isfile(folder / name) for name in names) for folder in folders}
     best = max(folders, key=lambda folder: found[folder])
     if found[best]:
         return best
@@ -162,13 +163,6 @@ def _first_names(json_path: Path) -> list[str]:
             return [json.loads(match[1].decode(errors="replace")) for match in itertools.islice(found, 8)]
     except (OSError, ValueError):  # an empty file, or an escape that is none
         return []
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def _holds(path: Path, *words: bytes) -> bool:

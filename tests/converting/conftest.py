@@ -30,6 +30,4 @@ def parts(request):
         return request.getfixturevalue("shapes_parts")
     coco_dir = request.getfixturevalue("coco_dir")
     names = CLASSES["photographs"]
-    return {
-        split: Part(choose(coco_dir, f"{split}2017", names, 6), coco_dir / f"{split}2017") for split in SPLITS
-    }
+    return {split: Part(choose(coco_dir, f"{split}2017", names, 6), coco_dir / f"{split}2017") for split in SPLITS}

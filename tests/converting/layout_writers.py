@@ -146,9 +146,13 @@ def yolo(root, parts, *, names_as_dict=False, beside=False):
     lines = [f"nc: {len(names)}", f"names: {listed}"]
     for split, part in parts.items():
         # As Ultralytics has them, or as Roboflow, whose paths start one folder too high.
-        images, given = (root / split / "images", f"../{split}/images") if beside else (
-            root / "images" / split,
-            f"images/{split}",
+        images, given = (
+            (root / split / "images", f"../{split}/images")
+            if beside
+            else (
+                root / "images" / split,
+                f"images/{split}",
+            )
         )
         labels = root / split / "labels" if beside else root / "labels" / split
         lines.append(f"{split}: {given}")
