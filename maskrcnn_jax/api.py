@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.dataset import load_whole
+from maskrcnn_jax.data.held_out import record_held_out
+from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
@@ -20,7 +23,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.paths import expand
-from maskrcnn_jax.run_folder import load_model, load_options
+from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.files import read_arrays
@@ -96,7 +99,8 @@ def train(
     Raises:
         UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
     """
-    options, workdir = find_options(config), expand(workdir)
+    workdir = expand(workdir)
+    options = _hold_out(find_options(config), Path(workdir))
 
     def make_evaluate(categories):
         evaluator = Evaluator(options, categories)
@@ -111,6 +115,27 @@ def train(
 
     initialize = functools.partial(_initialize, source=expand(weights)) if weights else None
     loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize, profile_steps=profile_steps)
+
+
+def _hold_out(options: Options, workdir: Path) -> Options:
+    """Return options that name the file of the images held out for evaluation, which a new run writes."""
+    data = options.data
+    if not data.val_share or data.split_file:
+        return options
+    path = workdir / SPLIT_FILE
+    if path.is_file() and has_checkpoint(workdir):
+        before = load_options(workdir).data
+        if (before.val_share, before.val_group) != (data.val_share, data.val_group):
+            raise UserError(
+                f"{workdir} was started with data.val_share {before.val_share} and data.val_group "
+                f"{before.val_group!r}; resume it with these, or use another workdir"
+            )
+    else:
+        dataset = load_whole(data, data.train_split)
+        if is_first():
+            record_held_out(path, dataset, share=data.val_share, group=data.val_group, seed=options.seed)
+    gather(None)  # the other processes read what the first has written
+    return dataclasses.replace(options, data=dataclasses.replace(data, split_file=str(path)))
 
 
 def _initialize(model: MaskRCNN, source: str) -> None:
@@ -171,7 +196,7 @@ def evaluation_options(
     if tfds_dir is not None:
         changes |= {"source": "tfds", "tfds_dir": os.fspath(tfds_dir)}
     if split is not None:
-        changes["eval_split"] = split
+        changes |= {"eval_split": split, "val_share": 0.0, "split_file": ""}
     if limit is not None:
         changes["eval_limit"] = limit
     data = dataclasses.replace(options.data, **changes)

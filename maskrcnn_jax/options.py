@@ -287,10 +287,27 @@ class DataOptions(_Checked):
     source: str = _option(
         "coco", "coco: image files in coco_dir; tfds: TFDS shards in tfds_dir", choices=("coco", "tfds")
     )
-    coco_dir: str = _option("", "folder with <split>/ and annotations/instances_<split>.json")
+    coco_dir: str = _option(
+        "", "folder with <split>/ and annotations/instances_<split>.json, or another export in COCO's format"
+    )
     tfds_dir: str = _option("", "folder that `maskrcnn-jax build-tfds` wrote")
     train_split: str = _option("train2017", "split to train on")
     eval_split: str = _option("val2017", "split to evaluate on")
+    val_share: float = _option(
+        0.0,
+        "share of the images of train_split that a new run holds out for evaluation, instead of eval_split. The "
+        "choice is seeded, gives each class its share as far as possible, and is kept in the workdir's split.json",
+        low=0,
+        high=0.9,
+    )
+    val_group: str = _option(
+        "",
+        "images that val_share keeps together, such as the frames of a video: folder, a field of the images in the "
+        "annotation file such as video_id, or a regular expression whose first group names them, such as (.*)_[0-9]+",
+    )
+    split_file: str = _option(
+        "", "JSON file with lists of file names, train and val, of train_split; with val_share, training writes it"
+    )
     train_limit: int = _option(0, "number of training images, chosen by a seeded shuffle; 0 means all", low=0)
     drop_labels: float = _option(
         0.0, "share of the training annotations to drop, to measure what missing labels cost", low=0, high=1
@@ -346,6 +363,10 @@ class DataOptions(_Checked):
         problems = []
         if self.short_side > self.long_side:
             problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
+        if (self.val_share or self.split_file) and self.train_split == self.eval_split:
+            problems.append(
+                f"data.eval_split is {self.eval_split} as data.train_split is; with data.val_share leave it as it was"
+            )
         return problems
 
 

@@ -1,8 +1,8 @@
 """The folder of a run (its workdir): options, categories, lock, and the model in its checkpoints.
 
 A run leaves ``config.json``, ``categories.json``, ``metrics.jsonl``, ``metrics.json``, ``detections.json``, pictures,
-TensorBoard files and ``checkpoints/<step>/``. Training writes the checkpoints through ``training.checkpoint``; code
-that only loads a model needs nothing from ``training``.
+TensorBoard files and ``checkpoints/<step>/``; ``split.json`` too, if it holds out images for evaluation. Training
+writes the checkpoints through ``training.checkpoint``; code that only loads a model needs nothing from ``training``.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.writing import replace_file, writing
 
+SPLIT_FILE = "split.json"  # which images data.val_share holds out
 BEST_METRIC = "segm_AP"
 # Options that had another name in an earlier version, and those that are gone.
 _RENAMED = {"box_iou_thresh": "box_fg_iou_thresh"}
@@ -59,10 +60,14 @@ def load_options(workdir: str | os.PathLike) -> Options:
         found = json.loads(path.read_text(encoding="utf-8"))
         model = {_RENAMED.get(name, name): value for name, value in found["model"].items()}
         data = {name: value for name, value in found["data"].items() if name not in _GONE}
-        return to_options(ConfigDict(found | {"model": model, "data": data}))
+        options = to_options(ConfigDict(found | {"model": model, "data": data}))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None
+    recorded = Path(workdir) / SPLIT_FILE
+    if options.data.val_share and recorded.is_file():  # the folder may have been moved
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, split_file=str(recorded)))
+    return options
 
 
 def changed_options(options: Options, workdir: str | os.PathLike) -> list[str]:

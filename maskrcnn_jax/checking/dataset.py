@@ -17,6 +17,7 @@ from maskrcnn_jax.data.coco import CocoDataset, annotations_name
 from maskrcnn_jax.data.dataset import locate, read_dataset, without_excluded
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
+from maskrcnn_jax.data.layouts import find_layout, match_split
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
 
@@ -56,7 +57,7 @@ def check_dataset(
     """Check a dataset for training and evaluation, or a single annotation file.
 
     Args:
-        dataset: folder in COCO's layout, or an annotation file.
+        dataset: folder in a layout of COCO's format, or an annotation file.
         options: of the training that it is for.
         image_dir: folder of the images of an annotation file.
         open_images: also read the images; otherwise only look whether their files exist.
@@ -76,8 +77,12 @@ def check_dataset(
         return with_unlisted_files([check_split(path.stem, path, Path(image_dir), options, evaluated=None, **how)])
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
+    if options.data.val_share or options.data.split_file:  # evaluated on some of these images
+        return [training]
     name = options.data.eval_split
-    if not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
+    layout = find_layout(Path(dataset))
+    is_there = layout is not None and match_split(name, list(layout.splits)) is not None
+    if not is_there and not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
         return with_unlisted_files([replace(training, findings=[*training.findings, missing])])
     evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)

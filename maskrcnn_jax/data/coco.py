@@ -200,6 +200,18 @@ class CocoDataset:
         columns = {name: getattr(self, name)[rows] for name in _PER_ANNOTATION}
         return replace(self, offsets=np.searchsorted(rows, self.offsets), **columns)
 
+    def take_images(self, rows: np.ndarray) -> Self:
+        """Return the dataset with some of its images and their annotations.
+
+        Args:
+            rows: of the images, in ascending order.
+        """
+        smaller = self.select(np.flatnonzero(np.isin(self.image_rows, rows)))
+        columns = {name: getattr(self, name)[rows] for name in ("image_places", "image_ids", "sizes", "file_names")}
+        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[rows])])
+        missing = np.flatnonzero(np.isin(rows, self.missing))
+        return replace(smaller, offsets=offsets, missing=missing, **columns)
+
     def without_flat(self) -> Self:
         """Return the dataset without annotations whose box has no area in the image; nothing is learnt from them."""
         has_area = _have_area(self.boxes, self.sizes[self.image_rows])

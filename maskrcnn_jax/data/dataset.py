@@ -1,5 +1,6 @@
 """Opens a dataset: from a folder in COCO's layout, or from the source that the options name."""
 
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -13,11 +14,13 @@ from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes, ex
 from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.formats import correct_formats
+from maskrcnn_jax.data.held_out import take_part
+from maskrcnn_jax.data.layouts import Files, Layout, describe, find_layout, match_split
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
 
-_NUM_NAMED = 6  # files, and folders, of a dataset in another layout
+_log = logging.getLogger(__name__)
 
 
 def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
@@ -29,11 +32,25 @@ def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> C
         keep_flat: as in ``load_coco``.
 
     Returns:
-        The dataset; the same from every source.
+        The dataset; the same from every source. If ``data.split_file`` holds out images of the training split, these
+        are the split for evaluation, and the others the one for training.
 
     Raises:
         UserError: the dataset cannot be used.
     """
+    if data.val_share and not data.split_file:
+        raise UserError(
+            f"data.val_share is {data.val_share}, but not which images are held out; give the workdir of the "
+            "training, or set data.split_file to its split.json"
+        )
+    in_parts = bool(data.split_file) and split in (data.train_split, data.eval_split)
+    held_out = in_parts and split != data.train_split
+    dataset = load_whole(data, data.train_split if held_out else split, keep_flat=keep_flat)
+    return take_part(dataset, data.split_file, held_out=held_out) if in_parts else dataset
+
+
+def load_whole(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
+    """Open one split of a dataset as ``load_dataset`` does, with the images that are held out."""
     options = {
         "contiguous_labels": data.contiguous_labels,
         "keep_unlisted": data.ignore_regions,
@@ -64,13 +81,13 @@ def load_coco(
     keep_unlisted: bool = False,
     keep_flat: bool = False,
 ) -> CocoDataset:
-    """Open one split of a dataset in COCO's layout and check it.
+    """Open one split of a dataset in COCO's format and check it.
 
     Boxes are clipped to their image. Annotations that cannot be used (an empty box, a box outside the image, neither
     box nor mask) are dropped; ``problems`` of the result counts them, and one warning reports them.
 
     Args:
-        coco_dir: folder with ``<split>/`` and ``annotations/instances_<split>.json``.
+        coco_dir: folder as for ``locate``.
         split: for example "train2017".
         skip_broken: keep images whose file is missing instead of raising; reading them raises BrokenImageError.
         contiguous_labels: number COCO's categories from 1 to 80 instead of by their ids.
@@ -121,41 +138,48 @@ def read_dataset(
     return clip_boxes(replace(dataset, missing=missing), report)
 
 
-def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
-    """Return the annotation file and the folder of images of a split in COCO's layout.
+def locate(coco_dir: str | os.PathLike, split: str) -> Files:
+    """Find the annotation file and the folder of images of a split, and log in which layout they lie.
+
+    Args:
+        coco_dir: folder in one of the layouts of COCO's format.
+        split: name of the split. Where a standard name such as "val2017" is absent, the split of that role is found.
 
     Raises:
-        UserError: the folder has another layout.
+        UserError: the folder has another layout, or not this split.
     """
-    root = Path(coco_dir)
-    layout = f"a folder that holds {split}/ (the images) and {annotations_name(split)}"
+    wanted = f"a folder that holds {split}/ (the images) and {annotations_name(split)}, or an export in COCO's format"
     if not os.fspath(coco_dir):
-        raise UserError(f"no dataset was given; set data.coco_dir to {layout}")
-    if not root.is_dir():
-        raise UserError(f"coco_dir {root} is not a folder; set data.coco_dir to {layout}")
-    json_path, image_dir = root / annotations_name(split), root / split
-    absent = [
-        str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found
-    ]
-    if absent:
+        raise UserError(f"no dataset was given; set data.coco_dir to {wanted}")
+    layout = _require_layout(Path(coco_dir), wanted)
+    name = match_split(split, list(layout.splits))
+    if name is None:
+        names = ", ".join(layout.splits)
         raise UserError(
-            f"coco_dir {root} lacks {' and '.join(absent)}; there {_describe_layout(root)}. data.coco_dir must be "
-            f"{layout}, or data.train_split and data.eval_split the names of the splits there"
+            f"coco_dir {coco_dir} has no split {split}, but {names}; set data.train_split and data.eval_split to "
+            "names of these, or hold out a share of the training images with data.val_share=0.2"
         )
-    return json_path, image_dir
+    files = layout.splits[name]
+    if not files.image_dir.is_dir():
+        raise UserError(f"coco_dir {coco_dir} lacks {files.image_dir} with the images of {files.json_path}; add them")
+    paths = (path.relative_to(layout.root) for path in files)
+    _log.info("%s is in %s: %s with images in %s, read as %s", coco_dir, layout.name, *paths, split)
+    return files
 
 
-def _describe_layout(root: Path) -> str:
-    """Say what a folder holds that lacks a split."""
-    pattern = annotations_name("*")
-    splits = sorted(path.stem.removeprefix("instances_") for path in root.glob(pattern))
-    if splits:
-        return f"are the splits {', '.join(splits[:_NUM_NAMED])}"
-    files = sorted(path for name in ("*.json", "*/*.json", "*.y*ml") for path in root.glob(name))
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    names = [path.relative_to(root).as_posix() for path in files[:_NUM_NAMED]]
-    names += [f"{path.name}/" for path in folders[:_NUM_NAMED]]
-    return f"is {', '.join(names)}" if names else "is neither a folder nor a JSON file"
+def _require_layout(root: Path, wanted: str) -> Layout:
+    """Return the layout of a folder in COCO's format; raise a UserError for another one."""
+    if not root.is_dir():
+        raise UserError(f"coco_dir {root} is not a folder; set data.coco_dir to {wanted}")
+    layout = find_layout(root)
+    if layout is None:
+        raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
+    if not layout.splits:
+        raise UserError(
+            f"coco_dir {root} is in {layout.name} layout, which has to be converted: run maskrcnn-jax convert {root} "
+            "OUT and set data.coco_dir=OUT"
+        )
+    return layout
 
 
 def _find_missing(dataset: CocoDataset, report: Report) -> np.ndarray:

@@ -292,7 +292,9 @@ class Kind(StrEnum):
     # Between splits.
     NO_EVALUATION = (
         "no split for evaluation", FILE, Severity.WARNING, None,
-        "{folder} has no split {split}", "add it, or set eval_every=0 to train without evaluation")
+        "{folder} has no split {split}",
+        "add it, hold out a share of the training images with data.val_share=0.2, or set eval_every=0 to train "
+        "without evaluation")
     LEAK = (
         "training images among the evaluation images", IMAGES, Severity.ERROR, Mend.DROP_IMAGE,
         "{count:training image has|training images have} the pixels of an image of {evaluated}, so AP measures "

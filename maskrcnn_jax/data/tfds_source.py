@@ -6,8 +6,9 @@ annotation file beside the records, so that opening a dataset reads none of them
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -33,17 +34,18 @@ def annotation_path(folder: Path, split: str) -> Path:
 class Records:
     """The examples of a split, for any number of threads. A process that unpickles them opens the files again."""
 
-    def __init__(self, tfds_dir: str | os.PathLike, split: str):
+    def __init__(self, tfds_dir: str | os.PathLike, split: str, rows: np.ndarray | None = None):
         """Open the split.
 
         Args:
             tfds_dir: TFDS's ``data_dir``.
             split: of the dataset in it.
+            rows: of its examples, where only some are wanted.
         """
         # TFDS takes long to import, for those who do not use it.
         import tensorflow_datasets as tfds
 
-        self._tfds_dir, self._split = os.fspath(tfds_dir), split
+        self._tfds_dir, self._split, self._rows = os.fspath(tfds_dir), split, rows
         self._source = tfds.data_source(
             NAME,
             split=split,
@@ -54,10 +56,14 @@ class Records:
         self._last = threading.local()
 
     def __reduce__(self) -> tuple:
-        return Records, (self._tfds_dir, self._split)
+        return Records, (self._tfds_dir, self._split, self._rows)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._source) if self._rows is None else len(self._rows)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Return some of the examples."""
+        return type(self)(self._tfds_dir, self._split, rows if self._rows is None else self._rows[rows])
 
     def __getitem__(self, i: int) -> dict:
         """Return an example. Each thread caches its last one, whose image and masks are read one after the other.
@@ -67,7 +73,7 @@ class Records:
         """
         if getattr(self._last, "i", None) != i:
             try:
-                self._last.example = self._source[i]
+                self._last.example = self._source[i if self._rows is None else int(self._rows[i])]
             except Exception as error:  # of array_record, protobuf or TFDS, wherever the damage shows
                 raise UserError(
                     f"example {i} of {self._split} in {dataset_folder(self._tfds_dir)} cannot be read ({error}); "
@@ -99,6 +105,10 @@ class TfdsDataset(CocoDataset):
         """Return the run lengths of the mask of a row; all masks in records are run lengths."""
         i = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.records[i]["objects"]["segmentation"][self.first_part[row]]
+
+    def take_images(self, rows: np.ndarray) -> Self:
+        """Return the dataset with some of its images, as CocoDataset does."""
+        return replace(super().take_images(rows), records=self.records.take(rows))
 
 
 def load_tfds(

@@ -290,7 +290,7 @@ def test_a_dataset_of_which_no_annotation_is_usable_is_refused(dataset):
 
 @pytest.mark.parametrize(
     ("coco_dir", "told"),
-    [("", "set data.coco_dir"), ("absent", "is not a folder"), ("empty", "lacks .*instances_train2017.json")],
+    [("", "set data.coco_dir"), ("absent", "is not a folder"), ("empty", "holds nothing, which is no known layout")],
 )
 def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, monkeypatch, coco_dir, told):
     monkeypatch.chdir(tmp_path)
