@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import os
-from pathlib import Path
 from typing import TypeAlias
 
 from ml_collections import ConfigDict
@@ -18,6 +17,7 @@ from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.run_folder import load_model, load_options
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
@@ -52,13 +52,13 @@ def load(
         UserError: if one of these does not exist or they do not fit each other.
     """
     source = os.fspath(source)
-    if Path(source).is_dir():
+    if as_path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")
         options = load_options(source) if config is None else find_options(config)
         network, categories = load_model(source, options, checkpoint=str(checkpoint))
         return Predictor(network, categories, options)
-    if not Path(source).suffix and not is_name(source):
+    if not as_path(source).suffix and not is_name(source):
         raise UserError(
             f"{source} is neither the folder of a run, a file of weights nor the name of published weights; those are "
             f"{', '.join(closest_names(source))}"
@@ -66,8 +66,8 @@ def load(
     published = find_published(source).config if is_name(source) else None
     if config is None and published is None:
         raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")
-    if categories is None and isinstance(config, str | os.PathLike) and Path(config).is_dir():
-        categories = Path(config) / "categories.json"
+    if categories is None and isinstance(config, str | os.PathLike) and as_path(config).is_dir():
+        categories = as_path(config) / "categories.json"
     options = find_options(published if config is None else config)
     return Predictor(*_load_weights(source, options, categories), options)
 
@@ -181,7 +181,7 @@ def find_options(config: Config) -> Options:
         return config
     if isinstance(config, ConfigDict):
         return to_options(config)
-    return load_options(config) if Path(config).is_dir() else to_options(load_config(config))
+    return load_options(config) if as_path(config).is_dir() else to_options(load_config(config))
 
 
 def _load_weights(

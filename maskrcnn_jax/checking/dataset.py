@@ -17,6 +17,7 @@ from maskrcnn_jax.data.dataset import locate, read_dataset
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path, file_names
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -69,15 +70,15 @@ def check_dataset(
         UserError: there is no such dataset.
     """
     how: dict[str, Any] = {"open_images": open_images, "progress": progress}
-    if os.path.isfile(dataset):
-        if not image_dir or not os.path.isdir(image_dir):
+    if as_path(dataset).is_file():
+        if not image_dir or not as_path(image_dir).is_dir():
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
-        path = Path(dataset)
-        return [check_split(path.stem, path, Path(image_dir), options, **how)]
+        path = as_path(dataset)
+        return [check_split(path.stem, path, as_path(image_dir), options, **how)]
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     name = options.data.eval_split
-    if not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
+    if not any((as_path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
         return [replace(training, findings=[*training.findings, missing])]
     evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)
@@ -190,9 +191,8 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
 
 def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
     known = set(data.file_names.tolist())
-    with os.scandir(image_dir) as entries:
-        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in _IMAGE_SUFFIXES)
-    names = [name for name in names if name not in known]
+    names = sorted(file_names(image_dir) - known)
+    names = [name for name in names if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     if not names:
         return []
     return [Kind.NOT_LISTED.finding(count=len(names), examples=names[:NUM_EXAMPLES], folder=image_dir)]

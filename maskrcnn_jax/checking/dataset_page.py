@@ -1,5 +1,6 @@
 """The findings of a dataset check as one HTML page, with pictures of examples."""
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import Finding
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.inference.draw import draw_instances
+from maskrcnn_jax.paths import read_bytes
 
 _SIDE = 340  # pixels of a picture's longer side; three fit beside each other
 _MAX_PIXELS = 1 << 26  # of an image that is opened only to be shown
@@ -158,10 +160,11 @@ def _box_as_given(entry: dict) -> np.ndarray:
 def _read(path: Path) -> np.ndarray | None:
     """Read an image; None if it cannot be read or is too large to be shown."""
     try:
-        with Image.open(path) as opened:
+        data = read_bytes(path)
+        with Image.open(io.BytesIO(data)) as opened:
             if opened.width * opened.height > _MAX_PIXELS:
                 return None
-        return decode_image(path.read_bytes())
+        return decode_image(data)
     except Exception:  # Pillow raises many kinds of errors for broken files
         return None
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import maskrcnn_jax as mr
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path
 
 if TYPE_CHECKING:
     from maskrcnn_jax.inference.predictor import Predictor
@@ -176,7 +177,7 @@ def load(options: argparse.Namespace) -> "Predictor":
     """
     if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, the folder of a training run, or --weights")
-    if options.workdir is not None and not Path(options.workdir).is_dir():
+    if options.workdir is not None and not as_path(options.workdir).is_dir():
         raise UserError(f"--workdir={options.workdir} is not a folder; give that of a training run")
     return mr.load(
         options.workdir or options.weights,

@@ -11,7 +11,6 @@ errors. --fix writes a cleaned copy of the annotations of the training split, or
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from maskrcnn_jax.checking.dataset import Split, check_dataset
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
 from maskrcnn_jax.checking.mend import fix_dataset
 from maskrcnn_jax.config import default_config, to_options
+from maskrcnn_jax.paths import as_path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def main(options: argparse.Namespace) -> None:
     splits = check_dataset(options.dataset or data.coco_dir, config, image_dir=options.images, **how)
     _print_findings(splits)
     if options.report:
-        write_report(Path(options.report), splits)
+        write_report(as_path(options.report), splits)
     if options.fix:
         cleaned, changes = fix_dataset(splits, options.fix, config, **how)
         print(plain(f"The cleaned copy {options.fix}:"))

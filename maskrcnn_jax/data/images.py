@@ -10,6 +10,7 @@ from PIL import Image
 
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import read_bytes
 
 _TIMES_LARGER = 4  # pixels than annotated: no reason to decode an image only to say so
 # Of an image, in pixels; a larger one needs a file of a size to match, at some 100 times what photographs take.
@@ -34,7 +35,7 @@ def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.
         BrokenImageError: the file is missing, truncated, not an image, of another size, or has fewer channels.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise _broken(path, f"cannot be read ({error.strerror})") from None
     except ValueError:  # a null or half of a surrogate pair

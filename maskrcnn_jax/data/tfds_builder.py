@@ -24,6 +24,7 @@ from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.images import BrokenImageError, read_image_file
 from maskrcnn_jax.data.tfds_source import NAME, VERSION, annotation_path, dataset_folder
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import local_path
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def build(
         UserError: what ``load_coco`` and reading its images would raise, or the dataset exists.
     """
     if splits is None:
-        paths = sorted((Path(coco_dir) / "annotations").glob("instances_*.json"))
+        paths = sorted((local_path(coco_dir, "coco_dir") / "annotations").glob("instances_*.json"))
         splits = [path.stem.removeprefix("instances_") for path in paths]
         if not splits:
             raise UserError(f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder")

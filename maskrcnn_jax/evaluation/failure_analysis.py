@@ -20,7 +20,6 @@ import copy
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import load_annotations, load_results, mask_truth
 from maskrcnn_jax.evaluation.detections_file import read_results
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import write_json
 
 OCCLUSIONS = {"free": 0.05, "partly covered": 0.35, "mostly covered": np.inf}  # largest share of the box
@@ -224,8 +224,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         truth = load_annotations(args.annotations)
-        found = read_results(Path(args.detections), truth.imgs, truth.cats)
-        other = read_results(Path(args.against), truth.imgs, truth.cats) if args.against else None
+        found = read_results(as_path(args.detections), truth.imgs, truth.cats)
+        other = read_results(as_path(args.against), truth.imgs, truth.cats) if args.against else None
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -251,7 +251,7 @@ def main() -> int:
             for group in table
         }
     if args.json:
-        write_json(Path(args.json), written, indent=2)
+        write_json(as_path(args.json), written, indent=2)
     return 0
 
 

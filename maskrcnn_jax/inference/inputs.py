@@ -13,6 +13,7 @@ from PIL import ImageOps
 
 from maskrcnn_jax.data.images import decode_image, too_few_channels
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, read_bytes
 
 # A path or URL, the content of an image file, a Pillow image, or an array of NumPy, JAX or torch.
 Image = Any
@@ -68,7 +69,7 @@ def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
         UserError: if it has fewer channels.
     """
     try:
-        return _decoded(path.read_bytes(), channels, str(path))
+        return _decoded(read_bytes(path), channels, str(path))
     except OSError:
         return None
 
@@ -76,7 +77,7 @@ def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
 def _read(source: str, channels: int) -> np.ndarray:
     if source.startswith(_URL_SCHEMES):
         return _decode(_download(source), channels, source)
-    image = read_image(Path(source), channels)
+    image = read_image(as_path(source), channels)
     if image is None:
         raise UserError(f"{source} cannot be read as an image; check that it exists and is an image file")
     return image

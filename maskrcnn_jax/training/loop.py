@@ -25,6 +25,7 @@ from maskrcnn_jax.distributed import is_first, make_mesh, process_rank, replicat
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.run_folder import changed_options, has_checkpoint, save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.derive import derive_options
@@ -114,7 +115,7 @@ def train(
     optimizer = make_optimizer(options.optim, schedule)
 
     # 3. State: of the newest checkpoint in this folder, else with given weights, else with random values
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     if has_checkpoint(workdir):
         _check_same_categories(workdir, index.categories)
     elif initialize:
@@ -212,6 +213,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
                 if first and not last:
                     _log_expected(log.seconds_per_step, run.num_steps - step)
             if saving:
+                writer.upload()  # a resumed run needs the lines of its steps
                 checkpoints.save(state)
                 if evaluating:
                     _measure(run, state, step, writer)
@@ -232,6 +234,7 @@ def _measure(run: _Run, state: TrainState, step: int, writer: MetricWriter) -> N
     evaluation = run.evaluate(nnx.merge(run.graphdef, state.inference_params, state.variables, copy=True))
     writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
     writer.picture(step, "predictions", evaluation.picture)
+    writer.upload()
     run.checkpoints.add_metrics(step, evaluation.metrics)
     del evaluation
     give_back_memory()

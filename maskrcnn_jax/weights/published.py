@@ -11,6 +11,7 @@ from pathlib import Path
 import pooch
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/"
@@ -95,7 +96,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     """
     name = os.fspath(name_or_path)
     if not is_name(name):
-        return Path(name)
+        return as_path(name)
     published = find_published(name)
     path = _cache_dir() / published.url.rpartition("/")[2]
     if not path.is_file():
