@@ -7,11 +7,21 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from gcp_storage_emulator.handlers import objects
 from gcp_storage_emulator.server import create_server
 
 from maskrcnn_jax.paths import as_path, write_bytes
 
 NAME = "bucket"
+_download = objects.download
+
+
+def _download_with_generation(request, response, storage, *args, **kwargs) -> None:
+    """Add the header by which TensorStore tells the versions of an object, which the emulator leaves out."""
+    _download(request, response, storage, *args, **kwargs)
+    found = storage.objects.get(request.params["bucket_name"], {}).get(request.params["object_id"])
+    if found:
+        response["X-Goog-Generation"] = found["generation"]
 
 
 class Bucket:
@@ -44,6 +54,7 @@ def emulated() -> Iterator[Bucket]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         bucket = Bucket(free.getsockname()[1])
+    objects.download = _download_with_generation
     with bucket._server:
         os.environ |= bucket.environment
         yield bucket

@@ -69,6 +69,8 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run, args=(config, workdir, cache, log or Path(workdir).with_suffix(".log"), dict(environment)))
+    process = context.Process(
+        target=_run, args=(config, workdir, cache, log or Path(workdir).with_suffix(".log"), dict(environment))
+    )
     process.start()
     return process

@@ -50,7 +50,7 @@ def test_a_run_in_a_bucket_that_is_killed_while_it_saves_has_the_bits_of_one_on_
         return names and f"{begun}commit_success.txt" not in names
 
     while process.is_alive() and not is_saving(6):
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.kill()
     process.join()
     assert is_saving(6), log.read_text()[-3000:]
