@@ -98,12 +98,12 @@ def _os_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
     except Exception as error:  # gcsfs and aiohttp have many types
-        raise OSError(errno.EIO, first_line(error), path) from None
+        raise OSError(errno.EIO, one_line(error), path) from None
 
 
-def first_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return what an error says, in one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def _check_bucket(bucket: str) -> None:
     """Raise a UserError unless the files of a bucket can be listed."""
     if not bucket:
         raise UserError("gs:// names no bucket; give gs://BUCKET/FOLDER")
-    # Otherwise epath prefers TensorFlow wherever it is installed, and gcsfs asks for a permission that few accounts have.
+    # Otherwise epath prefers TensorFlow where it is installed, and gcsfs asks for a permission that few accounts have.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
@@ -122,7 +122,7 @@ def _check_bucket(bucket: str) -> None:
         raise UserError(f"there is no bucket gs://{bucket}; correct the name, or create it") from None
     except Exception as error:
         raise UserError(
-            f"gs://{bucket} cannot be read ({first_line(error)}); log in with gcloud auth application-default login, "
+            f"gs://{bucket} cannot be read ({one_line(error)}); log in with gcloud auth application-default login, "
             "as an account that may list its objects"
         ) from None
 

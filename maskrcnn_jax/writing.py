@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import as_path, first_line, in_bucket, local_path, write_bytes
+from maskrcnn_jax.paths import as_path, in_bucket, local_path, one_line, write_bytes
 
 # What a full, broken or read-only disk answers. Libraries in C++ pass it on as part of a text only.
 _ANSWERS = [
@@ -51,7 +51,7 @@ def _answer_of_bucket(error: BaseException) -> str | None:
     """Return what a bucket answered through gcsfs, Google's libraries or TensorStore, or None."""
     from_library = type(error).__module__.startswith(("gcsfs", "google."))
     from_tensorstore = any(code in str(error) for code in _CODES)
-    return first_line(error) if isinstance(error, OSError) or from_library or from_tensorstore else None
+    return one_line(error) if isinstance(error, OSError) or from_library or from_tensorstore else None
 
 
 def make_folder(path: Path) -> None:

@@ -5,23 +5,15 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
+from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import objects
-from gcp_storage_emulator.server import create_server
 
 from maskrcnn_jax.paths import as_path, write_bytes
 
 NAME = "bucket"
-_download = objects.download
-
-
-def _download_with_generation(request, response, storage, *args, **kwargs) -> None:
-    """Add the header by which TensorStore tells the versions of an object, which the emulator leaves out."""
-    _download(request, response, storage, *args, **kwargs)
-    found = storage.objects.get(request.params["bucket_name"], {}).get(request.params["object_id"])
-    if found:
-        response["X-Goog-Generation"] = found["generation"]
 
 
 class Bucket:
@@ -32,11 +24,11 @@ class Bucket:
     def __init__(self, port: int):
         address = f"http://localhost:{port}"
         self.environment = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-        self._server = create_server("localhost", port, in_memory=True, default_bucket=NAME)
+        self.server = server.create_server("localhost", port, in_memory=True, default_bucket=NAME)
 
     def names(self) -> set[str]:
         """Return the names of all objects, without asking the server."""
-        return set(self._server._storage.objects.get(NAME, {}))
+        return set(self.server._storage.objects.get(NAME, {}))
 
     def upload(self, folder: Path, name: str) -> str:
         """Upload a folder, and return its URL."""
@@ -45,16 +37,60 @@ class Bucket:
                 write_bytes(as_path(f"{self.url}/{name}/{path.relative_to(folder)}"), path.read_bytes())
         return f"{self.url}/{name}"
 
+    @contextlib.contextmanager
+    def refusing(self, *methods: str) -> Iterator[None]:
+        """Refuse requests by these methods, such as POST, as to an account without the permission."""
+        answer, handle = (
+            {"code": 403, "message": "nobody@x does not have storage.objects access."},
+            server.Router.handle,
+        )
+
+        def refuse(router: server.Router, method: str) -> None:
+            if method in methods:
+                response = server.Response(router._request_handler)
+                response.status = HTTPStatus.FORBIDDEN
+                response.json({"error": answer})
+                response.close()
+            else:
+                handle(router, method)
+
+        server.Router.handle = refuse
+        try:
+            yield
+        finally:
+            server.Router.handle = handle
+
 
 @contextlib.contextmanager
 def emulated() -> Iterator[Bucket]:
     """Run the emulator; this process finds it too."""
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    logging.getLogger("api.object").setLevel(logging.CRITICAL)  # what is not there is an error to it
+    for name in ("gcp_storage_emulator", "api.object"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what is not there is an error to it
+    _complete()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         bucket = Bucket(free.getsockname()[1])
-    objects.download = _download_with_generation
-    with bucket._server:
+    with bucket.server:
         os.environ |= bucket.environment
         yield bucket
+
+
+def _complete() -> None:
+    """Add what the emulator lacks: the header by which TensorStore tells versions of an object, and moving one."""
+    download = objects.download
+
+    def download_with_generation(request, response, storage, *args, **kwargs):
+        download(request, response, storage, *args, **kwargs)
+        found = storage.objects.get(request.params["bucket_name"], {}).get(request.params["object_id"])
+        if found:
+            response["X-Goog-Generation"] = found["generation"]
+
+    def move(request, response, storage, *args, **kwargs):
+        request.params["dest_bucket_name"] = request.params["bucket_name"]
+        objects.copy(request, response, storage)
+        if response.status == HTTPStatus.OK:
+            storage.delete_file(request.params["bucket_name"], request.params["object_id"])
+
+    objects.download = download_with_generation
+    path = r"^/storage/v1/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
+    server.HANDLERS = ((path, {"POST": move}), *server.HANDLERS)

@@ -215,6 +215,7 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if first else logging.WARNING)  # each process reads images of its own
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it also raises
     sys.unraisablehook = _print_unraisable
 
 

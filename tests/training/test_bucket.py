@@ -1,15 +1,21 @@
 """Trainings with their data and their workdir in a bucket: the bits of a training on a disk."""
 
+import contextlib
 import json
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import maskrcnn_jax as mr
-from maskrcnn_jax.paths import as_path, read_bytes
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, read_bytes, write_bytes
+from maskrcnn_jax.run_folder import has_checkpoint
+from maskrcnn_jax.training.checkpoint import Checkpoints
 from tests.children import PATIENCE
 from tests.training.forked_run import start
+from tests.training.layer import Training, assert_same, points
 from tests.training.saved import saved_arrays
 
 STEPS = 8
@@ -70,3 +76,71 @@ def test_a_run_in_a_bucket_that_is_killed_while_it_saves_has_the_bits_of_one_on_
     evaluations = [mr.evaluate(model, output=str(workdir / "evaluation")) for model in models]
     assert evaluations[0].results == evaluations[1].results
     assert json.loads(read_bytes(workdir / "evaluation" / "detections.json")) == evaluations[1].results
+
+
+def test_checkpoints_in_a_bucket_are_kept_and_found_as_on_a_disk(bucket):
+    workdir = as_path(f"{bucket.url}/checkpoints")
+    training, arrays = Training("float32"), []
+    with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
+        assert not has_checkpoint(workdir)
+        for step, metric in ((1, 0.5), (2, 0.4), (3, 0.3)):
+            training.step(points(seed=step))
+            arrays.append(training.arrays())
+            checkpoints.save(training.state)
+            checkpoints.add_metrics(step, {"segm_AP": metric})
+    with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
+        assert (checkpoints.steps, checkpoints.best_step, checkpoints.latest_step) == ([1, 3], 1, 3)
+        for step in (1, 3):
+            found = checkpoints.restore(step, training.state)
+            assert_same([np.array(leaf) for leaf in jax.tree.leaves(found)], arrays[step - 1])
+    assert has_checkpoint(workdir)
+
+
+def test_a_checkpoint_that_was_never_finished_is_none(bucket):
+    workdir = as_path(f"{bucket.url}/unfinished")
+    training = Training("float32")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        training.step(points())
+        checkpoints.save(training.state)
+    (workdir / "checkpoints" / "1" / "commit_success.txt").unlink()
+    assert not has_checkpoint(workdir), "a resumed training would not read the weights that it is to start from"
+    write_bytes(workdir / "checkpoints" / "1" / "left", b"")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        assert checkpoints.restore_newest(training.state) is None
+        checkpoints.save(training.state)
+    assert has_checkpoint(workdir)
+    assert "unfinished/checkpoints/1/left" not in bucket.names()
+
+
+def test_a_checkpoint_in_a_bucket_that_was_cut_off_is_put_aside(bucket, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # arrays that nobody waits for after the first failed
+    workdir = as_path(f"{bucket.url}/cut_off")
+    training = Training("float32")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        for seed in range(2):
+            training.step(points(seed=seed))
+            checkpoints.save(training.state)
+    for name in bucket.names():
+        if name.startswith("cut_off/checkpoints/2/training/d/"):
+            path = as_path(f"{bucket.url}/{name}")
+            write_bytes(path, read_bytes(path)[:10])
+    for aside in ("unreadable_2", "unreadable_1"):
+        write_bytes(workdir / "checkpoints" / aside / "from an earlier time", b"")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        assert int(checkpoints.restore_newest(training.state).step) == 1
+        assert checkpoints.steps == [1]
+    names = {path.name for path in (workdir / "checkpoints" / "unreadable_2").iterdir()}
+    assert "training" in names and "from an earlier time" not in names
+
+
+def test_a_bucket_that_refuses_a_checkpoint_is_a_sentence(bucket, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # arrays that nobody waits for after the first failed
+    workdir = as_path(f"{bucket.url}/refusing")
+    training = Training("float32")
+    with (
+        pytest.raises(UserError, match=r"refusing/checkpoints cannot be written \(.*nobody@x"),
+        contextlib.closing(Checkpoints(workdir)) as checkpoints,
+        bucket.refusing("POST"),
+    ):
+        checkpoints.save(training.state)
+        checkpoints.wait()
