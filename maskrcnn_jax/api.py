@@ -22,7 +22,7 @@ from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import ModelOptions, Options
-from maskrcnn_jax.paths import expand
+from maskrcnn_jax.paths import as_path, expand
 from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
@@ -57,13 +57,13 @@ def load(
         UserError: if one of these does not exist or they do not fit each other.
     """
     source = expand(source)
-    if Path(source).is_dir():
+    if as_path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")
         options = load_options(source) if config is None else find_options(config)
         network, categories = load_model(source, options, checkpoint=str(checkpoint))
         return Predictor(network, categories, options)
-    if not Path(source).suffix and not is_name(source):
+    if not as_path(source).suffix and not is_name(source):
         raise UserError(
             f"{source} is neither the folder of a run, a file of weights nor the name of published weights; those are "
             f"{', '.join(closest_names(source))}"
@@ -71,8 +71,8 @@ def load(
     published = find_published(source).config if is_name(source) else None
     if config is None and published is None:
         raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")
-    if categories is None and isinstance(config, str | os.PathLike) and Path(expand(config)).is_dir():
-        categories = Path(expand(config)) / "categories.json"
+    if categories is None and isinstance(config, str | os.PathLike) and as_path(config).is_dir():
+        categories = as_path(config) / "categories.json"
     options = find_options(published if config is None else config)
     return Predictor(*_load_weights(source, options, categories), options)
 
@@ -99,8 +99,8 @@ def train(
     Raises:
         UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
     """
-    workdir = expand(workdir)
-    options = _hold_out(find_options(config), Path(workdir))
+    workdir = as_path(workdir)
+    options = _hold_out(find_options(config), workdir)
 
     def make_evaluate(categories):
         evaluator = Evaluator(options, categories)
@@ -225,8 +225,7 @@ def find_options(config: Config) -> Options:
         return config
     if isinstance(config, ConfigDict):
         return to_options(config)
-    config = expand(config)
-    return load_options(config) if Path(config).is_dir() else to_options(load_config(config))
+    return load_options(config) if as_path(config).is_dir() else to_options(load_config(config))
 
 
 def _load_weights(

@@ -25,6 +25,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import absolute, as_path, in_bucket, read_bytes
 from maskrcnn_jax.writing import replace_file, writing
 
 SPLIT_FILE = "split.json"  # which images data.val_share holds out
@@ -44,7 +45,7 @@ class UnreadableCheckpoint(UserError):
 
 def save_options(options: Options, workdir: str | os.PathLike) -> None:
     """Write the options of a run into ``config.json``."""
-    replace_file(Path(workdir) / "config.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+    replace_file(as_path(workdir) / "config.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
 
 
 def load_options(workdir: str | os.PathLike) -> Options:
@@ -53,11 +54,11 @@ def load_options(workdir: str | os.PathLike) -> Options:
     Raises:
         UserError: if the folder has no ``config.json`` that training wrote.
     """
-    path = Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} holds no trained model ({path} is missing); give the workdir of a training")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path).decode())
         model = {_RENAMED.get(name, name): value for name, value in found["model"].items()}
         data = {name: value for name, value in found["data"].items() if name not in _GONE}
         options = to_options(ConfigDict(found | {"model": model, "data": data}))
@@ -89,11 +90,13 @@ def _flatten(options: dict, prefix: str = "") -> dict:
 
 
 def lock(workdir: Path) -> None:
-    """Keep other trainings out of a folder until this process ends.
+    """Keep other trainings out of a folder until this process ends; in a bucket there are no locks.
 
     Raises:
         UserError: if another training has it, or it cannot be made.
     """
+    if in_bucket(workdir):
+        return
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = os.open(workdir / ".lock", os.O_CREAT | os.O_WRONLY)
@@ -111,8 +114,11 @@ def lock(workdir: Path) -> None:
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Return whether a run has left a checkpoint."""
-    folder = Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    folder = as_path(workdir) / "checkpoints"
+    # In a bucket, one that is being written has its final name.
+    return folder.is_dir() and any(
+        path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path) for path in folder.iterdir()
+    )
 
 
 def load_run(workdir: str | os.PathLike, *, checkpoint: str = "latest") -> tuple[MaskRCNN, Categories, Options]:
@@ -137,7 +143,7 @@ def load_model(
     workdir: str | os.PathLike, options: Options, *, checkpoint: str = "latest"
 ) -> tuple[MaskRCNN, Categories]:
     """Load the model of a run with other options than those that it was trained with; otherwise as ``load_run``."""
-    categories = Categories.load(Path(workdir) / "categories.json")
+    categories = Categories.load(as_path(workdir) / "categories.json")
     reader = CheckpointReader(workdir)
     try:
         model = make_unfilled(categories.num_classes, options.model)
@@ -162,7 +168,7 @@ class CheckpointReader:
         Raises:
             UserError: if the folder cannot be created, or the metrics of an evaluation in it cannot be read.
         """
-        folder = Path(workdir).absolute() / "checkpoints"
+        folder = absolute(as_path(workdir)) / "checkpoints"
         _check_metrics(folder)
         policy = AnyPreservationPolicy(
             [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
@@ -189,7 +195,7 @@ class CheckpointReader:
     @property
     def folder(self) -> Path:
         """Folder of the checkpoints."""
-        return Path(self._manager.directory)
+        return as_path(self._manager.directory)
 
     @property
     def steps(self) -> list[int]:
@@ -284,7 +290,7 @@ def _check_metrics(folder: Path) -> None:
     """Raise a UserError for truncated metrics, without which no best checkpoint can be chosen."""
     for path in folder.glob("*/metrics/metrics"):
         try:
-            json.loads(path.read_text())
+            json.loads(read_bytes(path))
         except ValueError:
             raise UserError(
                 f"{path} does not hold the metrics of an evaluation; delete the folder {path.parent}, and this "

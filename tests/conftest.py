@@ -66,3 +66,12 @@ def coco_dir() -> Path:
     if not (path / "annotations").is_dir():
         pytest.skip("COCO_DIR does not name a folder with annotations/")
     return path
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """An emulated bucket of Google Cloud Storage; tests use different folders of it."""
+    from tests.bucket import emulated  # a package that only some tests need
+
+    with emulated() as bucket:
+        yield bucket

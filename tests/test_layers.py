@@ -12,7 +12,7 @@ _LEAVES = {"structures", "errors", "options", "paths", "writing"}
 ALLOWED = {
     "structures": set(),
     "errors": set(),
-    "writing": {"errors"},
+    "writing": {"errors", "paths"},
     "page": {"writing"},
     "paths": {"errors"},
     "options": {"errors", "paths"},

@@ -20,6 +20,7 @@ from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import find_layout, match_split
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path, file_names
 
 Progress = Callable[[Iterable, int, str], Iterable]  # wraps an iterable, given its length and a description
 
@@ -70,19 +71,19 @@ def check_dataset(
         UserError: there is no such dataset.
     """
     how: dict[str, Any] = {"open_images": open_images, "progress": progress}
-    if os.path.isfile(dataset):
-        if not image_dir or not os.path.isdir(image_dir):
+    if as_path(dataset).is_file():
+        if not image_dir or not as_path(image_dir).is_dir():
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
-        path = Path(dataset)
-        return with_unlisted_files([check_split(path.stem, path, Path(image_dir), options, evaluated=None, **how)])
+        path = as_path(dataset)
+        return with_unlisted_files([check_split(path.stem, path, as_path(image_dir), options, evaluated=None, **how)])
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     if options.data.val_share or options.data.split_file:  # evaluated on some of these images
         return [training]
     name = options.data.eval_split
-    layout = find_layout(Path(dataset))
+    layout = find_layout(as_path(dataset))
     is_there = layout is not None and match_split(name, list(layout.splits)) is not None
-    if not is_there and not any((Path(dataset) / part).exists() for part in (name, annotations_name(name))):
+    if not is_there and not any((as_path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
         return with_unlisted_files([replace(training, findings=[*training.findings, missing])])
     evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)
@@ -208,10 +209,8 @@ def with_unlisted_files(splits: Sequence[Split]) -> list[Split]:
 
 
 def _unlisted_files(image_dir: Path, listed_in: dict[Path, set[str]]) -> list[Finding]:
-    known = listed_in[image_dir.resolve()]
-    with os.scandir(image_dir) as entries:
-        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES)
-    names = [name for name in names if name not in known]
+    names = sorted(file_names(image_dir) - listed_in[image_dir.resolve()])
+    names = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not names:
         return []
     return [Kind.NOT_LISTED.finding(count=len(names), examples=names[:NUM_EXAMPLES], folder=image_dir)]

@@ -16,6 +16,7 @@ from maskrcnn_jax.data.image_headers import image_size
 from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.data.transforms import shrink_mask
 from maskrcnn_jax.inference.draw import draw_instances, shrink
+from maskrcnn_jax.paths import read_bytes
 
 _SIDE = 340  # pixels of a picture's longer side; three fit beside each other
 _MAX_PIXELS = 1 << 26  # of an image that is opened only to be shown
@@ -150,7 +151,7 @@ def _box_as_given(entry: dict) -> np.ndarray:
 def _read(path: Path) -> np.ndarray | None:
     """Read an image; None if it cannot be read or is too large to be shown."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         height, width = image_size(data) or (0, 0)
         return decode_image(data) if height * width <= _MAX_PIXELS else None
     except (OSError, ValueError):  # a UserError is a ValueError

@@ -1,6 +1,7 @@
 """Problems of image files, and of masks that show only when they are rasterised."""
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.formats import overlaps
 from maskrcnn_jax.data.images import BrokenImageError
+from maskrcnn_jax.paths import read_bytes
 
 # Which are read, but perhaps not as expected.
 _FORMS = (Kind.TURNED, Kind.GREY, Kind.CMYK, Kind.DEEP, Kind.ALPHA, Kind.FRAMES)
@@ -99,7 +101,7 @@ def _read_facts(index: CocoDataset, i: int, channels: int) -> ImageFacts:
         facts.broken = str(error)
         return facts
     try:
-        with Image.open(index.image_path(i)) as opened:
+        with Image.open(io.BytesIO(read_bytes(index.image_path(i)))) as opened:
             facts.forms = _forms(opened, channels)
     except Exception:  # Pillow raises many kinds of errors, also for files that OpenCV reads
         pass

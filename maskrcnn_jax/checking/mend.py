@@ -19,6 +19,7 @@ from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.data.numbers import number, plain
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path, file_names
 from maskrcnn_jax.writing import replace_file
 
 _ROUNDS = 3  # a corrected entry may turn out to have another problem
@@ -49,7 +50,7 @@ def fix_dataset(
     Raises:
         UserError: the annotations cannot be mended, or the copy cannot be written or would overwrite annotations.
     """
-    output, split = Path(output), splits[0]
+    output, split = as_path(output), splits[0]
     if any(output.resolve() == s.json_path.resolve() for s in splits):
         raise UserError(f"the cleaned copy would overwrite the annotations {output}; give it another name")
     changes: Changes = {}
@@ -125,7 +126,7 @@ class _Mender:
         self._names = dict(zip(data.image_ids.tolist(), names, strict=True))
         rows = dict(zip(data.image_places.tolist(), range(len(data.image_ids)), strict=True))
         missing = [rows[place] for place in self._places[IMAGES, Mend.FIND_FILE] if place in rows]
-        present = {entry.name for entry in os.scandir(split.image_dir) if entry.is_file()}
+        present = file_names(split.image_dir)
         self._found = find_alike(present, [names[row] for row in missing])
         gone = missing + [rows[place] for place in self._places[IMAGES, Mend.DROP_IMAGE] if place in rows]
         self._gone = {int(data.image_ids[row]) for row in gone if not self._found.get(names[row])}

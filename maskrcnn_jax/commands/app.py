@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import maskrcnn_jax as mr
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import cache_dir, expand
+from maskrcnn_jax.paths import as_path, cache_dir, expand
 
 if TYPE_CHECKING:
     from maskrcnn_jax.inference.predictor import Predictor
@@ -190,7 +190,7 @@ def load(options: argparse.Namespace) -> "Predictor":
     """
     if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, the folder of a training run, or --weights")
-    if options.workdir is not None and not Path(options.workdir).is_dir():
+    if options.workdir is not None and not as_path(options.workdir).is_dir():
         raise UserError(f"--workdir={options.workdir} is not a folder; give that of a training run")
     return mr.load(
         options.workdir or options.weights,
@@ -228,6 +228,7 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if first else logging.WARNING)  # each process reads images of its own
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs errors that it also raises
     sys.unraisablehook = _print_unraisable
 
 

@@ -12,7 +12,6 @@ split, or of FILE.
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from maskrcnn_jax.checking.mend import fix_dataset
 from maskrcnn_jax.config import default_config, to_options
 from maskrcnn_jax.converting.convert import in_coco_format
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,14 +68,16 @@ def main(options: argparse.Namespace) -> None:
     config, how = to_options(options.config), {"open_images": options.open_images, "progress": _progress}
     dataset = options.dataset or config.data.coco_dir
     with in_coco_format(dataset) as folder:
-        if options.fix and folder != Path(dataset):
+        if options.fix and folder != as_path(dataset):
             raise UserError(
                 f"--fix mends annotations in COCO's format; run maskrcnn-jax convert {dataset} OUT and check OUT"
             )
-        splits = check_dataset(dataset if folder == Path(dataset) else folder, config, image_dir=options.images, **how)
+        splits = check_dataset(
+            dataset if folder == as_path(dataset) else folder, config, image_dir=options.images, **how
+        )
         _print_findings(splits)
         if options.report:
-            write_report(Path(options.report), splits)
+            write_report(as_path(options.report), splits)
     if options.fix:
         cleaned, changes = fix_dataset(splits, options.fix, config, **how)
         print(plain(f"The cleaned copy {options.fix}:"))

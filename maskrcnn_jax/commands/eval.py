@@ -9,7 +9,6 @@ between classes, and the best and the worst images.
 """
 
 import argparse
-from pathlib import Path
 
 from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
 from maskrcnn_jax.errors import UserError
@@ -43,7 +42,8 @@ def main(options: argparse.Namespace) -> None:
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
     from maskrcnn_jax.evaluation.report import write_report
-    from maskrcnn_jax.writing import writing
+    from maskrcnn_jax.paths import as_path
+    from maskrcnn_jax.writing import make_folder
 
     model = load(options)
     chosen = evaluation_options(
@@ -56,9 +56,8 @@ def main(options: argparse.Namespace) -> None:
     )
     evaluator = Evaluator(chosen, model.categories)
     evaluation = evaluator(with_options(model.network, chosen.model))
-    output = Path(options.output or options.workdir)
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    output = as_path(options.output or options.workdir)
+    make_folder(output)
     evaluator.write(output, evaluation)
     if not is_first():
         return
@@ -71,6 +70,6 @@ def main(options: argparse.Namespace) -> None:
             evaluation.metrics,
             title=f"{options.workdir or options.weights} on {chosen.data.eval_split}",
             draw=lambda image_id: evaluator.draw_image(image_id, evaluation.results),
-            training=Path(options.workdir) / "metrics.jsonl" if options.workdir else None,
+            training=as_path(options.workdir) / "metrics.jsonl" if options.workdir else None,
             max_detections=chosen.model.box_detections_per_img,
         )

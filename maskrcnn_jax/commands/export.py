@@ -52,7 +52,9 @@ def main(options: argparse.Namespace) -> None:
     from maskrcnn_jax.inference.export import export_model, quantized_network
     from maskrcnn_jax.inference.predictor import Predictor
     from maskrcnn_jax.inference.pruning import prune_channels
+    from maskrcnn_jax.paths import local_path
 
+    local_path(options.output, "the exported model")  # before the work
     model = load(options)
     pruned = prune_channels(model.network, options.prune) if options.prune else model.network
     export_model(

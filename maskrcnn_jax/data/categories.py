@@ -2,11 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, read_bytes
 from maskrcnn_jax.writing import replace_file
 
 # Category ids of COCO's detection task: 80 of 1..90.
@@ -87,7 +87,7 @@ class Categories(NamedTuple):
             UserError: the file is missing or holds something else.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_bytes(as_path(path)).decode())
             ids, names, labels = (tuple(row[key] for row in content["categories"]) for key in ("id", "name", "label"))
             num_classes = content["num_classes"]
             if {*map(type, ids), *map(type, labels), type(num_classes)} != {int} or {*map(type, names)} != {str}:

@@ -19,6 +19,7 @@ from maskrcnn_jax.data.layouts import Files, Layout, describe, find_layout, matc
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
+from maskrcnn_jax.paths import as_path, file_names
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def locate(coco_dir: str | os.PathLike, split: str) -> Files:
     wanted = f"a folder that holds {split}/ (the images) and {annotations_name(split)}, or an export in COCO's format"
     if not os.fspath(coco_dir):
         raise UserError(f"no dataset was given; set data.coco_dir to {wanted}")
-    layout = _require_layout(Path(coco_dir), wanted)
+    layout = _require_layout(as_path(coco_dir), wanted)
     name = match_split(split, list(layout.splits))
     if name is None:
         names = ", ".join(layout.splits)
@@ -184,19 +185,18 @@ def _require_layout(root: Path, wanted: str) -> Layout:
 
 def _find_missing(dataset: CocoDataset, report: Report) -> np.ndarray:
     """Return the rows of images without a file; one listing of the folder is cheaper than a look at every file."""
-    image_dir, file_names = dataset.image_dir, dataset.file_names.tolist()
-    with os.scandir(image_dir) as entries:
-        present = {entry.name for entry in entries if entry.is_file()}
+    image_dir, names = dataset.image_dir, dataset.file_names.tolist()
+    present = file_names(image_dir)
     missing = [
         row
-        for row, name in enumerate(file_names)
-        if name not in present and not (os.path.dirname(name) and os.path.isfile(image_dir / name))
+        for row, name in enumerate(names)
+        if os.path.normpath(name) not in present and not (os.path.dirname(name) and os.path.isfile(image_dir / name))
     ]
     if missing:
-        alike = find_alike(present, [file_names[row] for row in missing[:3]])
+        alike = find_alike(present, [names[row] for row in missing[:3]])
         such = ", ".join(f"{name} (there is {other})" if other else name for name, other in alike.items())
         places = dataset.image_places[missing]
-        report(Kind.MISSING_FILE.finding(places, total=len(file_names), folder=image_dir, names=such))
+        report(Kind.MISSING_FILE.finding(places, total=len(names), folder=image_dir, names=such))
     return np.array(missing, np.int64)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.image_headers import image_size, is_complete, orientation
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import read_bytes
 
 # Of files in a folder that are taken for images.
 IMAGE_SUFFIXES = frozenset(
@@ -42,7 +43,7 @@ def read_image_file(path: Path, size: tuple[int, int], channels: int = 3) -> np.
         BrokenImageError: the file is missing, truncated, not an image, of another size, or has fewer channels.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise _broken(path, f"cannot be read ({error.strerror})") from None
     except ValueError:  # a null or half of a surrogate pair

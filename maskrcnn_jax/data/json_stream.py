@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import read_bytes
 
 _BATCH = 1 << 17  # bytes; the numbers of more would leave the processor's cache before they are packed
 _WINDOW = 1 << 12  # bytes of a value that are decoded; more where it is longer
@@ -62,7 +63,7 @@ def _read_utf8(path: Path) -> bytes:
         UserError: the file cannot be read or is no UTF-8.
     """
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
         if not data.isascii():
             for match in _NON_ASCII.finditer(data):
                 match[0].decode()

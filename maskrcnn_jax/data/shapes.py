@@ -28,6 +28,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import local_path
 from maskrcnn_jax.writing import replacing
 
 NAMES = ("circle", "rectangle", "triangle", "star", "ring", "cross", "crescent", "heart")
@@ -317,7 +318,7 @@ def write_dataset(
     Raises:
         UserError: the folder holds something else, a number is too small or a class unknown.
     """
-    output_dir = Path(output_dir)
+    output_dir = local_path(output_dir, "the dataset")
     recipe: dict[str, Any] = {"version": _VERSION, "num_train": num_train, "num_val": num_val}
     recipe |= {"image_size": image_size, "seed": seed}
     recipe |= {"categories": dict(categories)} if categories != CATEGORIES else {}

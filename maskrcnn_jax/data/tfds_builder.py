@@ -25,6 +25,7 @@ from maskrcnn_jax.data.images import BrokenImageError, read_image_file
 from maskrcnn_jax.data.layouts import find_layout
 from maskrcnn_jax.data.tfds_source import NAME, VERSION, annotation_path, dataset_folder
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import local_path
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def build(
         UserError: what ``load_coco`` and reading its images would raise, or the dataset exists.
     """
     if splits is None:
-        layout = find_layout(Path(coco_dir))
+        layout = find_layout(local_path(coco_dir, "coco_dir"))
         splits = sorted(layout.splits) if layout else []
         if not splits:
             raise UserError(f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder")

@@ -17,13 +17,14 @@ from maskrcnn_jax.data.areas import drop_impossible_areas
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
 from maskrcnn_jax.data.images import check_and_decode
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import local_path
 
 NAME, VERSION = "coco_instances", "1.0.0"
 
 
 def dataset_folder(tfds_dir: str | os.PathLike) -> Path:
     """Return the folder in which TFDS keeps the dataset."""
-    return Path(tfds_dir) / NAME / VERSION
+    return local_path(tfds_dir, "tfds_dir") / NAME / VERSION
 
 
 def annotation_path(folder: Path, split: str) -> Path:

@@ -18,7 +18,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from maskrcnn_jax.data.areas import drop_impossible_areas
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import write_json
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def load_annotations(path: str | os.PathLike) -> COCO:
     Raises:
         UserError: the file is missing, is no JSON or holds no COCO annotations.
     """
-    return ground_truth(drop_impossible_areas(read_annotations(Path(path), keep_unlisted=True)))
+    return ground_truth(drop_impossible_areas(read_annotations(as_path(path), keep_unlisted=True)))
 
 
 def ground_truth(dataset: CocoDataset, rows: Iterable[int] | None = None) -> COCO:
@@ -230,8 +230,8 @@ def write_files(directory: str | os.PathLike, metrics: dict, results: list[dict]
         metrics: as ``evaluate`` returns them.
         results: COCO results.
     """
-    write_json(Path(directory) / "detections.json", results)
-    write_json(Path(directory) / "metrics.json", metrics, indent=2)
+    write_json(as_path(directory) / "detections.json", results)
+    write_json(as_path(directory) / "metrics.json", metrics, indent=2)
 
 
 def _library() -> tuple[Callable, Callable]:

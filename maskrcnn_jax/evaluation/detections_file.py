@@ -16,6 +16,7 @@ from maskrcnn_jax.data.entries import RunLengths
 from maskrcnn_jax.data.numbers import plain
 from maskrcnn_jax.data.run_lengths import num_pixels
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import read_bytes
 
 
 def read_results(path: Path, images: Mapping[int, dict], category_ids: Collection[int]) -> list[dict]:
@@ -30,7 +31,7 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
         UserError: the file holds something else, or results of images or categories that the annotations do not have.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(read_bytes(path).decode())
     except OSError as error:
         raise _no_results(path, str(error.strerror)) from None
     except (ValueError, RecursionError):

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -23,6 +22,7 @@ from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_f
 from maskrcnn_jax.inference.detect import make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import replace_file
 
 NUM_PICTURES = 12  # images drawn after an evaluation
@@ -179,4 +179,4 @@ class Evaluator:
             return
         write_files(workdir, evaluation.metrics, evaluation.results)
         _, picture = cv2.imencode(".jpg", evaluation.picture[..., ::-1])
-        replace_file(Path(workdir) / "predictions.jpg", picture.tobytes())
+        replace_file(as_path(workdir) / "predictions.jpg", picture.tobytes())

@@ -20,7 +20,6 @@ import copy
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from maskrcnn_jax.evaluation.coco_metrics import (
     mask_truth,
 )
 from maskrcnn_jax.evaluation.detections_file import read_results
-from maskrcnn_jax.paths import expand
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import write_json
 
 OCCLUSIONS = {"free": 0.05, "partly covered": 0.35, "mostly covered": np.inf}  # largest share of the box
@@ -237,8 +236,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         truth = load_annotations(args.annotations)
-        found = read_results(Path(args.detections), truth.imgs, truth.cats)
-        other = read_results(Path(args.against), truth.imgs, truth.cats) if args.against else None
+        found = read_results(as_path(args.detections), truth.imgs, truth.cats)
+        other = read_results(as_path(args.against), truth.imgs, truth.cats) if args.against else None
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -266,7 +265,7 @@ def main() -> int:
             for group in table
         }
     if args.json:
-        write_json(expand(args.json), written, indent=2)
+        write_json(as_path(args.json), written, indent=2)
     return 0
 
 

@@ -24,6 +24,7 @@ from maskrcnn_jax.evaluation.coco_metrics import (
 )
 from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE, ImageErrors, confusion
 from maskrcnn_jax.evaluation.failure_analysis import CROWDING, OCCLUSIONS, SIZES, Errors
+from maskrcnn_jax.paths import read_bytes
 
 _KINDS = {"bbox": "box", "segm": "mask"}
 _MAX_CLASSES = 20  # in a confusion matrix; with more categories, as many of the most frequent confusions are listed
@@ -182,7 +183,7 @@ def _training(path: Path | None) -> dict | None:
     if path is None or not path.is_file():
         return None
     lines = []
-    for line in path.read_text().splitlines():
+    for line in read_bytes(path).decode().splitlines():
         with contextlib.suppress(ValueError):  # the last line is cut off if the run was killed
             lines.append(json.loads(line))
     steps = [line for line in lines if "loss" in line]

@@ -6,7 +6,6 @@ Pictures are RGB uint8 [H, W, 3] throughout. OpenCV draws in whatever channel or
 import colorsys
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -14,6 +13,7 @@ import numpy as np
 
 from maskrcnn_jax.data.run_lengths import Crop, cut_out, decode_crop
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, write_bytes
 
 MASK_OPACITY = 0.45
 # Smaller pictures are enlarged before drawing: letters of ten pixels would cover an image of 128.
@@ -130,11 +130,11 @@ def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
     Raises:
         UserError: if the ending is unknown to OpenCV or the file cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         written, data = cv2.imencode(path.suffix, np.ascontiguousarray(picture[..., ::-1]))
         if written:
-            path.write_bytes(data.tobytes())
+            write_bytes(path, data.tobytes())
             return
         reason = "it cannot be encoded"
     except cv2.error:

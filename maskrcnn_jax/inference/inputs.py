@@ -4,7 +4,6 @@ import io
 import os
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import ImageOps
 
 from maskrcnn_jax.data.images import BrokenImageError, UndecodableError, decode_image, too_few_channels
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import expand
+from maskrcnn_jax.paths import as_path, read_bytes
 
 # A path or URL, the content of an image file, a Pillow image, or an array of NumPy, JAX or torch.
 Image = Any
@@ -70,14 +69,14 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
         BrokenImageError: if it cannot be read as an image.
         UserError: if it has fewer channels.
     """
-    path = expand(path)
+    path = as_path(path)
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise BrokenImageError(f"{path} cannot be read as an image ({error.strerror}); check the path") from None
     except ValueError:  # a null or half of a surrogate pair
-        raise BrokenImageError(f"{path!r} cannot be read as an image; no file can have this name") from None
-    return _decode(data, channels, path)
+        raise BrokenImageError(f"{str(path)!r} cannot be read as an image; no file can have this name") from None
+    return _decode(data, channels, str(path))
 
 
 def _download(url: str) -> bytes:

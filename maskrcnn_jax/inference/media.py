@@ -21,6 +21,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import write_picture
 from maskrcnn_jax.inference.inputs import read_image
 from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.paths import as_path, in_bucket, local_path
 from maskrcnn_jax.writing import write_json
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def list_images(path: str | os.PathLike) -> list[Path]:
     Raises:
         UserError: if the path does not exist or is a folder without images.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise UserError(f"the input {path} does not exist; give an image, a folder of images or a video")
     if path.is_file():
@@ -56,7 +57,7 @@ def list_images(path: str | os.PathLike) -> list[Path]:
 
 def is_video(path: str | os.PathLike) -> bool:
     """Tell by its ending whether a file is a video."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES and not Path(path).is_dir()
+    return as_path(path).suffix.lower() in VIDEO_SUFFIXES and not as_path(path).is_dir()
 
 
 def predict_images(
@@ -124,7 +125,7 @@ def predict_video(
     Raises:
         UserError: if the video cannot be read or written, or would be overwritten.
     """
-    path, output = Path(path), _make_folder(output)
+    path, output = local_path(path, "the video"), _make_folder(local_path(output, "the video in"))
     target = output / f"{path.stem}.mp4"
     if not path.exists():
         raise UserError(f"the input {path} does not exist; give an image, a folder of images or a video")
@@ -158,9 +159,10 @@ def predict_video(
 
 
 def _make_folder(path: str | os.PathLike) -> Path:
-    path = Path(path)
+    path = as_path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not in_bucket(path):
+            path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the output folder {path} cannot be made ({error.strerror}); choose another one") from None
     return path

@@ -4,7 +4,6 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -18,9 +17,9 @@ from maskrcnn_jax.inference.inputs import Image, is_image, to_array
 from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import expand
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.structures import Batch
-from maskrcnn_jax.writing import writing
+from maskrcnn_jax.writing import make_folder
 
 _log = logging.getLogger(__name__)
 
@@ -106,9 +105,8 @@ class ImageDetections:
         Raises:
             UserError: if the file cannot be written.
         """
-        path = Path(expand(path))
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path = as_path(path)
+        make_folder(path.parent)
         write_picture(path, self.draw(min_score=min_score))
 
     def to_coco(self, image_id: int) -> list[dict]:

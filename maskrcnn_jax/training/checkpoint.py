@@ -2,13 +2,14 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import absolute, as_path
 from maskrcnn_jax.run_folder import BEST_METRIC, CheckpointReader, UnreadableCheckpoint, lock
 from maskrcnn_jax.training.step import TrainState
 from maskrcnn_jax.writing import replace_file, writing
@@ -30,7 +31,7 @@ class Checkpoints(CheckpointReader):
             UserError: if the folder cannot be created, another process writes into it, or metrics in it are truncated.
         """
         if is_first():
-            lock(Path(workdir).absolute())
+            lock(absolute(as_path(workdir)))
         super().__init__(workdir, keep=keep, writes=True)
 
     def save(self, state: TrainState) -> None:
@@ -108,7 +109,7 @@ class Checkpoints(CheckpointReader):
             if is_first():
                 with writing(folder):
                     if aside.exists():  # from an earlier time
-                        shutil.rmtree(aside)
+                        epath.Path(aside).rmtree()
                     folder.rename(aside)
                 _log.warning("%s; resuming from step %d, and renaming it to %s", problem, step, aside.name)
         if unreadable:

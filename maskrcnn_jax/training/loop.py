@@ -25,6 +25,7 @@ from maskrcnn_jax.distributed import is_first, make_mesh, process_rank, replicat
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.run_folder import changed_options, has_checkpoint, load_options, save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.derive import derive_options
@@ -118,7 +119,7 @@ def train(
     optimizer = make_optimizer(options.optim, schedule)
 
     # 3. State: of the newest checkpoint in this folder, else with given weights, else with random values
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     if has_checkpoint(workdir):
         _check_same_categories(workdir, index.categories)
     elif initialize:
@@ -217,6 +218,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             if saving:
                 # Not earlier in a resumed run: if its first steps fail, the folder still describes its checkpoints.
                 _save_options(run)
+                writer.upload()  # a resumed run needs the lines of its steps
                 checkpoints.save(state)
                 if evaluating:
                     _measure(run, state, step, writer)
@@ -273,6 +275,7 @@ def _measure(run: _Run, state: TrainState, step: int, writer: MetricWriter) -> N
     evaluation = run.evaluate(nnx.merge(run.graphdef, state.inference_params, state.variables, copy=True))
     writer.scalars(step, {k: v for k, v in evaluation.metrics.items() if isinstance(v, float)})
     writer.picture(step, "predictions", evaluation.picture)
+    writer.upload()
     run.checkpoints.add_metrics(step, evaluation.metrics)
     del evaluation
     give_back_memory()

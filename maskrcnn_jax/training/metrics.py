@@ -10,7 +10,10 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from maskrcnn_jax.writing import replace_file, writing
+from maskrcnn_jax.paths import as_path, read_bytes
+from maskrcnn_jax.writing import GrowingFiles, replace_file, writing
+
+_UPLOAD_INTERVAL = 60  # seconds between uploads to a bucket, where a file cannot be appended to
 
 
 class MetricWriter:
@@ -34,9 +37,11 @@ class MetricWriter:
         self._active = active
         if not active:
             return
-        self._path, board = Path(workdir) / "metrics.jsonl", Path(workdir) / "tensorboard"
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
+        workdir = as_path(workdir)
+        self._files = GrowingFiles(workdir)
+        self._path, board = self._files.path / "metrics.jsonl", self._files.path / "tensorboard"
+        if (workdir / "metrics.jsonl").exists():
+            lines = read_bytes(workdir / "metrics.jsonl").decode().splitlines()
             kept = [line for line in lines if _place_of(line) <= (first_step, evaluated)]
             replace_file(self._path, "".join(line + "\n" for line in kept))
         with writing(self._path):
@@ -58,11 +63,17 @@ class MetricWriter:
         group = "train" if "loss" in values or "skipped" in values else "val"
         for name, value in values.items():
             self._add(step, summary=summary.scalar(f"{group}/{name}", value))
+        self._files.upload(after=_UPLOAD_INTERVAL)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an RGB image [h, w, 3] uint8."""
         if self._active:
             self._add(step, summary=summary.image(f"val/{name}", image, dataformats="HWC"))
+
+    def upload(self) -> None:
+        """Write everything so far also to a bucket. Call this before saving the step that it belongs to."""
+        if self._active:
+            self._files.upload()
 
     def close(self) -> None:
         """Close the files."""
@@ -70,6 +81,7 @@ class MetricWriter:
             with writing(self._path):
                 self._file.close()
                 self._board.close()
+            self._files.close()
 
     def _add(self, step: int, **content) -> None:
         with writing(self._path.with_name("tensorboard")):

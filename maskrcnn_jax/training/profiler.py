@@ -11,7 +11,9 @@ from pathlib import Path
 
 import jax
 
+from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.training.step import TrainStep
+from maskrcnn_jax.writing import GrowingFiles
 
 _log = logging.getLogger(__name__)
 _FIRST = 3  # step of a start: the first compiles, and the second still waits for what was compiled
@@ -35,7 +37,7 @@ class Profiler:
             num_steps: Steps to trace, from the third on; 0 traces nothing.
             train_step: What is traced.
         """
-        self._folder, self._num_steps, self._is_tracing = Path(workdir) / "profile", num_steps, False
+        self._folder, self._num_steps, self._is_tracing = as_path(workdir) / "profile", num_steps, False
         self._train_step, self._results = train_step, None
 
     def before_step(self, number: int) -> None:
@@ -45,7 +47,8 @@ class Profiler:
             number: of the step, 1 for the first of this start.
         """
         if self._num_steps and number == _FIRST:
-            jax.profiler.start_trace(self._folder)
+            self._files = GrowingFiles(self._folder)
+            jax.profiler.start_trace(self._files.path)
             self._is_tracing = True
 
     def after_step(self, number: int, results) -> None:
@@ -68,11 +71,12 @@ class Profiler:
         jax.profiler.stop_trace()
         self._is_tracing = False
         _log.info("wrote a trace into %s", self._folder)
-        newest = max(self._folder.rglob("*.trace.json.gz"), key=os.path.getmtime)
+        newest = max(self._files.path.rglob("*.trace.json.gz"), key=os.path.getmtime)
         times = stage_times(newest, [program.as_text() or "" for program in self._train_step.programs.values()])
         total = max(sum(times.values()), 1e-9)
         lines = [f"{time / total:6.1%}  {stage}" for stage, time in times.items()]
         _log.info("time of the devices in it:\n%s", "\n".join(lines))
+        self._files.close()
 
 
 def stage_times(trace: Path, programs: Iterable[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, local_path
 from maskrcnn_jax.weights.pickles import ArrayUnpickler, Budget, PickledArray
 from maskrcnn_jax.weights.torch_files import read_torch
 from maskrcnn_jax.writing import replace_file
@@ -36,7 +37,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file cannot be read, is of another kind, or holds anything but arrays by name.
     """
-    path = Path(path)
+    path = local_path(path, "the weights")
     try:
         with path.open("rb"):
             size = path.stat().st_size
@@ -62,7 +63,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
     Raises:
         UserError: the ending is another one, an entry is no array of numbers, or the file cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix.lower() not in _WRITERS:
         raise UserError(f"{path} cannot be written as weights; give a name with {' or '.join(sorted(_WRITERS))}")
     try:

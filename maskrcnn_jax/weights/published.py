@@ -11,7 +11,7 @@ from pathlib import Path
 import pooch
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import cache_dir, expand
+from maskrcnn_jax.paths import as_path, cache_dir, expand
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/"
@@ -96,7 +96,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     """
     name = os.fspath(name_or_path)
     if not is_name(name):
-        return Path(name)
+        return as_path(name)
     published = find_published(name)
     chosen = os.environ.get("MASKRCNN_JAX_CACHE")
     folder = Path(expand(chosen)) if chosen else cache_dir()

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -32,11 +34,12 @@ def _make_evaluate(categories):
     return evaluate
 
 
-def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
+def _run(config: ConfigDict, workdir: Path | str, cache: Path, log: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
     os.environ["XLA_FLAGS"] = QUICK_XLA  # read when the first device is asked for: one device
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    with open(workdir.with_suffix(".log"), "a") as output:
+    with open(log, "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     set_up_logging()
@@ -47,16 +50,27 @@ def _run(config: ConfigDict, workdir: Path, cache: Path) -> None:
         sys.exit(1)
 
 
-def start(config: ConfigDict, workdir: Path, cache: Path) -> multiprocessing.Process:
+def start(
+    config: ConfigDict,
+    workdir: Path | str,
+    cache: Path,
+    *,
+    log: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> multiprocessing.Process:
     """Start a training on one device.
 
     Args:
       config: of the run.
-      workdir: likewise; beside it lies what is printed.
+      workdir: likewise.
       cache: folder of compiled programs.
+      log: what is printed is appended to it; by default it lies beside the workdir.
+      environment: variables to set, since the environment is that of the first process that was forked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run, args=(config, workdir, cache))
+    process = context.Process(
+        target=_run, args=(config, workdir, cache, log or Path(workdir).with_suffix(".log"), dict(environment))
+    )
     process.start()
     return process
