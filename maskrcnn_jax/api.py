@@ -225,6 +225,7 @@ def find_options(config: Config) -> Options:
         return config
     if isinstance(config, ConfigDict):
         return to_options(config)
+    config = expand(config)
     return load_options(config) if as_path(config).is_dir() else to_options(load_config(config))
 
 

@@ -301,26 +301,6 @@ def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
-    [
-        (["annotations/instances_train.json", "annotations/instances_val.json"], "there are the splits train, val."),
-        (["train/_annotations.coco.json", "valid/1.jpg"], "there is train/_annotations.coco.json, train/, valid/."),
-        (["data.yaml", "images/1.jpg", "labels/1.txt"], "there is data.yaml, images/, labels/."),
-        (["result.json", "images/1.jpg"], "there is result.json, images/."),
-        (["JPEGImages/1.jpg", "Annotations/1.xml"], "there is Annotations/, JPEGImages/."),
-        ([], "there is neither a folder nor a JSON file."),
-    ],
-)
-def test_what_is_there_instead_of_the_layout_is_named(tmp_path, files, told):
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    with pytest.raises(UserError) as error:
-        load_coco(tmp_path, "train2017")
-    assert told in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("text", "told"),
     [
         (
