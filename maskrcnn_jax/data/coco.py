@@ -257,8 +257,9 @@ def _have_area(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     float32 has steps of 0.00006 pixels at 640 and of 0.0002 at 4000, where the sides of a narrower box can fall
     together. A box without area overlaps all anchors alike, by nothing, so each of them would be matched to it.
     """
-    step = np.spacing(sizes.max(axis=1).astype(np.float32))
-    return (boxes[:, 2:] - boxes[:, :2] > 4 * step[:, None]).all(axis=1)  # flipping and scaling round once each
+    step = np.spacing(sizes[:, ::-1].astype(np.float32))  # [K, 2] of x and y
+    # Reading, mirroring and scaling round once each. The sum, unlike a difference, cannot overflow.
+    return (boxes[:, 2:] > boxes[:, :2] + 4 * step).all(axis=1)
 
 
 def drop_labels(dataset: CocoDataset, share: float, seed: int) -> CocoDataset:
