@@ -293,15 +293,22 @@ def exclude_categories(
         contiguous_labels: as in ``load_coco``.
 
     Raises:
-        UserError: there is no such category, or none would be left.
+        UserError: no category would be left.
     """
     categories = dataset.categories
     pairs = dict(zip(categories.ids, categories.names, strict=True))
     kept = {i: name for i, name in pairs.items() if i not in ids}
-    if not kept or not pairs.keys() >= set(ids):
-        listed = ", ".join(f"{i} ({name})" for i, name in list(pairs.items())[:10])
-        wrong = "leaves none of the categories" if not kept else "names a category that is not"
-        raise UserError(f"data.exclude_categories {tuple(ids)} {wrong} in {dataset.annotation_path}: {listed}")
+    listed = ", ".join(f"{i} ({name})" for i, name in list(pairs.items())[:10])
+    if not kept:
+        raise UserError(
+            f"data.exclude_categories {tuple(ids)} leaves no category of {dataset.annotation_path}, which lists "
+            f"{listed}; keep one at least"
+        )
+    unknown = [i for i in ids if i not in pairs]
+    if unknown:  # no error, since one split may list what another does not
+        _log.warning(
+            "data.exclude_categories %s is not in %s, which lists %s", unknown, dataset.annotation_path, listed
+        )
     new = Categories.create(list(kept), list(kept.values()), contiguous_labels)
     labels = np.zeros(categories.num_classes, np.int32)  # by old label
     labels[[categories.labels[categories.ids.index(i)] for i in kept]] = [new.labels[new.ids.index(i)] for i in kept]
