@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
 
     config.data.coco_dir = "data/shapes"
     config.data.short_side = config.data.long_side = 128
-    config.data.mask_side = 128
     config.data.threads = 2
 
     model = config.model

@@ -4,21 +4,26 @@ import dataclasses
 import functools
 import logging
 import os
+from pathlib import Path
 from typing import TypeAlias
 
+from flax import nnx
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.dataset import load_whole
+from maskrcnn_jax.data.held_out import record_held_out
+from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
-from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import as_path
-from maskrcnn_jax.run_folder import load_model, load_options
+from maskrcnn_jax.options import ModelOptions, Options
+from maskrcnn_jax.paths import as_path, expand
+from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.files import read_arrays
@@ -51,7 +56,7 @@ def load(
     Raises:
         UserError: if one of these does not exist or they do not fit each other.
     """
-    source = os.fspath(source)
+    source = expand(source)
     if as_path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")
@@ -94,7 +99,8 @@ def train(
     Raises:
         UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
     """
-    options = find_options(config)
+    workdir = as_path(workdir)
+    options = _hold_out(find_options(config), workdir)
 
     def make_evaluate(categories):
         evaluator = Evaluator(options, categories)
@@ -107,8 +113,29 @@ def train(
 
         return evaluate
 
-    initialize = functools.partial(_initialize, source=os.fspath(weights)) if weights else None
+    initialize = functools.partial(_initialize, source=expand(weights)) if weights else None
     loop.train(options, workdir, make_evaluate=make_evaluate, initialize=initialize, profile_steps=profile_steps)
+
+
+def _hold_out(options: Options, workdir: Path) -> Options:
+    """Return options that name the file of the images held out for evaluation, which a new run writes."""
+    data = options.data
+    if not data.val_share or data.split_file:
+        return options
+    path = workdir / SPLIT_FILE
+    if path.is_file() and has_checkpoint(workdir):
+        before = load_options(workdir).data
+        if (before.val_share, before.val_group) != (data.val_share, data.val_group):
+            raise UserError(
+                f"{workdir} was started with data.val_share {before.val_share} and data.val_group "
+                f"{before.val_group!r}; resume it with these, or use another workdir"
+            )
+    else:
+        dataset = load_whole(data, data.train_split)
+        if is_first():
+            record_held_out(path, dataset, share=data.val_share, group=data.val_group, seed=options.seed)
+    gather(None)  # the other processes read what the first has written
+    return dataclasses.replace(options, data=dataclasses.replace(data, split_file=str(path)))
 
 
 def _initialize(model: MaskRCNN, source: str) -> None:
@@ -122,6 +149,7 @@ def evaluate(
     *,
     split: str | None = None,
     limit: int | None = None,
+    max_detections: int | None = None,
     output: str | os.PathLike | None = None,
 ) -> Evaluation:
     """Compute COCO's box and mask AP of a model.
@@ -131,6 +159,8 @@ def evaluate(
         dataset: Folder of a dataset in COCO's layout. Defaults to the dataset that the model was trained on.
         split: Of the dataset. Defaults to the split that the options of the model name.
         limit: Evaluate only the first so many images; 0 means all.
+        max_detections: Detections of an image, other than ``model.box_detections_per_img`` of the model. Above 100,
+            all metrics count as many, and a recall such as ``bbox_AR300`` is added.
         output: Folder for ``metrics.json``, ``detections.json`` and ``predictions.jpg``, if wanted.
 
     Returns:
@@ -140,11 +170,13 @@ def evaluate(
     Raises:
         UserError: if the dataset cannot be read or has categories that the model does not know.
     """
-    options = evaluation_options(model.options, coco_dir=dataset, split=split, limit=limit)
+    options = evaluation_options(
+        model.options, coco_dir=dataset, split=split, limit=limit, max_detections=max_detections
+    )
     evaluator = Evaluator(options, model.categories)
-    evaluation = evaluator(model.network)
+    evaluation = evaluator(with_options(model.network, options.model))
     if output is not None:
-        evaluator.write(output, evaluation)
+        evaluator.write(expand(output), evaluation)
     return evaluation
 
 
@@ -155,6 +187,7 @@ def evaluation_options(
     tfds_dir: str | os.PathLike | None = None,
     split: str | None = None,
     limit: int | None = None,
+    max_detections: int | None = None,
 ) -> Options:
     """Return options for evaluating on another dataset or split than those of the training."""
     changes: dict = {}
@@ -163,12 +196,23 @@ def evaluation_options(
     if tfds_dir is not None:
         changes |= {"source": "tfds", "tfds_dir": os.fspath(tfds_dir)}
     if split is not None:
-        changes["eval_split"] = split
+        changes |= {"eval_split": split, "val_share": 0.0, "split_file": ""}
     if limit is not None:
         changes["eval_limit"] = limit
     data = dataclasses.replace(options.data, **changes)
+    most = options.model.box_detections_per_img if max_detections is None else max_detections
+    network = dataclasses.replace(options.model, box_detections_per_img=most)
     # Training images are measured only by evaluations during training.
-    return dataclasses.replace(options, data=data, eval_train_limit=0)
+    return dataclasses.replace(options, data=data, model=network, eval_train_limit=0)
+
+
+def with_options(network: MaskRCNN, options: ModelOptions) -> MaskRCNN:
+    """Return a network with the same parameters whose detections follow other options."""
+    if options == network.options:
+        return network
+    network = nnx.merge(*nnx.split(network))
+    network.options = options
+    return network
 
 
 def find_options(config: Config) -> Options:
@@ -181,6 +225,7 @@ def find_options(config: Config) -> Options:
         return config
     if isinstance(config, ConfigDict):
         return to_options(config)
+    config = expand(config)
     return load_options(config) if as_path(config).is_dir() else to_options(load_config(config))
 
 
@@ -191,7 +236,7 @@ def _load_weights(
     if categories is None:
         categories = Categories.coco(options.data.contiguous_labels)
     elif not isinstance(categories, Categories):
-        categories = Categories.load(categories)
+        categories = Categories.load(expand(categories))
     network = make_unfilled(categories.num_classes, options.model)
     load_weights(network, read_arrays(resolve(source)), source=source)
     network.eval()

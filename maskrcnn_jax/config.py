@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import expand
 
 
 def default_config() -> ConfigDict:
@@ -45,7 +46,7 @@ def find_config_file(name: str) -> Path:
     """
     if name in config_names():
         return _config_dir() / f"{name}.py"
-    path = Path(name)
+    path = Path(expand(name))
     if path.suffix == ".py" and path.is_file():
         return path
     raise UserError(f"there is no config {name!r}; give the path of a file or one of {', '.join(config_names())}")

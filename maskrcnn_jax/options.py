@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import expand
 
 # Smallest dynamic loss scale, and the largest power of two in float32.
 MIN_LOSS_SCALE, MAX_LOSS_SCALE = 1.0, 2.0**127
@@ -181,7 +182,9 @@ class ModelOptions(_Checked):
     box_score_thresh: float = _option(0.05, "score above which a detection is kept", low=0, high=1)
     box_nms_thresh: float = _option(0.5, "IoU above which NMS drops the worse detection of a class", low=0, high=1)
     box_min_size: float = _option(1e-2, "detections with a smaller side are dropped", unit="pixels", low=0)
-    box_detections_per_img: int = _option(100, "detections per image", low=1, source=_TORCHVISION)
+    box_detections_per_img: int = _option(
+        100, "detections per image; above 100, COCO's metrics count as many", low=1, source=_TORCHVISION
+    )
     mask_channels: int = _option(256, "channels of the mask head", low=1)
     mask_deconv: bool = _option(
         True,
@@ -284,10 +287,27 @@ class DataOptions(_Checked):
     source: str = _option(
         "coco", "coco: image files in coco_dir; tfds: TFDS shards in tfds_dir", choices=("coco", "tfds")
     )
-    coco_dir: str = _option("", "folder with <split>/ and annotations/instances_<split>.json")
+    coco_dir: str = _option(
+        "", "folder with <split>/ and annotations/instances_<split>.json, or another export in COCO's format"
+    )
     tfds_dir: str = _option("", "folder that `maskrcnn-jax build-tfds` wrote")
     train_split: str = _option("train2017", "split to train on")
     eval_split: str = _option("val2017", "split to evaluate on")
+    val_share: float = _option(
+        0.0,
+        "share of the images of train_split that a new run holds out for evaluation, instead of eval_split. The "
+        "choice is seeded, gives each class its share as far as possible, and is kept in the workdir's split.json",
+        low=0,
+        high=0.9,
+    )
+    val_group: str = _option(
+        "",
+        "images that val_share keeps together, such as the frames of a video: folder, a field of the images in the "
+        "annotation file such as video_id, or a regular expression whose first group names them, such as (.*)_[0-9]+",
+    )
+    split_file: str = _option(
+        "", "JSON file with lists of file names, train and val, of train_split; with val_share, training writes it"
+    )
     train_limit: int = _option(0, "number of training images, chosen by a seeded shuffle; 0 means all", low=0)
     drop_labels: float = _option(
         0.0, "share of the training annotations to drop, to measure what missing labels cost", low=0, high=1
@@ -320,20 +340,33 @@ class DataOptions(_Checked):
         "crowds, and objects of categories that the file does not list, are neither object nor background where they "
         "cover half of an anchor or proposal; otherwise they are background, as in torchvision",
     )
-    mask_side: int = _option(
-        640, "side of the canvas that holds a ground-truth mask, a multiple of 8", unit="pixels", low=8
+    max_objects: int = _option(
+        0,
+        "objects in an image that training uses, rounded up to a multiple of 8; of an image with more, so many are "
+        "drawn anew in every epoch, and the others count as background. 0 uses all",
+        low=0,
+    )
+    exclude_categories: tuple[int, ...] = _option(
+        (), "ids of categories to leave out; their objects are background, or ignored with data.ignore_regions"
     )
     threads: int = _option(4, "threads that read and decode images, in each process", low=1)
     workers: int = _option(0, "additional processes that read and decode images", low=0)
     prefetch: int = _option(4, "batches loaded ahead of the training step", low=1)
     skip_broken: bool = _option(False, "skip images that cannot be read instead of stopping")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("coco_dir", "tfds_dir"):
+            object.__setattr__(self, name, expand(getattr(self, name)))
+
     def _contradictions(self) -> list[str]:
         problems = []
         if self.short_side > self.long_side:
             problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
-        if self.mask_side % 8:
-            problems.append(f"data.mask_side is {self.mask_side}; use a multiple of 8")
+        if (self.val_share or self.split_file) and self.train_split == self.eval_split:
+            problems.append(
+                f"data.eval_split is {self.eval_split} as data.train_split is; with data.val_share leave it as it was"
+            )
         return problems
 
 

@@ -1,4 +1,4 @@
-"""Where strings become paths: ``gs://bucket/folder`` a path of epath, everything else one of pathlib.
+"""Where strings become paths: ``gs://bucket/folder`` a path of epath, everything else one of pathlib; ~ is expanded.
 
 A bucket is not a disk. Uploads are atomic, so nothing is written beside a file and renamed. Files cannot grow or be
 locked, and a folder is only what names begin with. Code to which this matters asks ``in_bucket``.
@@ -27,11 +27,35 @@ def as_path(path: str | os.PathLike) -> Path:
     if not in_bucket(text):
         if "://" in text:
             raise UserError(f"{text} is no path; give one on a disk or gs://BUCKET/FOLDER")
-        return Path(path)
+        return Path(expand(path))
     _check_bucket(text.removeprefix(_SCHEME).partition("/")[0])
     from etils import epath  # takes long to import, for those who have everything on a disk
 
     return epath.Path(text)  # type: ignore[return-value]  # has the methods of pathlib's
+
+
+def expand(path: str | os.PathLike) -> str:
+    """Return a path with ``~`` replaced by the home folder, which shells leave to programs in ``--option=~/folder``.
+
+    Raises:
+        UserError: There is no such home folder.
+    """
+    path = os.fspath(path)
+    expanded = os.path.expanduser(path) if path.startswith("~") else path
+    # A file whose name begins with ~ is given with the folder that it is in.
+    if expanded.startswith("~"):
+        raise UserError(f"there is no home folder for {path.partition('/')[0]} in {path}; give the whole path")
+    return expanded
+
+
+def cache_dir() -> Path | None:
+    """Return the folder for downloads and compiled programs.
+
+    Returns:
+        The folder, which need not exist; None without a home folder, as in some containers and batch jobs.
+    """
+    home = os.path.expanduser("~")
+    return Path(home, ".cache", "maskrcnn_jax") if home != "~" else None
 
 
 def local_path(path: str | os.PathLike, what: str) -> Path:

@@ -1,8 +1,8 @@
 """The folder of a run (its workdir): options, categories, lock, and the model in its checkpoints.
 
 A run leaves ``config.json``, ``categories.json``, ``metrics.jsonl``, ``metrics.json``, ``detections.json``, pictures,
-TensorBoard files and ``checkpoints/<step>/``. Training writes the checkpoints through ``training.checkpoint``; code
-that only loads a model needs nothing from ``training``.
+TensorBoard files and ``checkpoints/<step>/``; ``split.json`` too, if it holds out images for evaluation. Training
+writes the checkpoints through ``training.checkpoint``; code that only loads a model needs nothing from ``training``.
 """
 
 import dataclasses
@@ -28,9 +28,11 @@ from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import absolute, as_path, in_bucket, read_bytes
 from maskrcnn_jax.writing import replace_file, writing
 
+SPLIT_FILE = "split.json"  # which images data.val_share holds out
 BEST_METRIC = "segm_AP"
-# Options that had another name in an earlier version.
+# Options that had another name in an earlier version, and those that are gone.
 _RENAMED = {"box_iou_thresh": "box_fg_iou_thresh"}
+_GONE = ("mask_side",)
 # By default every device that holds a copy writes a slice of it, and a program is compiled for every slice.
 _ONE_WRITER = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
@@ -58,10 +60,15 @@ def load_options(workdir: str | os.PathLike) -> Options:
     try:
         found = json.loads(read_bytes(path).decode())
         model = {_RENAMED.get(name, name): value for name, value in found["model"].items()}
-        return to_options(ConfigDict(found | {"model": model}))
+        data = {name: value for name, value in found["data"].items() if name not in _GONE}
+        options = to_options(ConfigDict(found | {"model": model, "data": data}))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None
+    recorded = as_path(workdir) / SPLIT_FILE
+    if options.data.val_share and recorded.is_file():  # the folder may have been moved
+        options = dataclasses.replace(options, data=dataclasses.replace(options.data, split_file=str(recorded)))
+    return options
 
 
 def changed_options(options: Options, workdir: str | os.PathLike) -> list[str]:

@@ -2,7 +2,7 @@
 
 Letters: B images in a batch, I channels of an image, G ground-truth objects, A anchors, N proposals, R RoIs that the
 box head sees, F foreground RoIs that the mask head sees, D detections, C classes without background, H x W the padded
-network input, M the side of the square canvas that holds ground-truth masks.
+network input, M the side of the square canvas that holds the mask of an object.
 
 Conventions, everywhere: boxes are float32 ``x1, y1, x2, y2`` in absolute pixels of the padded network input with
 width = x2 - x1; label 0 is background; arrays of sizes are (height, width); images are RGB, channels last, and other
@@ -24,14 +24,17 @@ Array = Any  # numpy.ndarray or jax.Array
 class GroundTruth(NamedTuple):
     """Annotated objects of a batch of images.
 
-    Masks stay at the resolution of the annotated image (or are reduced to fit the canvas), bit-packed along the
-    width, lowest bit first. Full-size masks would fill the memory.
+    Each mask is cut to its own box on the raster, which covers the whole image at the resolution of the image file or
+    of the network input, whichever is lower. It fills the top-left corner of a canvas, bit-packed along the width,
+    lowest bit first. Along an axis that is longer than the canvas it is sampled: cell c shows line
+    floor((c + 0.5) * length / M). Full-size masks would fill the memory.
     """
 
     boxes: Float[Array, "*B G 4"]  # network-input pixels
     labels: Int32[Array, "*B G"]  # 1..C
-    masks: UInt8[Array, "*B G M M//8"]  # 8 pixels per byte; the raster fills the top-left corner of the canvas
-    mask_sizes: Int32[Array, "*B 2"]  # (height, width) of the raster on the canvas; it covers the whole image
+    masks: UInt8[Array, "*B G M M//8"]  # 8 pixels per byte
+    mask_windows: Int32[Array, "*B G 4"]  # y, x, height, width of each mask's box on the raster
+    mask_sizes: Int32[Array, "*B 2"]  # (height, width) of the raster
     valid: Bool[Array, "*B G"]
     has_mask: Bool[Array, "*B G"] | None = None  # False for objects with a box only; None: all have a mask
     ignored: Bool[Array, "*B G"] | None = None  # regions that are neither object nor background; None: none

@@ -1,9 +1,13 @@
 """Models in a few lines of Python, from a run or from weights."""
 
 import contextlib
+import dataclasses
 import json
+import pickle
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -13,13 +17,14 @@ import pytest
 from pycocotools import mask as coco_mask
 
 import maskrcnn_jax as mr
-from maskrcnn_jax.api import find_options
+from maskrcnn_jax.api import evaluation_options, find_options
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.distributed import make_mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.run_folder import save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.step import create_train_state
@@ -40,7 +45,7 @@ def place(tmp_path_factory):
     config = mr.load_config("shapes")
     config.data.coco_dir = str(place / "own")
     config.data.eval_split = "val"
-    config.data.short_side = config.data.long_side = config.data.mask_side = 64
+    config.data.short_side = config.data.long_side = 64
     config.eval_batch_size = 1
     config.model.update(OPTIONS)
     options = to_options(config)
@@ -66,6 +71,22 @@ def paths(place):
 
 def same(ours, theirs):
     assert ours.to_coco(1) == theirs.to_coco(1)
+
+
+def test_a_pickled_model_predicts_the_same(model, place):
+    image = next((place / "own" / "val").iterdir())
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.predict(image, min_score=0).to_coco(1) == model.predict(image, min_score=0).to_coco(1)
+
+
+def test_many_shapes_of_images_are_told_once_if_each_is_compiled(model, caplog):
+    data = dataclasses.replace(model.options.data, buckets="exact", long_side=256)
+    exact = Predictor(model.network, model.categories, dataclasses.replace(model.options, data=data))
+    for predictor, told in ((model, 0), (exact, 1)):
+        caplog.clear()
+        for width in range(32, 256, 16):
+            predictor._prepare(np.zeros((64, width, 3), np.uint8))
+        assert caplog.text.count("data.buckets is exact") == told
 
 
 def test_importing_the_package_imports_nothing_else():
@@ -142,6 +163,30 @@ def test_predictions_are_those_that_evaluations_measure(model, paths):
     ]
     assert len(predicted) > 10
     assert predicted == evaluated
+
+
+def test_an_evaluation_may_ask_for_more_detections_than_the_model_was_trained_with(model):
+    before = mr.evaluate(model)
+    more = mr.evaluate(model, max_detections=120)
+    numbers = [Counter(result["image_id"] for result in found.results) for found in (before, more)]
+    assert max(numbers[0].values()) <= OPTIONS["box_detections_per_img"] < max(numbers[1].values())
+    assert "bbox_AR120" in more.metrics and "bbox_AR120" not in before.metrics
+    assert model.network.options.box_detections_per_img == OPTIONS["box_detections_per_img"]
+
+
+def test_a_split_that_lists_fewer_categories_is_compared_by_the_labels_of_the_model(model, place, tmp_path):
+    root = shutil.copytree(place / "own", tmp_path / "own")
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 7]
+    content["categories"] = [category for category in content["categories"] if category["id"] != 7]
+    path.write_text(json.dumps(content))
+    evaluator = Evaluator(evaluation_options(model.options, coco_dir=root), model.categories)
+    dataset = evaluator._split.dataset
+    labels = dict(zip(model.categories.ids, model.categories.labels, strict=True))
+    assert dataset.labels.tolist() == [labels[i] for i in dataset.category_ids.tolist()]
+    assert dataset.categories == model.categories
+    assert 7 not in evaluator.truth.cats
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,18 @@ _LEAVES = {"structures", "errors", "options", "paths", "writing"}
 ALLOWED = {
     "structures": set(),
     "errors": set(),
-    "paths": {"errors"},
     "writing": {"errors", "paths"},
     "page": {"writing"},
-    "options": {"errors"},
-    "config": {"options", "errors"},
+    "paths": {"errors"},
+    "options": {"errors", "paths"},
+    "config": {"options", "errors", "paths"},
     "distributed": {"structures", "errors", "ops"},
     "anchor_shapes": set(),
     "ops": {"anchor_shapes", "structures", "errors"},
     "models": _LEAVES | {"ops"},
     "weights": _LEAVES | {"models", "ops"},
     "data": _LEAVES,
+    "converting": _LEAVES | {"data"},
     "run_folder": _LEAVES | {"config", "data", "distributed", "models"},
     "inference": _LEAVES | {"config", "data", "distributed", "models", "ops"},
     "checking": _LEAVES | {"anchor_shapes", "config", "data", "inference", "page"},
@@ -31,8 +32,8 @@ ALLOWED = {
     "api": _LEAVES
     | {"config", "data", "distributed", "evaluation", "inference", "models", "run_folder", "training", "weights"},
     "commands": _LEAVES
-    | {"api", "checking", "config", "data", "distributed", "evaluation", "inference", "models", "ops", "run_folder"}
-    | {"training", "weights"}
+    | {"api", "checking", "config", "converting", "data", "distributed", "evaluation", "inference", "models", "ops"}
+    | {"run_folder", "training", "weights"}
     | {"", "__version__"},  # the functions of the package, which import their modules when they are used
 }
 FORBIDDEN_LIBRARIES = {
@@ -42,6 +43,7 @@ FORBIDDEN_LIBRARIES = {
     "anchor_shapes": {"jax", "flax"},
     "ops": {"flax"},
     "data": {"jax", "flax", "optax", "orbax"},
+    "converting": {"jax", "flax", "optax", "orbax"},
     "checking": {"jax", "flax", "optax", "orbax"},
     "weights": {"torch", "torchvision"},
 }

@@ -35,7 +35,6 @@ def test_a_choice_that_does_not_exist_is_named_with_those_that_do(part, name, ch
             {"short_side": 800, "long_side": 700},
             "data.short_side is 800; use at most data.long_side, 700",
         ),
-        (DataOptions, {"mask_side": 100}, "data.mask_side is 100; use a multiple of 8"),
         (OptimOptions, {"ema_decay": 1.0}, "optim.ema_decay is 1.0; use a value below 1"),
         (OptimOptions, {"loss_scale": 0.5}, "optim.loss_scale is 0.5; use a value from 1"),
         (OptimOptions, {"loss_scale": float("nan")}, "optim.loss_scale is nan; use a value from 1"),

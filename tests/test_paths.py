@@ -1,93 +1,90 @@
-"""Strings become paths: on a disk or in a bucket, and each says in a sentence why it cannot be used."""
+"""Paths with ~ are those of the home folder, and programs run where there is none."""
 
-import os
-import subprocess
-import sys
+import pwd
 from pathlib import Path
 
+import jax
 import pytest
 
-from maskrcnn_jax import paths
+import maskrcnn_jax as mr
+from maskrcnn_jax.commands import app
+from maskrcnn_jax.config import load_config
+from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import as_path, file_names, in_bucket, local_path, read_bytes, write_bytes
-from maskrcnn_jax.writing import GrowingFiles, replace_file, write_json
+from maskrcnn_jax.inference.inputs import read_image
+from maskrcnn_jax.options import DataOptions
+from maskrcnn_jax.paths import cache_dir, expand
+from maskrcnn_jax.weights.published import resolve
 
 
-@pytest.fixture(autouse=True)
-def _forget_buckets():
-    paths._check_bucket.cache_clear()
-    yield
-    paths._check_bucket.cache_clear()
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MASKRCNN_JAX_CACHE", raising=False)
+    return tmp_path
 
 
-def test_a_path_on_a_disk_is_one_of_pathlib_and_nothing_is_imported_for_it():
-    assert as_path("a/b") == Path("a/b") and as_path(Path("/a")) == Path("/a")
-    code = (
-        "import sys; from maskrcnn_jax.paths import as_path; as_path('a'); print({'etils', 'fsspec'} & {*sys.modules})"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+@pytest.fixture
+def no_home(monkeypatch):
+    """An account that the system does not know, as in a container that is run by number."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("MASKRCNN_JAX_CACHE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
-@pytest.mark.parametrize("url", ["s3://a/b", "http://a/b", "gs://", "gs:///a"])
-def test_a_url_that_is_no_path_in_a_bucket_is_refused(url):
-    with pytest.raises(UserError, match="gs://BUCKET/FOLDER"):
-        as_path(url)
+def test_a_tilde_at_the_start_is_the_home_folder(home):
+    assert expand("~/a") == f"{home}/a"
+    assert expand(Path("~")) == str(home)
+    for path in ("a~", "./~", "a/~/b", "", "/~"):
+        assert expand(path) == path
 
 
-def test_a_missing_package_is_a_sentence():
-    code = "import sys; sys.modules['gcsfs'] = None; from maskrcnn_jax.paths import as_path; as_path('gs://bucket/a')"
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert failed.returncode and 'pip install "maskrcnn-jax[gcs]"' in failed.stderr.splitlines()[-1]
+def test_every_reader_of_paths_finds_the_home_folder(home):
+    (home / "own.py").write_text("from maskrcnn_jax.config import default_config as get_config")
+    assert load_config("~/own.py").batch_size == load_config(home / "own.py").batch_size
+    data = DataOptions(coco_dir="~/coco", tfds_dir="~/tfds")
+    assert (data.coco_dir, data.tfds_dir) == (f"{home}/coco", f"{home}/tfds")
+    with pytest.raises(UserError, match=f"coco_dir {home}/coco is not a folder"):
+        load_dataset(data, "train2017")
+    with pytest.raises(UserError, match=f"{home}/a.safetensors"):
+        mr.load("~/a.safetensors", config="r50_fpn")
+    with pytest.raises(UserError, match=f"{home}/run"):
+        mr.load("torchvision:maskrcnn_resnet50_fpn", config="~/run")
+    with pytest.raises(UserError, match=f"{home}/a.jpg cannot be read"):
+        read_image("~/a.jpg")
 
 
-def test_files_in_a_bucket_are_written_read_and_listed(bucket):
-    folder = as_path(f"{bucket.url}/files")
-    write_json(folder / "a.json", [1])
-    replace_file(str(folder / "b" / "c"), "ä")
-    assert in_bucket(folder) and str(folder) == f"{bucket.url}/files" and as_path(folder) == folder
-    assert read_bytes(folder / "a.json") == b"[1]\n"
-    assert read_bytes(folder / "b" / "c").decode() == "ä"
-    assert file_names(folder) == {"a.json", "b/c"}
-    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "b"]
-    assert folder.is_dir() and not folder.is_file() and not (folder / "nothing").exists()
-    with pytest.raises(FileNotFoundError, match="No such file"):
-        read_bytes(folder / "nothing")
-    with pytest.raises(UserError, match=f"the weights {folder} cannot be in a bucket; .*gcloud storage cp"):
-        local_path(folder, "the weights")
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_folder_it_is_missed_only_where_it_is_named_or_needed():
+    assert cache_dir() is None
+    assert expand("/a") == "/a"
+    with pytest.raises(UserError, match="there is no home folder for ~ in ~/a; give the whole path"):
+        expand("~/a")
+    with pytest.raises(UserError, match="set the environment variable MASKRCNN_JAX_CACHE to a folder"):
+        resolve("torchvision:resnet50")
 
 
-def test_a_listing_sees_what_others_wrote_since_the_last(bucket):
-    folder = as_path(f"{bucket.url}/shared")
-    write_bytes(folder / "a", b"")
-    assert [path.name for path in folder.iterdir()] == ["a"]
-    code = f"from maskrcnn_jax.paths import *; write_bytes(as_path('{folder}/b'), b'')"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | bucket.environment)
-    assert [path.name for path in folder.iterdir()] == ["a", "b"]
-    assert (folder / "b").exists()
+def test_downloads_are_looked_for_in_the_folder_that_the_environment_names(home, monkeypatch):
+    monkeypatch.setenv("MASKRCNN_JAX_CACHE", "~/kept")
+    file = home / "kept" / "weights" / "resnet50-0676ba61.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{file} is not the published file"):
+        resolve("torchvision:resnet50")
 
 
-def test_a_bucket_that_does_not_exist_or_refuses_is_a_sentence(bucket):
-    with pytest.raises(UserError, match="there is no bucket gs://elsewhere; correct the name, or create it"):
-        as_path("gs://elsewhere/run")
-    with bucket.refusing("GET"), pytest.raises(UserError, match="cannot be read .*nobody@x does not have .*; log in"):
-        as_path(f"{bucket.url}/run")
-    path = as_path(f"{bucket.url}/run")
-    with bucket.refusing("GET"), pytest.raises(OSError, match="nobody@x does not have"):
-        read_bytes(path)
-    with bucket.refusing("POST"), pytest.raises(UserError, match=r"gs://bucket/run cannot be written \(.*nobody@x"):
-        replace_file(path, "a")
-
-
-def test_files_that_grow_are_uploaded_when_it_is_asked_for_or_time(bucket, tmp_path):
-    for folder in (tmp_path, as_path(f"{bucket.url}/growing")):
-        files = GrowingFiles(folder)
-        file = (files.path / "log").open("a")
-        for line, after in (("1\n", 0.0), ("2\n", 60.0)):
-            file.write(line)
-            file.flush()
-            files.upload(after=after)
-        assert read_bytes(folder / "log") == (b"1\n" if in_bucket(folder) else b"1\n2\n")
-        file.close()
-        files.close()
-        assert read_bytes(folder / "log") == b"1\n2\n"
-        assert files.path.exists() != in_bucket(folder)
+def test_compiled_programs_are_kept_only_where_a_folder_can_be_made(home, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    chosen = {}
+    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+    (home / "file").write_text("")
+    monkeypatch.setenv("HOME", str(home / "file"))
+    app._keep_compiled_programs()
+    assert not chosen
+    monkeypatch.setenv("HOME", str(home))
+    app._keep_compiled_programs()
+    assert chosen["jax_compilation_cache_dir"] == str(home / ".cache" / "maskrcnn_jax" / "xla")

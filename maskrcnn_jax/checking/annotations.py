@@ -33,7 +33,8 @@ def check_before_training(options: Options, index: CocoDataset) -> None:
     Raises:
         UserError: an error that the reader does not notice.
     """
-    stop_or_warn(check_index(index, Anchors.from_options(options)), options.data.train_split)
+    most = options.model.box_detections_per_img
+    stop_or_warn(check_index(index, Anchors.from_options(options), max_detections=most), options.data.train_split)
 
 
 def stop_or_warn(findings: Sequence[Finding], split: str) -> None:
@@ -50,13 +51,21 @@ def stop_or_warn(findings: Sequence[Finding], split: str) -> None:
         _log.warning("%s: %s%s", split, finding.sentence, such)
 
 
-def check_index(index: CocoDataset, anchors: Anchors | None = None, *, evaluated: bool = False) -> list[Finding]:
+def check_index(
+    index: CocoDataset,
+    anchors: Anchors | None = None,
+    *,
+    max_detections: int | None = None,
+    evaluated: bool | None = False,
+) -> list[Finding]:
     """Check the annotations of a split.
 
     Args:
         index: of the split.
         anchors: of the model; without them, the sizes of objects are not checked.
-        evaluated: the split is used for evaluation: few objects are not a problem there, but repeated ids are.
+        max_detections: detections of an image that the model makes; without it, numbers of objects are not checked.
+        evaluated: whether the split is used for evaluation: few objects are not a problem there, but repeated ids are.
+            None if that is not known, as of a single file.
 
     Returns:
         Findings, with rows of the index.
@@ -67,6 +76,7 @@ def check_index(index: CocoDataset, anchors: Anchors | None = None, *, evaluated
         *_same_annotations(index),
         *_polygons(index),
         *(check_anchors(index, anchors) if anchors else ()),
+        *_numbers_of_objects(index, max_detections),
         *_shares(index),
         *_categories(index, evaluated),
     ]
@@ -102,14 +112,14 @@ def _same_files(index: CocoDataset) -> list[Finding]:
     return images_finding(index, Kind.SAME_FILE, np.setdiff1d(rows, list(first.values())))
 
 
-def _annotation_ids(index: CocoDataset, evaluated: bool) -> list[Finding]:
+def _annotation_ids(index: CocoDataset, evaluated: bool | None) -> list[Finding]:
     first = np.unique(index.annotation_ids, return_index=True)[1]
     later = np.setdiff1d(np.arange(len(index.annotation_ids)), first)
     repeated = annotations_finding(index, Kind.SAME_ID, later)
-    if not evaluated:
+    if evaluated is False:
         return repeated
     zero = annotations_finding(index, Kind.ZERO_ID, np.flatnonzero(index.annotation_ids == 0))
-    return [replace(f, is_error=f.kind.severity.is_error(evaluated=True)) for f in repeated + zero]
+    return [replace(f, is_error=f.kind.severity.is_error(evaluated=bool(evaluated))) for f in repeated + zero]
 
 
 def _same_annotations(index: CocoDataset) -> list[Finding]:
@@ -142,7 +152,17 @@ def _polygons(index: CocoDataset) -> list[Finding]:
     ]
 
 
+def _numbers_of_objects(index: CocoDataset, max_detections: int | None) -> list[Finding]:
+    if max_detections is None:
+        return []
+    numbers = index.num_objects
+    rows = np.flatnonzero(numbers > max_detections)
+    return images_finding(index, Kind.MANY_OBJECTS, rows, limit=max_detections, most=numbers.max(initial=0))
+
+
 def _shares(index: CocoDataset) -> list[Finding]:
+    if index.iscrowd.all() and len(index.iscrowd):
+        return annotations_finding(index, Kind.ONLY_CROWDS, np.arange(len(index.iscrowd)))
     crowds, empty = np.flatnonzero(index.crowd), np.flatnonzero(index.num_objects == 0)
     found = []
     if len(crowds) > _MANY_CROWDS * len(index.crowd):
@@ -152,7 +172,7 @@ def _shares(index: CocoDataset) -> list[Finding]:
     return found
 
 
-def _categories(index: CocoDataset, evaluated: bool) -> list[Finding]:
+def _categories(index: CocoDataset, evaluated: bool | None) -> list[Finding]:
     found = []
     twice = [name for name, count in Counter(index.categories.names).items() if count > 1]
     if twice:

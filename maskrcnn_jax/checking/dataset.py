@@ -1,7 +1,8 @@
 """Check a dataset in COCO's format: annotations, image files, and what two splits have in common."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from maskrcnn_jax.checking.annotations import check_index, objects_per_category
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, listed, name_examples
 from maskrcnn_jax.checking.images import ImageFacts, check_images, read_images
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name
-from maskrcnn_jax.data.dataset import locate, read_dataset
+from maskrcnn_jax.data.dataset import locate, read_dataset, without_excluded
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Collector, Finding, Kind
+from maskrcnn_jax.data.images import IMAGE_SUFFIXES
+from maskrcnn_jax.data.layouts import find_layout, match_split
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path, file_names
-
-_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 Progress = Callable[[Iterable, int, str], Iterable]  # wraps an iterable, given its length and a description
 
@@ -57,7 +58,7 @@ def check_dataset(
     """Check a dataset for training and evaluation, or a single annotation file.
 
     Args:
-        dataset: folder in COCO's layout, or an annotation file.
+        dataset: folder in a layout of COCO's format, or an annotation file.
         options: of the training that it is for.
         image_dir: folder of the images of an annotation file.
         open_images: also read the images; otherwise only look whether their files exist.
@@ -74,15 +75,19 @@ def check_dataset(
         if not image_dir or not as_path(image_dir).is_dir():
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
         path = as_path(dataset)
-        return [check_split(path.stem, path, as_path(image_dir), options, **how)]
+        return with_unlisted_files([check_split(path.stem, path, as_path(image_dir), options, evaluated=None, **how)])
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
+    if options.data.val_share or options.data.split_file:  # evaluated on some of these images
+        return [training]
     name = options.data.eval_split
-    if not any((as_path(dataset) / part).exists() for part in (name, annotations_name(name))):
+    layout = find_layout(as_path(dataset))
+    is_there = layout is not None and match_split(name, list(layout.splits)) is not None
+    if not is_there and not any((as_path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)
-        return [replace(training, findings=[*training.findings, missing])]
+        return with_unlisted_files([replace(training, findings=[*training.findings, missing])])
     evaluated = check_split(name, *locate(dataset, name), options, evaluated=True, **how)
-    return list(compare_splits(training, evaluated))
+    return with_unlisted_files(compare_splits(training, evaluated))
 
 
 def check_split(
@@ -91,7 +96,7 @@ def check_split(
     image_dir: Path,
     options: Options,
     *,
-    evaluated: bool = False,
+    evaluated: bool | None = False,
     open_images: bool = True,
     progress: Progress = no_progress,
 ) -> Split:
@@ -102,7 +107,7 @@ def check_split(
         json_path: the annotations.
         image_dir: the folder of the images.
         options: of the training that they are for.
-        evaluated: the split is used for evaluation.
+        evaluated: whether the split is used for evaluation; None if that is not known.
         open_images: also read the images; otherwise only look whether their files exist.
         progress: wraps the iteration over the images.
     """
@@ -114,14 +119,15 @@ def check_split(
             contiguous_labels=options.data.contiguous_labels,
             keep_unlisted=options.data.ignore_regions,
             report=collector,
-        ).without_flat()
+        )
+        data = without_excluded(data, options.data).without_flat()
     except UserError as error:
         findings = [*_judge(collector.findings(), options), Kind.UNREADABLE.finding(error=error)]
         return Split(name, json_path, image_dir, None, name_examples(json_path, findings))
     found = _judge(collector.findings(), options)
     found += [kind.finding(places) for kind, places in data.problem_places.items()]
-    found += _unlisted_files(data, image_dir)
-    by_row = check_index(data, Anchors.from_options(options), evaluated=evaluated)
+    most = options.model.box_detections_per_img
+    by_row = check_index(data, Anchors.from_options(options), max_detections=most, evaluated=evaluated)
     pixels: dict[bytes, int] = {}
     if open_images:
         images = np.setdiff1d(np.arange(len(data)), data.missing)
@@ -189,10 +195,22 @@ def _errors_first(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.is_error)
 
 
-def _unlisted_files(data: CocoDataset, image_dir: Path) -> list[Finding]:
-    known = set(data.file_names.tolist())
-    names = sorted(file_names(image_dir) - known)
-    names = [name for name in names if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
+def with_unlisted_files(splits: Sequence[Split]) -> list[Split]:
+    """Return splits with findings of the image files that no split with the same folder of images lists."""
+    listed_in: dict[Path, set[str]] = defaultdict(set)
+    for split in splits:
+        listed_in[split.image_dir.resolve()].update(split.data.file_names.tolist() if split.data is not None else ())
+    return [
+        replace(split, findings=[*split.findings, *_unlisted_files(split.image_dir, listed_in)])
+        if split.data is not None
+        else split
+        for split in splits
+    ]
+
+
+def _unlisted_files(image_dir: Path, listed_in: dict[Path, set[str]]) -> list[Finding]:
+    names = sorted(file_names(image_dir) - listed_in[image_dir.resolve()])
+    names = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not names:
         return []
     return [Kind.NOT_LISTED.finding(count=len(names), examples=names[:NUM_EXAMPLES], folder=image_dir)]

@@ -1,13 +1,9 @@
 """The findings of a dataset check as one HTML page, with pictures of examples."""
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
-from pycocotools import mask as coco_mask
 
 from maskrcnn_jax import page
 from maskrcnn_jax.checking.annotations import objects_per_category
@@ -16,8 +12,10 @@ from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import Finding
+from maskrcnn_jax.data.image_headers import image_size
 from maskrcnn_jax.data.images import decode_image
-from maskrcnn_jax.inference.draw import draw_instances
+from maskrcnn_jax.data.transforms import shrink_mask
+from maskrcnn_jax.inference.draw import draw_instances, shrink
 from maskrcnn_jax.paths import read_bytes
 
 _SIDE = 340  # pixels of a picture's longer side; three fit beside each other
@@ -122,7 +120,7 @@ def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.
     if place is not None:
         rows = rows[index.places[rows] == place]
     scale = min(1, _SIDE / max(pixels.shape[:2]))
-    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+    small = shrink(pixels, _SIDE)
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
     if place is None:
         names = [_category(index, row) for row in rows.tolist()]
@@ -130,21 +128,14 @@ def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.
         boxes = _box_as_given(entry)
         names = [f"annotation {short(entry.get('id'))}"][: len(boxes)]
     if pixels.shape[:2] == tuple(index.sizes[image].tolist()) and len(rows) and index.has_mask[rows].all():
-        masks = [_mask(index, row, pixels.shape[:2], small.shape[:2]) for row in rows.tolist()]
+        size = pixels.shape[:2]
+        masks = [shrink_mask(index.crop(row, *size), size, small.shape[:2]) for row in rows.tolist()]
     boxes = np.clip(boxes * scale, -1, max(small.shape[:2]) + 1)
     return draw_instances(small, boxes, [plain(name) for name in names], masks=masks, min_side=_SIDE)
 
 
 def _category(index: CocoDataset, row: int) -> str:
     return index.categories.name(index.labels[row]) if index.labels[row] else "not listed"
-
-
-def _mask(index: CocoDataset, row: int, size: tuple[int, ...], drawn: tuple[int, ...]) -> np.ndarray:
-    mask = np.zeros(size, np.uint8)
-    height, width = size
-    part = coco_mask.decode(index.rle(row, height, width))  # covers the upper left corner of the image
-    mask[: part.shape[0], : part.shape[1]] = part
-    return cv2.resize(mask, drawn[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
 
 
 def _box_as_given(entry: dict) -> np.ndarray:
@@ -161,11 +152,9 @@ def _read(path: Path) -> np.ndarray | None:
     """Read an image; None if it cannot be read or is too large to be shown."""
     try:
         data = read_bytes(path)
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.width * opened.height > _MAX_PIXELS:
-                return None
-        return decode_image(data)
-    except Exception:  # Pillow raises many kinds of errors for broken files
+        height, width = image_size(data) or (0, 0)
+        return decode_image(data) if height * width <= _MAX_PIXELS else None
+    except (OSError, ValueError):  # a UserError is a ValueError
         return None
 
 

@@ -11,6 +11,7 @@ from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Finding, Kind
 from maskrcnn_jax.data.json_stream import stream_json
+from maskrcnn_jax.data.numbers import number
 from maskrcnn_jax.errors import UserError
 
 NUM_EXAMPLES = 3  # of each finding
@@ -79,7 +80,7 @@ def name_examples(json_path: Path, findings: list[Finding]) -> list[Finding]:
             return f"entry {place} of {section}"
         if section == IMAGES:
             return short(entry.get("file_name", f"image {short(entry.get('id'))}"))
-        image = short(entry.get("image_id"))
+        image = short(number(entry.get("image_id")))
         box = f", bbox {short(str(entry['bbox']))}" if _is_box(entry.get("bbox")) else ""
         return f"{short(names.get(image, f'image {image}'))}, annotation {short(entry.get('id'))}{box}"
 
@@ -118,12 +119,12 @@ def read_entries(json_path: Path, wanted: dict[str, set[int]]) -> dict[str, dict
 
 def _image_names(json_path: Path, image_ids: list) -> dict[str, str]:
     """Return the file names of images by their id as text, because malformed entries may have ids of any type."""
-    wanted = {short(image_id) for image_id in image_ids}
+    wanted = {short(number(image_id)) for image_id in image_ids}
     names: dict[str, str] = {}
 
     def keep(entry: object) -> None:
-        if isinstance(entry, dict) and short(entry.get("id")) in wanted:
-            names.setdefault(short(entry.get("id")), entry.get("file_name", ""))
+        if isinstance(entry, dict) and (image_id := short(number(entry.get("id")))) in wanted:
+            names.setdefault(image_id, entry.get("file_name", ""))
 
     stream_json(json_path, {IMAGES: keep})
     return names

@@ -18,7 +18,8 @@ from maskrcnn_jax.data.formats import overlaps
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.paths import read_bytes
 
-_FORMS = (Kind.TURNED, Kind.GREY, Kind.CMYK, Kind.DEEP, Kind.ALPHA)  # which are read, but perhaps not as expected
+# Which are read, but perhaps not as expected.
+_FORMS = (Kind.TURNED, Kind.GREY, Kind.CMYK, Kind.DEEP, Kind.ALPHA, Kind.FRAMES)
 _ORIENTATION = 0x0112  # in EXIF
 
 
@@ -124,6 +125,9 @@ def _forms(opened: ImageFile.ImageFile, channels: int) -> set[Kind]:
         forms.add(Kind.DEEP)
     if opened.mode in ("LA", "PA", "RGBA", "RGBa") and channels == 3:
         forms.add(Kind.ALPHA)
+    # Photographs in MPO have previews and depth beside them.
+    if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
+        forms.add(Kind.FRAMES)
     return forms
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from maskrcnn_jax.checking.dataset import Progress, Split, check_split, no_progress
+from maskrcnn_jax.checking.dataset import Progress, Split, check_split, no_progress, with_unlisted_files
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.dataset import find_alike
 from maskrcnn_jax.data.entries import polygon_problem, short
 from maskrcnn_jax.data.findings import ANNOTATIONS, CATEGORIES, IMAGES, Kind, Mend
 from maskrcnn_jax.data.json_stream import stream_json
+from maskrcnn_jax.data.numbers import number, plain
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path, file_names
@@ -59,7 +60,7 @@ def fix_dataset(
         split = check_split(output.stem, output, split.image_dir, options, open_images=open_images, progress=progress)
         if not split.num_errors:
             break
-    return split, changes
+    return with_unlisted_files([split, *splits[1:]])[0], changes
 
 
 def mend(split: Split, output: Path) -> Changes:
@@ -84,7 +85,7 @@ def mend(split: Split, output: Path) -> Changes:
         places = iter(range(2**62))
 
         def handle(entry: object) -> None:
-            entry = change(next(places), entry)
+            entry = change(next(places), plain(entry))
             if entry is not None:
                 kept[section].append(json.dumps(entry))
 
@@ -132,7 +133,8 @@ class _Mender:
         first = {name: image_id for image_id, name in reversed(self._names.items())}
         self._merged = {image_id: first[name] for image_id, name in self._names.items() if first[name] != image_id}
         self._shift = data.category_shift
-        self._next_id = _largest_id(split.json_path) + 1 if Mend.NEW_ID in self._everywhere else 0
+        renumbers = Mend.NEW_ID in self._everywhere or (data.annotation_ids == 0).any()
+        self._next_id = _largest_id(split.json_path) + 1 if renumbers else 0
 
     def image(self, place: int, entry: dict) -> dict | None:
         if self._is_dropped(IMAGES, place, entry):
@@ -162,7 +164,15 @@ class _Mender:
         name = f"{self._names[entry['image_id']]}, annotation {entry['id']}"
         self._mend_ids(place, entry, name)
         self._mend_polygons(place, entry, name, size)
-        return entry if self._mend_box(place, entry, name, size) else None
+        if Mend.NOT_CROWD in self._everywhere:
+            self._note(Mend.NOT_CROWD, name)
+            entry["iscrowd"] = 0
+        if not self._mend_box(place, entry, name, size):
+            return None
+        if self._kind(ANNOTATIONS, Mend.AREA_FROM_MASK, place):
+            self._note(Mend.AREA_FROM_MASK, name)
+            entry["area"] = _area(entry.get("segmentation"), entry.get("bbox"), size)
+        return entry
 
     def _mend_ids(self, place: int, entry: dict, name: str) -> None:
         if entry["image_id"] in self._merged:
@@ -171,7 +181,8 @@ class _Mender:
         if self._shift:
             self._note(f"{Mend.SHIFT_CATEGORY} by {self._shift:+d}", name)
             entry["category_id"] += self._shift
-        if self._kind(ANNOTATIONS, Mend.NEW_ID, place):
+        # No copy keeps an id of 0, which is a problem only where the split is evaluated.
+        if entry["id"] == 0 or self._kind(ANNOTATIONS, Mend.NEW_ID, place):
             self._note(Mend.NEW_ID, f"{name} is now {self._next_id}")
             entry["id"] = self._next_id
             self._next_id += 1
@@ -255,7 +266,7 @@ def _largest_id(path: Path) -> int:
     ids = [0]
 
     def see(entry: object) -> None:
-        value = entry.get("id") if isinstance(entry, dict) else None
+        value = number(entry.get("id")) if isinstance(entry, dict) else None
         ids[0] = max(ids[0], value) if isinstance(value, int) else ids[0]
 
     stream_json(path, {ANNOTATIONS: see})
@@ -271,6 +282,15 @@ def _clipped(corners: list[float], size: list[int]) -> list[float] | None:
     height, width = size
     x1, y1, x2, y2 = np.clip(corners, 0, [width, height, width, height]).tolist()
     return [x1, y1, x2 - x1, y2 - y1] if x2 > x1 and y2 > y1 else None
+
+
+def _area(segmentation: dict | list | None, box: list[float] | None, size: list[int]) -> float:
+    """Return the area of a mask in pixels, or of the box where there is no mask."""
+    if segmentation:
+        packed = isinstance(segmentation, dict) and isinstance(segmentation["counts"], str)
+        rle = segmentation if packed else coco_mask.frPyObjects(segmentation, *size)
+        return float(coco_mask.area(coco_mask.merge(rle) if isinstance(rle, list) else rle))
+    return box[2] * box[3] if box else 0.0
 
 
 def _box_around(segmentation: dict | list | None, size: list[int]) -> list[float] | None:

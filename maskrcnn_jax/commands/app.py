@@ -1,7 +1,9 @@
 """What the commands share: options, logging, errors in one sentence, and the model that the user names."""
 
 import argparse
+import contextlib
 import difflib
+import io
 import logging
 import os
 import re
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 import maskrcnn_jax as mr
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import as_path
+from maskrcnn_jax.paths import as_path, cache_dir, expand
 
 if TYPE_CHECKING:
     from maskrcnn_jax.inference.predictor import Predictor
@@ -31,6 +33,7 @@ def run_command(command: ModuleType, arguments: Sequence[str] | None = None, *, 
         arguments: Its command line. Defaults to that of this process.
         name: What the user types to call it. Defaults to the name of the script.
     """
+    _print_any_text()
     try:
         options = parse(command, sys.argv[1:] if arguments is None else arguments, name)
     except UserError as error:
@@ -47,6 +50,13 @@ def run_command(command: ModuleType, arguments: Sequence[str] | None = None, *, 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(1)
+
+
+def _print_any_text() -> None:
+    """Escape letters that the terminal cannot show, such as of a file name, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # otherwise somebody has replaced it
+            stream.reconfigure(errors="backslashreplace")
 
 
 _OVERRIDE = re.compile(r"--(no)?config\.")  # such as --config.optim.lr=1e-4
@@ -75,6 +85,9 @@ def parse(command: ModuleType, arguments: Sequence[str], name: str | None = None
         if option.startswith("--") and not _OVERRIDE.match(option) and option not in known:
             raise UserError(f"there is no option {option}; {_hint(option, known, parser)}")
     options, overrides = parser.parse_known_args(arguments)
+    for name, value in vars(options).items():
+        if isinstance(value, str):
+            setattr(options, name, expand(value))
     if isinstance(getattr(options, "config", None), str):
         options.config = mr.load_config(options.config)
     unexpected = [argument for argument in overrides if not _OVERRIDE.match(argument)]
@@ -232,9 +245,13 @@ def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a folder for them."""
+    """Keep compiled programs between runs, unless the user has chosen a folder for them or cannot write at home."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "maskrcnn_jax" / "xla"))
+    folder = cache_dir()
+    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError):
+        (folder / "xla").mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,11 +1,12 @@
-"""Check a dataset in COCO's format before training on it.
+"""Check a dataset before training on it.
 
     maskrcnn-jax check DIR [--config=r50_fpn] [--report=check.html] [--fix=cleaned.json]
     maskrcnn-jax check FILE.json --images=DIR
 
-DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json; --train_split and --val_split name other
-splits. Lists errors (training would stop, or learn something wrong) and warnings, and exits with status 1 if there are
-errors. --fix writes a cleaned copy of the annotations of the training split, or of FILE.
+DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json, or another layout that convert knows;
+--train_split and --val_split name other splits. Lists errors (training would stop, or learn something wrong) and
+warnings, and exits with status 1 if there are errors. --fix writes a cleaned copy of the annotations of the training
+split, or of FILE.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from maskrcnn_jax.checking.dataset import Split, check_dataset
 from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
 from maskrcnn_jax.checking.mend import fix_dataset
 from maskrcnn_jax.config import default_config, to_options
+from maskrcnn_jax.converting.convert import in_coco_format
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path
 
 
@@ -63,10 +66,18 @@ def main(options: argparse.Namespace) -> None:
     data.train_split = options.train_split or data.train_split
     data.eval_split = options.val_split or data.eval_split
     config, how = to_options(options.config), {"open_images": options.open_images, "progress": _progress}
-    splits = check_dataset(options.dataset or data.coco_dir, config, image_dir=options.images, **how)
-    _print_findings(splits)
-    if options.report:
-        write_report(as_path(options.report), splits)
+    dataset = options.dataset or config.data.coco_dir
+    with in_coco_format(dataset) as folder:
+        if options.fix and folder != as_path(dataset):
+            raise UserError(
+                f"--fix mends annotations in COCO's format; run maskrcnn-jax convert {dataset} OUT and check OUT"
+            )
+        splits = check_dataset(
+            dataset if folder == as_path(dataset) else folder, config, image_dir=options.images, **how
+        )
+        _print_findings(splits)
+        if options.report:
+            write_report(as_path(options.report), splits)
     if options.fix:
         cleaned, changes = fix_dataset(splits, options.fix, config, **how)
         print(plain(f"The cleaned copy {options.fix}:"))

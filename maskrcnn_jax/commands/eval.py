@@ -22,6 +22,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dataset.add_argument("--tfds_dir", metavar="DIR", help="likewise, a folder that build-tfds wrote")
     parser.add_argument("--split", help="of the dataset; data.eval_split of the config if not given")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="evaluate only the first N images")
+    parser.add_argument(
+        "--max_detections",
+        type=at_least(1),
+        metavar="N",
+        help="detections of an image instead of model.box_detections_per_img; above 100, all metrics count as many",
+    )
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")
     add_process_options(parser)
@@ -31,7 +37,7 @@ def main(options: argparse.Namespace) -> None:
     """Evaluate."""
     if options.weights and not options.output:
         raise UserError("--weights needs --output, a folder for the results")
-    from maskrcnn_jax.api import evaluation_options
+    from maskrcnn_jax.api import evaluation_options, with_options
     from maskrcnn_jax.distributed import is_first
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
@@ -46,9 +52,10 @@ def main(options: argparse.Namespace) -> None:
         tfds_dir=options.tfds_dir,
         split=options.split,
         limit=options.limit,
+        max_detections=options.max_detections,
     )
     evaluator = Evaluator(chosen, model.categories)
-    evaluation = evaluator(model.network)
+    evaluation = evaluator(with_options(model.network, chosen.model))
     output = as_path(options.output or options.workdir)
     make_folder(output)
     evaluator.write(output, evaluation)
@@ -64,4 +71,5 @@ def main(options: argparse.Namespace) -> None:
             title=f"{options.workdir or options.weights} on {chosen.data.eval_split}",
             draw=lambda image_id: evaluator.draw_image(image_id, evaluation.results),
             training=as_path(options.workdir) / "metrics.jsonl" if options.workdir else None,
+            max_detections=chosen.model.box_detections_per_img,
         )

@@ -1,5 +1,6 @@
 """Reads the JSON of a COCO-format dataset and checks that it is consistent."""
 
+import logging
 from array import array
 from pathlib import Path
 
@@ -11,8 +12,13 @@ from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import NO_NAME, Annotations, Images, malformed, read_sections, short, to_numpy
 from maskrcnn_jax.data.findings import Finding, Kind, Report, stop
 from maskrcnn_jax.data.formats import polygon_bounds
+from maskrcnn_jax.data.numbers import plain
 from maskrcnn_jax.data.run_lengths import num_pixels
 from maskrcnn_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_NO_SUPERCATEGORY = (None, "", "none")
 
 
 def read_annotations(
@@ -40,7 +46,8 @@ def read_annotations(
         UserError: broken JSON, a missing or empty section; and what ``report`` raises.
     """
     images, annotations = Images(path, report), Annotations(path, report)
-    category_ids, category_names = _categories(path, read_sections(path, images, annotations), report)
+    names = _categories(path, read_sections(path, images, annotations), report, set(annotations.category_ids))
+    category_ids, category_names = list(names), list(names.values())
     if not images.file_names:
         raise UserError(f"{path} lists no images; at least one is needed")
     first = _first_of_each(path, images, report)
@@ -114,14 +121,16 @@ def _corners(
     return boxes, is_finite
 
 
-def _categories(path: Path, entries: object, report: Report) -> tuple[list[int], list[str]]:
+def _categories(path: Path, entries: object, report: Report, used: set[int]) -> dict[int, str]:
+    """Return the names of the categories by id, without those that are only the heading of others."""
     names: dict[int, str] = {}
+    above: dict[int, object] = {}  # supercategory by id
     twice: dict[int, int] = {}
 
     def report_malformed(reason: str) -> None:
         report(malformed(path, Kind.MALFORMED_CATEGORY, place, entry, ValueError(reason)))
 
-    for place, entry in enumerate(entries if isinstance(entries, list) else ()):
+    for place, entry in enumerate(map(plain, entries) if isinstance(entries, list) else ()):
         known = isinstance(entry, dict)
         if not known or not isinstance(entry.get("id"), int) or not isinstance(entry.get("name"), str | int | float):
             report_malformed("id and name are needed")
@@ -133,11 +142,25 @@ def _categories(path: Path, entries: object, report: Report) -> tuple[list[int],
             twice[place] = entry["id"]
         else:
             names[entry["id"]] = str(entry["name"])
+            above[entry["id"]] = entry.get("supercategory")
     if twice:
         report(_twice(path, Kind.CATEGORY_IDS_TWICE, twice))
     if not names:
         raise UserError(f"{path} lists no categories; at least one is needed")
-    return list(names), list(names.values())
+    for category_id in _headings(names, above) - used:
+        _log.info(
+            "%s: category %s (id %d) is left out, as it has no objects and is the supercategory of others",
+            path,
+            names.pop(category_id),
+            category_id,
+        )
+    return names
+
+
+def _headings(names: dict[int, str], above: dict[int, object]) -> set[int]:
+    """Return the categories that others name as their supercategory, such as Roboflow's with id 0."""
+    tops = {i for i, supercategory in above.items() if supercategory in _NO_SUPERCATEGORY}
+    return {i for i in tops if any(above[other] == names[i] for other in names.keys() - tops)}
 
 
 def _first_of_each(path: Path, images: Images, report: Report) -> np.ndarray:

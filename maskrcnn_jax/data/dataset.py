@@ -1,5 +1,6 @@
 """Opens a dataset: from a folder in COCO's layout, or from the source that the options name."""
 
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -8,13 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from maskrcnn_jax.data.annotations import read_annotations
-from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
+from maskrcnn_jax.data.areas import drop_impossible_areas
+from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes, exclude_categories
+from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.findings import Kind, Report, stop
 from maskrcnn_jax.data.formats import correct_formats
+from maskrcnn_jax.data.held_out import take_part
+from maskrcnn_jax.data.layouts import Files, Layout, describe, find_layout, match_split
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.paths import as_path, file_names
+
+_log = logging.getLogger(__name__)
 
 
 def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
@@ -26,19 +33,44 @@ def load_dataset(data: DataOptions, split: str, *, keep_flat: bool = False) -> C
         keep_flat: as in ``load_coco``.
 
     Returns:
-        The dataset; the same from every source.
+        The dataset; the same from every source. If ``data.split_file`` holds out images of the training split, these
+        are the split for evaluation, and the others the one for training.
 
     Raises:
         UserError: the dataset cannot be used.
     """
+    if data.val_share and not data.split_file:
+        raise UserError(
+            f"data.val_share is {data.val_share}, but not which images are held out; give the workdir of the "
+            "training, or set data.split_file to its split.json"
+        )
+    in_parts = bool(data.split_file) and split in (data.train_split, data.eval_split)
+    held_out = in_parts and split != data.train_split
+    dataset = load_whole(data, data.train_split if held_out else split, keep_flat=keep_flat)
+    return take_part(dataset, data.split_file, held_out=held_out) if in_parts else dataset
+
+
+def load_whole(data: DataOptions, split: str, *, keep_flat: bool = False) -> CocoDataset:
+    """Open one split of a dataset as ``load_dataset`` does, with the images that are held out."""
     options = {
         "contiguous_labels": data.contiguous_labels,
         "keep_unlisted": data.ignore_regions,
         "keep_flat": keep_flat,
     }
+    dataset: CocoDataset
     if data.source == "coco":
-        return load_coco(data.coco_dir, split, skip_broken=data.skip_broken, **options)
-    return load_tfds(data.tfds_dir, split, **options)
+        dataset = load_coco(data.coco_dir, split, skip_broken=data.skip_broken, **options)
+    else:
+        dataset = load_tfds(data.tfds_dir, split, **options)
+    return without_excluded(dataset, data)
+
+
+def without_excluded(dataset: CocoDataset, data: DataOptions) -> CocoDataset:
+    """Return a dataset without the categories that the options leave out."""
+    if not data.exclude_categories:
+        return dataset
+    how = {"ignore": data.ignore_regions, "contiguous_labels": data.contiguous_labels}
+    return exclude_categories(dataset, data.exclude_categories, **how)
 
 
 def load_coco(
@@ -50,13 +82,13 @@ def load_coco(
     keep_unlisted: bool = False,
     keep_flat: bool = False,
 ) -> CocoDataset:
-    """Open one split of a dataset in COCO's layout and check it.
+    """Open one split of a dataset in COCO's format and check it.
 
     Boxes are clipped to their image. Annotations that cannot be used (an empty box, a box outside the image, neither
     box nor mask) are dropped; ``problems`` of the result counts them, and one warning reports them.
 
     Args:
-        coco_dir: folder with ``<split>/`` and ``annotations/instances_<split>.json``.
+        coco_dir: folder as for ``locate``.
         split: for example "train2017".
         skip_broken: keep images whose file is missing instead of raising; reading them raises BrokenImageError.
         contiguous_labels: number COCO's categories from 1 to 80 instead of by their ids.
@@ -102,33 +134,53 @@ def read_dataset(
     dataset = read_annotations(
         json_path, image_dir, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted, report=report
     )
-    dataset = correct_formats(dataset, report)
+    dataset = drop_impossible_areas(use_names_on_disk(correct_formats(dataset, report)))
     missing = _find_missing(dataset, report if not skip_broken else lambda finding: None)
     return clip_boxes(replace(dataset, missing=missing), report)
 
 
-def locate(coco_dir: str | os.PathLike, split: str) -> tuple[Path, Path]:
-    """Return the annotation file and the folder of images of a split in COCO's layout.
+def locate(coco_dir: str | os.PathLike, split: str) -> Files:
+    """Find the annotation file and the folder of images of a split, and log in which layout they lie.
+
+    Args:
+        coco_dir: folder in one of the layouts of COCO's format.
+        split: name of the split. Where a standard name such as "val2017" is absent, the split of that role is found.
 
     Raises:
-        UserError: the folder has another layout.
+        UserError: the folder has another layout, or not this split.
     """
-    root = as_path(coco_dir)
-    layout = f"a folder that holds {split}/ (the images) and {annotations_name(split)}"
+    wanted = f"a folder that holds {split}/ (the images) and {annotations_name(split)}, or an export in COCO's format"
     if not os.fspath(coco_dir):
-        raise UserError(f"no dataset was given; set data.coco_dir to {layout}")
-    if not root.is_dir():
-        raise UserError(f"coco_dir {root} is not a folder; set data.coco_dir to {layout}")
-    json_path, image_dir = root / annotations_name(split), root / split
-    absent = [
-        str(path) for path, found in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())) if not found
-    ]
-    if absent:
+        raise UserError(f"no dataset was given; set data.coco_dir to {wanted}")
+    layout = _require_layout(as_path(coco_dir), wanted)
+    name = match_split(split, list(layout.splits))
+    if name is None:
+        names = ", ".join(layout.splits)
         raise UserError(
-            f"coco_dir {root} lacks {' and '.join(absent)}; data.coco_dir must be {layout}, or data.train_split and "
-            "data.eval_split the names of the splits there"
+            f"coco_dir {coco_dir} has no split {split}, but {names}; set data.train_split and data.eval_split to "
+            "names of these, or hold out a share of the training images with data.val_share=0.2"
         )
-    return json_path, image_dir
+    files = layout.splits[name]
+    if not files.image_dir.is_dir():
+        raise UserError(f"coco_dir {coco_dir} lacks {files.image_dir} with the images of {files.json_path}; add them")
+    paths = (path.relative_to(layout.root) for path in files)
+    _log.info("%s is in %s: %s with images in %s, read as %s", coco_dir, layout.name, *paths, split)
+    return files
+
+
+def _require_layout(root: Path, wanted: str) -> Layout:
+    """Return the layout of a folder in COCO's format; raise a UserError for another one."""
+    if not root.is_dir():
+        raise UserError(f"coco_dir {root} is not a folder; set data.coco_dir to {wanted}")
+    layout = find_layout(root)
+    if layout is None:
+        raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
+    if not layout.splits:
+        raise UserError(
+            f"coco_dir {root} is in {layout.name} layout, which has to be converted: run maskrcnn-jax convert {root} "
+            "OUT and set data.coco_dir=OUT"
+        )
+    return layout
 
 
 def _find_missing(dataset: CocoDataset, report: Report) -> np.ndarray:

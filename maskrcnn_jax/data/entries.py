@@ -1,7 +1,8 @@
 """Decodes the entries of an annotation file into flat arrays, in the order of the file.
 
 msgspec decodes the entries in batches, so that COCO's training annotations take seconds and less than a gigabyte.
-Entries that msgspec refuses, such as those with the NaN that Python writes, are read by the slower ``json``.
+Entries that msgspec refuses, such as those with the NaN that Python writes, are read by the slower ``json``; what
+other tools write in place of numbers is then converted (``numbers``).
 """
 
 import math
@@ -19,6 +20,7 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.findings import Finding, Kind, Report
 from maskrcnn_jax.data.json_stream import stream_json
+from maskrcnn_jax.data.numbers import number, plain
 from maskrcnn_jax.data.run_lengths import is_well_formed
 from maskrcnn_jax.errors import UserError
 
@@ -42,12 +44,14 @@ class _Image(msgspec.Struct, gc=False):
 
     def __post_init__(self):
         if self.height < 1 or self.width < 1 or self.height * self.width > _MOST_PIXELS:
-            raise ValueError(f"size {self.height}x{self.width}")
+            raise ValueError(
+                f"size {self.height}x{self.width} (height x width), where 1 to {_MOST_PIXELS:,} pixels can be decoded"
+            )
         if not 0 < len(self.file_name) <= _LONGEST_NAME or NO_NAME.search(self.file_name):
             raise ValueError(f"file_name {short(self.file_name)}")
 
 
-class _RunLengths(msgspec.Struct, gc=False):
+class RunLengths(msgspec.Struct, gc=False):
     """A run-length mask, whose ``counts`` are compressed as soon as they are read."""
 
     size: tuple[int, int]  # height, width
@@ -67,7 +71,7 @@ class _RunLengths(msgspec.Struct, gc=False):
         self.counts = packed  # type: ignore[assignment]  # msgspec would decode the annotation bytes as base64
 
 
-_Mask: TypeAlias = list[list[float]] | _RunLengths | None
+_Mask: TypeAlias = list[list[float]] | RunLengths | None
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -113,13 +117,19 @@ class _Section(Generic[_Entry]):
     def extend(self, text: bytes) -> bool:
         """Collect the entries of a JSON list, unless msgspec refuses one; return whether they were collected."""
         try:
-            entries = self.decoder.decode(text)
+            entries = self.decode(text)
             self.check(entries)
         except (ValueError, RecursionError):  # msgspec's errors are ValueErrors, too
             return False
         self.pack(range(self.num_seen, self.num_seen + len(entries)), entries)
         self.num_seen += len(entries)
         return True
+
+    def decode(self, text: bytes) -> Sequence[_Entry]:
+        try:
+            return self.decoder.decode(text)
+        except ValueError:  # numbers in another form make this several times as slow
+            return [self.convert(entry) for entry in msgspec.json.decode(text)]
 
     def add(self, entry: object) -> None:
         """Collect an entry that ``json`` has decoded, or report that it is malformed."""
@@ -134,7 +144,10 @@ class _Section(Generic[_Entry]):
             self.pack([place], [converted])
 
     def convert(self, entry: object) -> _Entry:
-        return msgspec.convert(entry, self.type)
+        try:
+            return msgspec.convert(entry, self.type)
+        except ValueError:
+            return msgspec.convert(plain(entry), self.type)
 
     def check(self, entries: Sequence[_Entry]) -> None:
         """Raise ValueError where values are wrong though their types are right."""
@@ -160,7 +173,10 @@ class Images(_Section[_Image]):
 
 
 class Annotations(_Section[_Annotation]):
-    """The annotations; num_parts is -1 without a usable mask, numbers of boxes and areas NaN where there are none."""
+    """The annotations; num_parts is -1 without a usable mask, numbers of boxes and areas NaN where there are none.
+
+    Areas that are no numbers are infinite, for ``areas`` to find.
+    """
 
     malformed, type = Kind.MALFORMED_ANNOTATION, _Annotation
 
@@ -200,13 +216,13 @@ class Annotations(_Section[_Annotation]):
         _extend(self.iscrowd, [bool(entry.iscrowd) for entry in entries])
         _extend(self.boxes, [number for entry in entries for number in entry.bbox or _NO_BOX])
         areas = [entry.area for entry in entries]
-        _extend(self.areas, [area if type(area) is float else _area(area) for area in areas])
+        _extend(self.areas, [area if type(area) is float and area == area else _area(area) for area in areas])
         _extend(self.num_parts, [-1 if not mask else len(mask) if type(mask) is list else 0 for mask in masks])
         self.coordinates.extend(numbers)
         _extend(self.part_lengths, lengths)
-        for mask in [mask for mask in masks if type(mask) is _RunLengths]:
+        for mask in [mask for mask in masks if type(mask) is RunLengths]:
             self.rle_sizes.extend(mask.size)
-            self.rle_counts += mask.counts  # type: ignore[arg-type]  # bytes, see _RunLengths
+            self.rle_counts += mask.counts  # type: ignore[arg-type]  # bytes, see RunLengths
             self.rle_offsets.append(len(self.rle_counts))
 
     def _drop_polygons(self, place: int, mask: _Mask) -> _Mask:
@@ -295,10 +311,14 @@ class _NestingError(ValueError):
 
 
 def _area(value: object) -> float:
-    try:
-        return float(value) if isinstance(value, (int, float)) else math.nan
-    except OverflowError:
+    """Return an area that is no usual float: NaN for none, infinity for what is no number."""
+    if value is None:
         return math.nan
+    value = number(value)
+    try:
+        return float(value) if isinstance(value, int | float) and value == value else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def malformed(path: Path, kind: Kind, place: int, entry: object, error: Exception) -> Finding:

@@ -49,6 +49,8 @@ class Mend(StrEnum):
     CORNERS_TO_SIZES = "boxes converted from two corners to x, y, width, height"
     BOX_FROM_MASK = "boxes replaced by the box around the mask"  # without a mask, the annotation is dropped
     CLIP_BOX = "boxes clipped to their image"
+    AREA_FROM_MASK = "areas replaced by that of the mask"  # without a mask, by that of the box
+    NOT_CROWD = "crowds turned into single objects (iscrowd 0)"
 
 
 @unique
@@ -159,7 +161,8 @@ class Kind(StrEnum):
         "correct the boxes, or their objects are learned as background")
     FLAT_BOX = (
         "boxes without area (dropped)", ANNOTATIONS, Severity.WARNING, Mend.BOX_FROM_MASK,
-        "{count:annotation is|annotations are} dropped because the width or height of the box is not positive",
+        "{count:annotation is|annotations are} dropped because the width or height of the box is not positive, or too "
+        "small for numbers of 32 bits",
         "correct the boxes, or their objects are learned as background")
     OUTSIDE_BOX = (
         "boxes outside their image (dropped)", ANNOTATIONS, Severity.WARNING, Mend.BOX_FROM_MASK,
@@ -177,6 +180,12 @@ class Kind(StrEnum):
         "objects of unlisted categories (ignored)", ANNOTATIONS, Severity.WARNING, None,
         "{count:object of an unlisted category is|objects of unlisted categories are} ignored",
         "list these categories if they are to be learned")
+
+    WRONG_AREA = (
+        "areas that cannot be right (recomputed)", ANNOTATIONS, Severity.WARNING, Mend.AREA_FROM_MASK,
+        "{count:annotation has an area|annotations have areas} that cannot be right (not a positive number of pixels, "
+        "or far from the mask), so evaluation takes that of the mask, or of the box where there is none",
+        "write the area of the mask in pixels")
 
     # The reader does not notice: annotations and categories.
     SAME_FILE = (
@@ -217,6 +226,15 @@ class Kind(StrEnum):
         "many crowds", ANNOTATIONS, Severity.WARNING, None,
         "{count} of {total} annotations are crowds (iscrowd 1), which are not learned as objects",
         "set iscrowd to 0 for single objects")
+    ONLY_CROWDS = (
+        "nothing but crowds", ANNOTATIONS, Severity.ERROR, Mend.NOT_CROWD,
+        "{count:annotation is a crowd|annotations are crowds} (iscrowd 1) and there is no other, so no object is "
+        "learned or evaluated; CVAT writes masks that were painted so",
+        "set iscrowd to 0, as the copy does that maskrcnn-jax check --fix=FILE writes")
+    MANY_OBJECTS = (
+        "images with more objects than detections", IMAGES, Severity.WARNING, None,
+        "{count:image has|images have} more than {limit} objects (up to {most}), but only {limit} detections of an "
+        "image are made and count in AP", "set model.box_detections_per_img to the number of objects or more")
     EMPTY = (
         "many images without objects", IMAGES, Severity.WARNING, None,
         "{count:of {total} images has|of {total} images have} no objects, so the whole image is learned as background",
@@ -224,7 +242,7 @@ class Kind(StrEnum):
     UNUSED_CATEGORY = (
         "categories without objects", CATEGORIES, Severity.WARNING, None,
         "{count:of {total} categories has|of {total} categories have} no objects and cannot be learned: {names}",
-        "annotate such objects or remove the categories")
+        "annotate such objects, or leave the categories out with data.exclude_categories")
     RARE_CATEGORY = (
         "categories with few objects", CATEGORIES, Severity.WARNING, None,
         "{count:category has|categories have} few objects ({most} has {num_most}): {names}",
@@ -258,6 +276,14 @@ class Kind(StrEnum):
         "images with an alpha channel", IMAGES, Severity.WARNING, None,
         "{count:of {total} images has|of {total} images have} an alpha channel, which is dropped",
         "remove the channel, or set model.in_channels=4 if it holds data such as depth")
+    FRAMES = (
+        "images of several pages or frames", IMAGES, Severity.WARNING, None,
+        "{count:of {total} images has|of {total} images have} several pages or frames, and the first is read",
+        "save the pages as files of their own if they should be used")
+    OTHER_FORM = (
+        "file names in another form", IMAGES, Severity.WARNING, None,
+        "{count:image file has|image files have} a name in another form than the annotations, which is used: accents "
+        "are composed otherwise, or %20 stands for a space", "write the names alike, for the sake of other programs")
     NOT_LISTED = (
         "unlisted image files", IMAGES, Severity.WARNING, None,
         "{folder} has {count:image file|image files} that the annotation file does not list and training does not use",
@@ -266,7 +292,9 @@ class Kind(StrEnum):
     # Between splits.
     NO_EVALUATION = (
         "no split for evaluation", FILE, Severity.WARNING, None,
-        "{folder} has no split {split}", "add it, or set eval_every=0 to train without evaluation")
+        "{folder} has no split {split}",
+        "add it, hold out a share of the training images with data.val_share=0.2, or set eval_every=0 to train "
+        "without evaluation")
     LEAK = (
         "training images among the evaluation images", IMAGES, Severity.ERROR, Mend.DROP_IMAGE,
         "{count:training image has|training images have} the pixels of an image of {evaluated}, so AP measures "

@@ -48,6 +48,12 @@ def stream_json(
             f"{path} is not valid JSON: {error.msg} at character {error.pos} (line {error.lineno}, column "
             f"{error.colno}) of {len(data.decode())}; it may be cut short, so fetch or write it again"
         ) from None
+    except _TypeError as error:
+        raise UserError(f"{path} has another structure: {error}") from None
+
+
+class _TypeError(Exception):
+    """Valid JSON of another type than is expected; says what is there and what should be."""
 
 
 def _read_utf8(path: Path) -> bytes:
@@ -75,6 +81,7 @@ def _walk_object(
     batch_handlers: Mapping[str, Callable[[bytes], bool]],
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    _check_type(data, 0, "{", f"the file must hold an object with lists such as {', '.join(handlers)}")
     pos = _expect(data, 0, "{")
     while not data.startswith(b"}", pos):
         if values:
@@ -85,6 +92,7 @@ def _walk_object(
         pos = _expect(data, pos, ":")
         if name in handlers:
             values[name] = None
+            _check_type(data, pos, "[", f'make "{name}" a list')
             pos = _walk_list(data, pos, handlers[name], batch_handlers.get(name, _refuse))
         else:
             values[name], pos = _decode(data, pos)
@@ -118,6 +126,23 @@ def _walk_list(data: bytes, pos: int, handle: Callable[[Any], None], handle_batc
         if data.startswith(b"]", pos):
             return pos + 1
         pos = _expect(data, pos, ",")
+
+
+def _check_type(data: bytes, pos: int, character: str, remedy: str) -> None:
+    """Raise _TypeError if the value at a position is whole but does not begin with ``character``.
+
+    Args:
+        data: the text.
+        pos: where the value begins, after optional white space.
+        character: "{" of an object or "[" of a list.
+        remedy: what to do.
+    """
+    pos = _skip_space(data, pos)
+    if pos < len(data) and not data.startswith(character.encode(), pos):
+        value, _ = _decode(data, pos)
+        names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+        found, place = names.get(type(value), "a number"), len(data[:pos].decode(errors="replace"))
+        raise _TypeError(f"expected {character!r} at character {place}, but there is {found}; {remedy}")
 
 
 def _refuse(batch: bytes) -> bool:

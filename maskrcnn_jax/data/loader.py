@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import logging
+import threading
 from collections.abc import Generator
 from typing import overload
 
@@ -27,6 +28,11 @@ from maskrcnn_jax.structures import Batch, GroundTruth
 _log = logging.getLogger(__name__)
 
 _STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
+# Of the canvas that holds the mask of one object, in pixels: COCO's images have no more. Of a larger mask, sampled at
+# so many lines, hardly a target of 28x28 cells changes.
+_MASK_SIDE = 640
+# Objects in an image: more of them, and many times as many as most images have, are worth a warning.
+_MANY_OBJECTS, _MANY_TIMES = 100, 4
 
 
 def buckets_for(options: DataOptions) -> list[tuple[int, int]]:
@@ -45,6 +51,11 @@ def buckets_for(options: DataOptions) -> list[tuple[int, int]]:
     longer = {_round_up(min(options.short_side * 4 / 3, options.long_side)), _round_up(options.long_side)}
     sizes = {size for side in longer for size in ((short, side), (side, short))}
     return sorted(sizes, key=lambda size: (size[0] * size[1], size))
+
+
+def mask_side(options: DataOptions) -> int:
+    """Return the side of the canvas that holds the mask of one object, in pixels of the network input."""
+    return min(_MASK_SIDE, -(-options.long_side // 8) * 8)
 
 
 def padded_size(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
@@ -178,11 +189,12 @@ class _BatchReader:
         return batch
 
     def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
-        objects, side = self.max_objects, self.options.mask_side
+        objects, side = self.max_objects, mask_side(self.options)
         gt = GroundTruth(
             boxes=np.zeros((rows, objects, 4), np.float32),
             labels=np.zeros((rows, objects), np.int32),
             masks=np.zeros((rows, objects, side, side // 8), np.uint8),
+            mask_windows=np.zeros((rows, objects, 4), np.int32),
             mask_sizes=np.ones((rows, 2), np.int32),
             valid=np.zeros((rows, objects), bool),
             has_mask=None if self.index.has_mask.all() else np.zeros((rows, objects), bool),
@@ -208,34 +220,51 @@ class _BatchReader:
         if flip:
             image = transforms.hflip_image(image)
         if batch.gt is not None:
-            self._fill_objects(batch.gt, row, i, size, flip)
+            self._fill_objects(batch.gt, row, i, size, flip, rng)
         batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, options.resize)
         batch.sizes[row] = size
         batch.original_sizes[row] = height, width
         batch.image_index[row] = i
         batch.valid[row] = True
 
-    def _fill_objects(self, gt: GroundTruth, row: int, i: int, size: tuple[int, int], flip: bool) -> None:
-        with_crowd = self.options.ignore_regions
-        objects, masks = self.index.annotations(i, with_crowd), self.index.masks(i, with_crowd)
+    def _fill_objects(
+        self, gt: GroundTruth, row: int, i: int, size: tuple[int, int], flip: bool, rng: np.random.Generator
+    ) -> None:
+        objects = self.index.annotations(i, self.options.ignore_regions)
+        chosen = np.arange(len(objects.ids))
+        if len(chosen) > self.max_objects:
+            chosen = np.sort(rng.choice(chosen, self.max_objects, replace=False))
+        num = len(chosen)
         height, width = map(int, self.index.sizes[i])
-        boxes = objects.boxes
+        boxes = objects.boxes[chosen]
         if flip:
-            boxes, masks = transforms.hflip_boxes(boxes, width), transforms.hflip_masks(masks)
-        num = len(boxes)
+            boxes = transforms.hflip_boxes(boxes, width)
         gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
-        gt.labels[row, :num] = objects.labels
-        gt.masks[row, :num], gt.mask_sizes[row] = transforms.pack_masks(masks, self.options.mask_side)
-        gt.valid[row, :num] = ~objects.crowd
+        gt.labels[row, :num] = objects.labels[chosen]
+        crops = self.index.crops(i, chosen, self.options.ignore_regions)
+        gt.masks[row, :num], gt.mask_windows[row, :num], gt.mask_sizes[row] = transforms.pack_masks(
+            crops, (height, width), size, mask_side(self.options), flip=flip
+        )
+        gt.valid[row, :num] = ~objects.crowd[chosen]
         if gt.has_mask is not None:
-            gt.has_mask[row, :num] = objects.has_mask
+            gt.has_mask[row, :num] = objects.has_mask[chosen]
         if gt.ignored is not None:
-            gt.ignored[row, :num] = objects.crowd
+            gt.ignored[row, :num] = objects.crowd[chosen]
+        # What has no area now overlaps all anchors alike, by nothing, and would be matched to each.
+        gt.valid[row] &= (gt.boxes[row, :, 2:] > gt.boxes[row, :, :2]).all(axis=1)
+
+
+_WARNING = threading.Lock()  # functools.cache alone would let threads warn at the same time
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def _warn(message: str) -> None:
     _log.warning("%s", message)
+
+
+def _warn_once(message: str) -> None:
+    with _WARNING:
+        _warn(message)
 
 
 class Loader:
@@ -351,7 +380,6 @@ def make_loader(
         seed=seed,
     )
     share = batch_size // process_count
-    num_objects = np.diff(index.offsets) if options.ignore_regions else index.num_objects
     read = _BatchReader(
         index=index,
         plan=plan,
@@ -359,9 +387,24 @@ def make_loader(
         channels=channels,
         augment=train,
         annotations=annotations,
-        max_objects=max(8, -(-int(num_objects.max()) // 8) * 8),
+        max_objects=_max_objects(index, options) if annotations else 0,
         process_rows=slice(process_index * share, (process_index + 1) * share) if train else slice(None),
     )
     num_steps = plan.steps_per_epoch if num_steps is None else num_steps
     steps = range(start_step, num_steps) if train else range(start_step + process_index, num_steps, process_count)
     return Loader(read, steps=steps)
+
+
+def _max_objects(index: CocoDataset, options: DataOptions) -> int:
+    """Return for how many objects an image of every batch has room, and warn if a few images have by far the most."""
+    counts = np.diff(index.offsets) if options.ignore_regions else index.num_objects
+    most, usual = int(counts.max()), int(np.percentile(counts, 95))
+    if options.max_objects:
+        most = min(most, options.max_objects)
+    elif most > max(_MANY_OBJECTS, _MANY_TIMES * usual):
+        _log.warning(
+            "%s has %d objects, but 95 %% of the images have at most %d; the memory and time of every step are those "
+            "of %d objects an image; set data.max_objects to limit them",
+            *(index.file_names[counts.argmax()], most, usual, most),
+        )
+    return max(8, -(-most // 8) * 8)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.images import BrokenImageError, read_image_file
+from maskrcnn_jax.data.layouts import find_layout
 from maskrcnn_jax.data.tfds_source import NAME, VERSION, annotation_path, dataset_folder
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import local_path
@@ -53,8 +54,8 @@ def build(
         UserError: what ``load_coco`` and reading its images would raise, or the dataset exists.
     """
     if splits is None:
-        paths = sorted((local_path(coco_dir, "coco_dir") / "annotations").glob("instances_*.json"))
-        splits = [path.stem.removeprefix("instances_") for path in paths]
+        layout = find_layout(local_path(coco_dir, "coco_dir"))
+        splits = sorted(layout.splits) if layout else []
         if not splits:
             raise UserError(f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder")
     odd = [split for split in splits if not re.fullmatch(r"[A-Za-z0-9_]+", split) or split == "all"]

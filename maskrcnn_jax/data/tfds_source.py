@@ -6,12 +6,14 @@ annotation file beside the records, so that opening a dataset reads none of them
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from maskrcnn_jax.data.annotations import read_annotations
+from maskrcnn_jax.data.areas import drop_impossible_areas
 from maskrcnn_jax.data.coco import CocoDataset, annotations_name, clip_boxes
 from maskrcnn_jax.data.images import check_and_decode
 from maskrcnn_jax.errors import UserError
@@ -33,17 +35,18 @@ def annotation_path(folder: Path, split: str) -> Path:
 class Records:
     """The examples of a split, for any number of threads. A process that unpickles them opens the files again."""
 
-    def __init__(self, tfds_dir: str | os.PathLike, split: str):
+    def __init__(self, tfds_dir: str | os.PathLike, split: str, rows: np.ndarray | None = None):
         """Open the split.
 
         Args:
             tfds_dir: TFDS's ``data_dir``.
             split: of the dataset in it.
+            rows: of its examples, where only some are wanted.
         """
         # TFDS takes long to import, for those who do not use it.
         import tensorflow_datasets as tfds
 
-        self._tfds_dir, self._split = os.fspath(tfds_dir), split
+        self._tfds_dir, self._split, self._rows = os.fspath(tfds_dir), split, rows
         self._source = tfds.data_source(
             NAME,
             split=split,
@@ -54,10 +57,14 @@ class Records:
         self._last = threading.local()
 
     def __reduce__(self) -> tuple:
-        return Records, (self._tfds_dir, self._split)
+        return Records, (self._tfds_dir, self._split, self._rows)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._source) if self._rows is None else len(self._rows)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Return some of the examples."""
+        return type(self)(self._tfds_dir, self._split, rows if self._rows is None else self._rows[rows])
 
     def __getitem__(self, i: int) -> dict:
         """Return an example. Each thread caches its last one, whose image and masks are read one after the other.
@@ -67,7 +74,7 @@ class Records:
         """
         if getattr(self._last, "i", None) != i:
             try:
-                self._last.example = self._source[i]
+                self._last.example = self._source[i if self._rows is None else int(self._rows[i])]
             except Exception as error:  # of array_record, protobuf or TFDS, wherever the damage shows
                 raise UserError(
                     f"example {i} of {self._split} in {dataset_folder(self._tfds_dir)} cannot be read ({error}); "
@@ -100,6 +107,10 @@ class TfdsDataset(CocoDataset):
         i = int(np.searchsorted(self.offsets, row, side="right")) - 1
         return self.records[i]["objects"]["segmentation"][self.first_part[row]]
 
+    def take_images(self, rows: np.ndarray) -> Self:
+        """Return the dataset with some of its images, as CocoDataset does."""
+        return replace(super().take_images(rows), records=self.records.take(rows))
+
 
 def load_tfds(
     tfds_dir: str | os.PathLike,
@@ -131,9 +142,8 @@ def load_tfds(
     if not path.is_file():
         splits = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
         raise UserError(f"{folder} has no split {split}; use one of {', '.join(splits)}, or build it again with it")
-    dataset = clip_boxes(
-        read_annotations(path, folder / split, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted)
-    )
+    dataset = read_annotations(path, folder / split, contiguous_labels=contiguous_labels, keep_unlisted=keep_unlisted)
+    dataset = clip_boxes(drop_impossible_areas(dataset))
     dataset.log_problems()
     records = Records(tfds_dir, split)
     if len(records) != len(dataset):

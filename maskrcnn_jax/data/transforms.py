@@ -4,9 +4,13 @@ Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by 
 images are to be resized as detectron2 does it.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from PIL import Image
+
+from maskrcnn_jax.data.run_lengths import Crop
 
 # Ways to resize an image -> dtype of the result. uint8: OpenCV, rounded to whole grey levels, the fast one; float32:
 # the same unrounded, which is torchvision's to a hundredth of a grey level; pillow: smoothed when it shrinks, with
@@ -79,11 +83,6 @@ def hflip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
     return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
-def hflip_masks(masks: np.ndarray) -> np.ndarray:
-    """Mirror masks [n, h, w]."""
-    return masks[:, :, ::-1]
-
-
 def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast and saturation of the first three channels, in random order.
 
@@ -114,28 +113,53 @@ def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -
     return np.concatenate([image, others], axis=2)
 
 
-def pack_masks(masks: np.ndarray, mask_side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Put masks into the top-left corner of a square canvas, eight pixels a byte.
+def pack_masks(
+    crops: Sequence[Crop | None], image_size: tuple[int, int], size: tuple[int, int], side: int, *, flip: bool = False
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Put each mask on a square canvas of its own, eight pixels a byte.
 
-    Rasters that are larger than the canvas are reduced: pixel i of the reduced axis is pixel floor(i * old / new) of
-    the old one, the rule of nearest interpolation in torchvision.
+    Masks of images that are enlarged stay as they are; others are reduced as ``shrink_mask`` does. Those that are then
+    still longer than the canvas along an axis are sampled in the middles of its cells.
 
     Args:
-        masks: [n, h, w] uint8 or bool, nonzero inside the object.
-        mask_side: side of the canvas in pixels, a multiple of 8.
+        crops: n masks at the resolution of the image; None for no mask.
+        image_size: (height, width) of the image.
+        size: (height, width) of the resized image.
+        side: of the canvas in pixels, a multiple of 8.
+        flip: mirror the masks left to right.
 
     Returns:
-        The canvases [n, mask_side, mask_side / 8] uint8, lowest bit first, and the (height, width) of the raster on
-        them.
+        The canvases [n, side, side / 8] uint8, lowest bit first, filled from the top left; their windows [n, 4] int32
+        y, x, height, width on the raster; and the (height, width) of the raster, which covers the whole image.
     """
-    num, height, width = masks.shape
-    longest = max(height, width, mask_side)  # integers, so that nothing is lost to rounding
-    new_height, new_width = max(1, height * mask_side // longest), max(1, width * mask_side // longest)
-    if longest > mask_side:
-        rows = np.arange(new_height) * height // new_height
-        columns = np.arange(new_width) * width // new_width
-        masks = masks[:, rows[:, None], columns]
-    packed = np.zeros((num, mask_side, mask_side // 8), np.uint8)
-    bits = np.packbits(masks, axis=2, bitorder="little")
-    packed[:, :new_height, : bits.shape[2]] = bits
-    return packed, (new_height, new_width)
+    raster = min(image_size[0], size[0]), min(image_size[1], size[1])
+    packed, windows = np.zeros((len(crops), side, side // 8), np.uint8), np.zeros((len(crops), 4), np.int32)
+    for canvas, window, crop in zip(packed, windows, crops, strict=True):
+        if crop is None:
+            continue
+        if flip:
+            crop = Crop(crop.mask[:, ::-1], crop.y, image_size[1] - crop.x - crop.mask.shape[1])
+        mask, y, x = shrink_mask(crop, image_size, raster)
+        window[:] = y, x, *mask.shape
+        rows, columns = (_sources(length, min(length, side), centred=True) for length in mask.shape)
+        bits = np.packbits(mask[rows[:, None], columns], axis=1, bitorder="little")
+        canvas[: bits.shape[0], : bits.shape[1]] = bits
+    return packed, windows, raster
+
+
+def shrink_mask(crop: Crop, image_size: tuple[int, int], size: tuple[int, int]) -> Crop:
+    """Reduce a mask with its image, by torchvision's rule of nearest interpolation: source = floor(i * old / new)."""
+    shown, corner = [], []
+    for old, new, start, length in zip(image_size, size, crop[1:], crop.mask.shape, strict=True):
+        lines = _sources(old, new)
+        first, stop = np.searchsorted(lines, (start, start + length)).tolist()
+        shown.append(lines[first:stop] - start)
+        corner.append(first)
+    return Crop(crop.mask[shown[0][:, None], shown[1]], *corner)
+
+
+def _sources(old: int, new: int, *, centred: bool = False) -> np.ndarray:
+    """Return which of ``old`` lines each of ``new`` lines shows, [new] int64; in float32, as torch computes it."""
+    ratio = np.float32(old) / np.float32(max(new, 1))
+    lines = np.arange(new, dtype=np.float32) + np.float32(0.5 if centred else 0)
+    return np.minimum((lines * ratio).astype(np.int64), old - 1)

@@ -5,13 +5,18 @@ the last digit. They are what pycocotools gives for the written ``detections.jso
 detectron2 and torchvision's training scripts differ: a result that holds both a box and a mask is counted as small,
 medium or large by the area of its box. They remove the box before they evaluate masks; this moves segm_APs, segm_APm
 and segm_APl a little and leaves segm_AP as it is.
+
+COCO counts the best 100 detections of an image and category. A model that makes more is measured with as many: in all
+numbers but AR1, AR10 and AR100, and in one more recall, such as AR300.
 """
 
 import contextlib
 import functools
 import io
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,13 +26,18 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax.data.annotations import read_annotations
+from maskrcnn_jax.data.areas import drop_impossible_areas
 from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import write_json
 
+_log = logging.getLogger(__name__)
+
 # The order of COCOeval.stats.
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_DETECTIONS = 100  # that count in an image
 
 
 def load_annotations(path: str | os.PathLike) -> COCO:
@@ -39,7 +49,7 @@ def load_annotations(path: str | os.PathLike) -> COCO:
     Raises:
         UserError: the file is missing, is no JSON or holds no COCO annotations.
     """
-    return ground_truth(read_annotations(as_path(path), keep_unlisted=True))
+    return ground_truth(drop_impossible_areas(read_annotations(as_path(path), keep_unlisted=True)))
 
 
 def ground_truth(dataset: CocoDataset, rows: Iterable[int] | None = None) -> COCO:
@@ -104,8 +114,17 @@ def _with_mask(annotation: dict) -> dict:
     return annotation | {"iscrowd": 1, "segmentation": [corners]}
 
 
+def detection_limits(max_detections: int) -> list[int]:
+    """Return COCO's ``maxDets`` for a model that makes so many detections of an image; AP goes by the last."""
+    return [1, 10, COCO_DETECTIONS, *([max_detections] if max_detections > COCO_DETECTIONS else [])]
+
+
 def evaluate(
-    annotations: str | os.PathLike | COCO, results: list[dict], *, image_ids: Sequence[int] | None = None
+    annotations: str | os.PathLike | COCO,
+    results: list[dict],
+    *,
+    image_ids: Sequence[int] | None = None,
+    max_detections: int = COCO_DETECTIONS,
 ) -> dict:
     """Compute COCO's twelve numbers for boxes and for masks, and the AP of each category.
 
@@ -113,10 +132,12 @@ def evaluate(
         annotations: a COCO annotation file, or one that is loaded already.
         results: COCO results with bbox and segmentation; left as they are.
         image_ids: evaluate these images only; None means all of the annotation file.
+        max_detections: detections of an image that the model makes (``model.box_detections_per_img``).
 
     Returns:
         ``bbox_AP`` ... ``bbox_ARl`` and ``segm_AP`` ... ``segm_ARl``, floats in 0..1, or -1 where no object falls
-        under the number; ``bbox_per_category`` and ``segm_per_category``, category name -> AP.
+        under the number; ``bbox_per_category`` and ``segm_per_category``, category name -> AP. Above 100
+        ``max_detections``, also a recall such as ``bbox_AR300``.
 
     Raises:
         UserError: if the annotations cannot be read, or results belong to images that are not annotated there.
@@ -128,6 +149,7 @@ def evaluate(
             f"{len(unknown)} images with results are not in the annotation file, image {min(unknown)} for one; "
             "evaluate with the annotations of the split that was detected on"
         )
+    _warn_of_many_objects(coco, image_ids, max_detections)
     metrics: dict[str, Any] = {}
     coco_class, evaluation_class = _library()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -137,13 +159,37 @@ def evaluate(
             evaluation = evaluation_class(known, detected, kind)
             if image_ids is not None:
                 evaluation.params.imgIds = sorted({int(image_id) for image_id in image_ids})
+            evaluation.params.maxDets = detection_limits(max_detections)
             evaluation.evaluate()
             evaluation.accumulate()
-            evaluation.summarize()
-            stats = (float(value) for value in evaluation.stats)
-            metrics |= {f"{kind}_{name}": value for name, value in zip(STATISTICS, stats, strict=True)}
+            metrics |= {f"{kind}_{name}": value for name, value in _summarize(evaluation).items()}
             metrics[f"{kind}_per_category"] = _per_category(coco, evaluation)
     return metrics
+
+
+def _warn_of_many_objects(coco: COCO, image_ids: Sequence[int] | None, max_detections: int) -> None:
+    evaluated = set(coco.imgs if image_ids is None else map(int, image_ids))
+    objects = Counter(a["image_id"] for a in coco.dataset["annotations"] if not a["iscrowd"])
+    many = [count for image_id, count in objects.items() if image_id in evaluated and count > max_detections]
+    if many:
+        _log.warning("%s", Kind.MANY_OBJECTS.tell(len(many), limit=max_detections, most=max(many)))
+
+
+def _summarize(evaluation: COCOeval) -> dict[str, float]:
+    """Compute what ``COCOeval.summarize`` does, which gives an AP of -1 unless 100 is the last limit."""
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]  # [T, R, K, A, M] and [T, K, A, M]
+    areas = dict(enumerate("sml", 1))  # after that of all objects
+    values = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1], "AP75": precision[5, ..., 0, -1]}
+    values |= {f"AP{name}": precision[..., area, -1] for area, name in areas.items()}
+    values |= {f"AR{limit}": recall[..., 0, m] for m, limit in enumerate(evaluation.params.maxDets)}
+    values |= {f"AR{name}": recall[..., area, -1] for area, name in areas.items()}
+    return {name: float(np.mean(known)) if (known := v[v > -1]).size else -1.0 for name, v in values.items()}
+
+
+def statistics(metrics: dict) -> list[str]:
+    """Return the names of the numbers of ``evaluate``: STATISTICS, and a recall such as AR300."""
+    names = [name.removeprefix("bbox_") for name in metrics if name.startswith("bbox_")]
+    return [name for name in names if name != "per_category"]
 
 
 def format_table(metrics: dict) -> str:
@@ -155,7 +201,7 @@ def format_table(metrics: dict) -> str:
         metrics: as ``evaluate`` returns them, and those of ``accuracy.measure_losses`` under ``eval_`` if wanted.
     """
     lines = [f"{'':8}{'box':>8}{'mask':>8}"]
-    scores = {name: (_score(metrics[f"bbox_{name}"]), _score(metrics[f"segm_{name}"])) for name in STATISTICS}
+    scores = {name: (_score(metrics[f"bbox_{name}"]), _score(metrics[f"segm_{name}"])) for name in statistics(metrics)}
     lines += [f"{name:8}{box:>8}{mask:>8}" for name, (box, mask) in scores.items()]
     per_category = metrics["bbox_per_category"]
     width = max([len("category"), *map(len, per_category)])
@@ -218,7 +264,7 @@ def _per_category(coco: COCO, evaluation: COCOeval) -> dict[str, float]:
     """Average the precision of each category over thresholds and recalls, as ``summarize`` does over all of them."""
     categories = coco.loadCats(evaluation.params.catIds)
     names = [category["name"] for category in categories]
-    # precision is [T, R, K, A, M]: the first area range is "all", the last limit is 100 detections.
+    # precision is [T, R, K, A, M]: the first area range is "all", the last limit is the highest.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     table = {}
     for index, (name, category) in enumerate(zip(names, categories, strict=True)):

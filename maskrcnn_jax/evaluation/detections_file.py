@@ -1,4 +1,7 @@
-"""Reads COCO results, such as detections.json, and looks at them before pycocotools does, which believes anything."""
+"""Reads COCO results, such as detections.json, and looks at them before pycocotools does, which believes anything.
+
+Numbers and masks are read as those of annotations are: text and fractions of zero are converted.
+"""
 
 import json
 import math
@@ -6,9 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
+from maskrcnn_jax.data.entries import RunLengths
+from maskrcnn_jax.data.numbers import plain
+from maskrcnn_jax.data.run_lengths import num_pixels
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
@@ -32,19 +38,22 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
         raise _no_results(path, "it is no JSON") from None
     if not isinstance(results, list):
         raise _no_results(path, "it is no list")
+    read = []
     for place, result in enumerate(results):
         try:
-            _check(result, images, category_ids)
+            read.append(_read(result, images, category_ids))
         except KeyError as error:
             raise _no_results(path, f"entry {place} has no {error}") from None
         except (ValueError, TypeError, AttributeError) as error:
             raise _no_results(path, f"entry {place}: {error}") from None
-    return results
+    return read
 
 
-def _check(result: Any, images: Mapping[int, dict], category_ids: Collection[int]) -> None:
+def _read(result: Any, images: Mapping[int, dict], category_ids: Collection[int]) -> dict:
+    """Return a result with its mask as compressed run lengths."""
     if not isinstance(result, dict):
         raise ValueError("it is no object")
+    result = plain(result)
     image_id, category_id = result["image_id"], result["category_id"]
     if type(image_id) is not int or image_id not in images:
         raise ValueError("it is of an image which the annotations do not have")
@@ -54,13 +63,13 @@ def _check(result: Any, images: Mapping[int, dict], category_ids: Collection[int
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, (*box, result["score"]))):
         raise ValueError("its bbox is not x, y, width, height, or its score no number")
     size = [images[image_id]["height"], images[image_id]["width"]]
-    mask = result["segmentation"]
-    if not isinstance(mask, dict) or mask["size"] != size or not isinstance(mask["counts"], str):
+    mask = msgspec.convert(result["segmentation"], RunLengths)
+    if list(mask.size) != size:
         raise ValueError("its segmentation is no run-length mask of the size of its image")
-    counts = mask["counts"].encode(errors="replace")
-    runs = np.frombuffer(counts, np.uint8)
-    if not is_well_formed(counts) or num_pixels(runs, np.array([0, len(runs)]))[0] != size[0] * size[1]:
+    runs = np.frombuffer(mask.counts, np.uint8)  # type: ignore[call-overload]  # bytes, see RunLengths
+    if num_pixels(runs, np.array([0, len(runs)]))[0] != size[0] * size[1]:
         raise ValueError("its run-length mask does not fit its image")
+    return result | {"segmentation": {"size": size, "counts": mask.counts}}
 
 
 def _is_number(value: Any) -> bool:

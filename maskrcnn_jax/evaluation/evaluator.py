@@ -1,5 +1,6 @@
 """Evaluate a model on a split of a COCO-format dataset: detect, score, and draw some of the result."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,12 +20,13 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
 from maskrcnn_jax.inference.detect import make_detect, run_detection
-from maskrcnn_jax.inference.draw import draw_instances, grid, side_by_side
+from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import replace_file
 
 NUM_PICTURES = 12  # images drawn after an evaluation
+DRAWN_SIDE = 2000  # pixels of the longer side of a picture, ground truth and predictions together
 DRAWN_SCORE = 0.5  # detections below are left out of the pictures
 
 
@@ -76,7 +78,14 @@ class Evaluator:
         with_flat.categories.check_known(self._categories, split)
         dataset = with_flat.without_flat()
         rows = choose(dataset)
-        return _Split(prefix, dataset, ground_truth(with_flat, rows), rows)
+        return _Split(prefix, self._relabel(dataset), ground_truth(with_flat, rows), rows)
+
+    def _relabel(self, dataset: CocoDataset) -> CocoDataset:
+        """Give a split that lists fewer categories than the training split the labels of the model."""
+        known, listed = self._categories, dataset.categories
+        labels = np.zeros(listed.num_classes, np.int32)  # by label of the split
+        labels[list(listed.labels)] = [known.labels[known.ids.index(i)] for i in listed.ids]
+        return dataclasses.replace(dataset, categories=known, labels=labels[dataset.labels])
 
     def __call__(self, model: nnx.Module) -> Evaluation:
         """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
@@ -100,7 +109,12 @@ class Evaluator:
             workers=self._options.eval_workers,
         )
         results = [result for of_process in gather(results) for result in of_process]
-        metrics = evaluate(split.truth, results, image_ids=split.dataset.image_ids[split.rows].tolist())
+        metrics = evaluate(
+            split.truth,
+            results,
+            image_ids=split.dataset.image_ids[split.rows].tolist(),
+            max_detections=self._options.model.box_detections_per_img,
+        )
         metrics = {split.prefix + name: value for name, value in metrics.items()}
         if self._options.eval_losses:
             measured = measure_losses(model, self._make_loader(split, annotations=True))
@@ -144,7 +158,7 @@ class Evaluator:
             return None  # the loader has named it, and stopped unless broken images are to be skipped
         _, labels, boxes, *_ = dataset.annotations(row)
         truth = draw_instances(
-            image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.masks(row)
+            image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.crops(row)
         )
         names = dict(zip(self._categories.ids, self._categories.names, strict=True))
         found = [r for r in results if r["image_id"] == image_id and r["score"] >= DRAWN_SCORE]
@@ -157,7 +171,7 @@ class Evaluator:
             [r["score"] for r in found],
             [r["segmentation"] for r in found],
         )
-        return side_by_side(truth, predicted)
+        return shrink(side_by_side(truth, predicted), DRAWN_SIDE)
 
     def write(self, workdir: str | os.PathLike, evaluation: Evaluation) -> None:
         """Write ``metrics.json``, ``detections.json`` and ``predictions.jpg`` into a folder, by the first process."""

@@ -28,7 +28,13 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.evaluation.coco_metrics import load_annotations, load_results, mask_truth
+from maskrcnn_jax.evaluation.coco_metrics import (
+    COCO_DETECTIONS,
+    detection_limits,
+    load_annotations,
+    load_results,
+    mask_truth,
+)
 from maskrcnn_jax.evaluation.detections_file import read_results
 from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import write_json
@@ -99,22 +105,24 @@ def average_precision(matched: Sequence[_Matched], weights: np.ndarray) -> float
 class Errors:
     """The results of one model on an annotated dataset, matched with the objects of every group."""
 
-    def __init__(self, truth: COCO, results: list[dict], kind: str):
+    def __init__(self, truth: COCO, results: list[dict], kind: str, max_detections: int = COCO_DETECTIONS):
         """Match.
 
         Args:
           truth: as ``ground_truth`` returns it.
           results: COCO results.
           kind: "bbox" or "segm".
+          max_detections: as of ``coco_metrics.evaluate``.
         """
+        limit = detection_limits(max_detections)[-1]
         self.image_ids = sorted(truth.imgs)
         groups = _groups_of(truth)
         truth = truth if kind == "bbox" else mask_truth(truth)
-        self.groups = {"all": _match(truth, results, kind, {}, None)}
+        self.groups = {"all": _match(truth, results, kind, limit, {}, None)}
         for name in (*OCCLUSIONS, *CROWDING):
-            self.groups[name] = _match(truth, results, kind, groups, name)
-        for name, limits in SIZES.items():
-            self.groups[name] = _match(truth, results, kind, {}, None, limits)
+            self.groups[name] = _match(truth, results, kind, limit, groups, name)
+        for name, sizes in SIZES.items():
+            self.groups[name] = _match(truth, results, kind, limit, {}, None, sizes)
 
     def number_of_objects(self, group: str) -> int:
         """Return how many objects count in a group."""
@@ -177,7 +185,7 @@ def _groups_of(truth: COCO) -> dict[int, tuple[str, str]]:
     return groups
 
 
-def _match(truth, results, kind, groups, name, limits=(0, 1e10)) -> list[_Matched]:
+def _match(truth, results, kind, limit, groups, name, sizes=(0, 1e10)) -> list[_Matched]:
     """Match detections with objects by pycocotools' rule, ignoring objects of other groups or areas."""
     if name is not None:
         # What COCOeval ignores is decided by areas: 1 for the objects of the group and for all detections, else -1.
@@ -192,7 +200,8 @@ def _match(truth, results, kind, groups, name, limits=(0, 1e10)) -> list[_Matche
             for detection in detected.anns.values():
                 detection["area"] = 1.0
         evaluation = COCOeval(truth, detected, kind)
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [limits], ["group"]
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [sizes], ["group"]
+        evaluation.params.maxDets = [limit]
         evaluation.evaluate()
     params = evaluation.params
     cells = np.array(evaluation.evalImgs, dtype=object).reshape(len(params.catIds), len(params.imgIds))
@@ -220,6 +229,9 @@ def main() -> int:
     parser.add_argument("detections", help="detections.json of eval.py or train.py")
     parser.add_argument("--against", help="detections.json of another model, to compare with")
     parser.add_argument("--draws", type=int, default=200, help="how often images are drawn for the intervals")
+    parser.add_argument(
+        "--max_detections", type=int, default=COCO_DETECTIONS, help="detections of an image that the model makes"
+    )
     parser.add_argument("--json", help="file for all numbers")
     args = parser.parse_args()
     try:
@@ -232,9 +244,11 @@ def main() -> int:
     draws = draw_images(len(truth.imgs), args.draws)
     written = {}
     for kind, title, missing in (("bbox", "box", "no objects"), ("segm", "mask", "no masks")):
-        errors = Errors(truth, found, kind)
+        errors = Errors(truth, found, kind, args.max_detections)
         table = intervals(errors, draws)
-        compared = differences(errors, Errors(truth, other, kind), draws) if other is not None else {}
+        compared = {}
+        if other is not None:
+            compared = differences(errors, Errors(truth, other, kind, args.max_detections), draws)
         print(f"{title} AP with the interval of {CONFIDENCE:.0%} over {len(truth.imgs)} images")
         for group, (value, low, high) in table.items():
             if value < 0:

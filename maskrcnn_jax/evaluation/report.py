@@ -15,7 +15,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax import page
-from maskrcnn_jax.evaluation.coco_metrics import STATISTICS, load_results, mask_truth
+from maskrcnn_jax.evaluation.coco_metrics import (
+    COCO_DETECTIONS,
+    detection_limits,
+    load_results,
+    mask_truth,
+    statistics,
+)
 from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE, ImageErrors, confusion
 from maskrcnn_jax.evaluation.failure_analysis import CROWDING, OCCLUSIONS, SIZES, Errors
 from maskrcnn_jax.paths import read_bytes
@@ -35,6 +41,7 @@ def write_report(
     title: str,
     draw: Callable[[int], np.ndarray | None],
     training: Path | None = None,
+    max_detections: int = COCO_DETECTIONS,
 ) -> None:
     """Write the page.
 
@@ -47,6 +54,7 @@ def write_report(
         draw: takes the id of an image and returns ground truth beside predictions, [h, w, 3] uint8 RGB, or None if the
             image cannot be read.
         training: metrics.jsonl of the run, if there is one.
+        max_detections: as the metrics were computed with.
 
     Raises:
         UserError: if the file cannot be written.
@@ -60,13 +68,13 @@ def write_report(
         num_images=len(truth.imgs),
         num_annotations=len(truth.anns),
         num_detections=len(results),
-        statistics=[[name, *_scores(metrics[f"bbox_{name}"], metrics[f"segm_{name}"])] for name in STATISTICS],
+        statistics=[[n, *_scores(metrics[f"bbox_{n}"], metrics[f"segm_{n}"])] for n in statistics(metrics)],
         categories=[[name, *_scores(ap, per_category[name])] for name, ap in metrics["bbox_per_category"].items()],
-        precision_recall=_precision_recall(truth, results),
+        precision_recall=_precision_recall(truth, results, max_detections),
         min_score=MIN_SCORE,
         min_overlap=MIN_OVERLAP,
         confusion=_confusion(truth, pairs),
-        groups=_groups(truth, results),
+        groups=_groups(truth, results, max_detections),
         training=_training(training),
         **_images(images, truth, draw),
     )
@@ -78,13 +86,14 @@ def _scores(box: float, mask: float) -> tuple[float | str, float | str]:
     return box if box >= 0 else reason, mask if mask >= 0 else reason
 
 
-def _precision_recall(truth: COCO, results: list[dict]) -> dict | None:
+def _precision_recall(truth: COCO, results: list[dict], max_detections: int) -> dict | None:
     """Plot precision against recall of masks; None if there are no annotated masks."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(mask_truth(truth), load_results(truth, results), "segm")
+        evaluation.params.maxDets = detection_limits(max_detections)
         evaluation.evaluate()
         evaluation.accumulate()
-    # [thresholds, recalls, categories] of all areas with 100 detections; -1 where there are no objects
+    # [thresholds, recalls, categories] of all areas with the most detections; -1 where there are no objects
     precision = evaluation.eval["precision"][..., 0, -1]
     known = np.flatnonzero((precision >= 0).all(axis=(0, 1)))
     if not len(known):
@@ -131,9 +140,9 @@ def _confusion(truth: COCO, pairs: Counter) -> dict:
     return {"pairs": [[names[i], names[j], count] for (i, j), count in wrong.most_common(_MAX_CLASSES)]}
 
 
-def _groups(truth: COCO, results: list[dict]) -> list[list]:
+def _groups(truth: COCO, results: list[dict], max_detections: int) -> list[list]:
     """Return group, number of objects, box AP and mask AP of each group of objects."""
-    errors = [Errors(truth, results, kind) for kind in _KINDS]
+    errors = [Errors(truth, results, kind, max_detections) for kind in _KINDS]
     no_draws = np.zeros((0, len(truth.imgs)))
     return [
         [

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from maskrcnn_jax.data.run_lengths import Crop, cut_out, decode_crop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path, write_bytes
 
@@ -30,7 +30,7 @@ def draw_instances(
     boxes: np.ndarray,
     names: Sequence[str],
     scores: Sequence[float] | np.ndarray | None = None,
-    masks: Sequence[dict | np.ndarray] | np.ndarray | None = None,
+    masks: Sequence[dict | np.ndarray | Crop | None] | np.ndarray | None = None,
     *,
     min_side: int = MIN_SIDE,
 ) -> np.ndarray:
@@ -42,7 +42,8 @@ def draw_instances(
             their captions get the best places.
         names: K captions.
         scores: K scores, or None for captions without one (ground truth).
-        masks: K masks of the size of the image, COCO RLEs or bool arrays, or None.
+        masks: K masks of the size of the image (COCO RLEs, bool arrays, or crops; None for an object without one), or
+            None.
         min_side: images whose longer side is below are enlarged by the smallest whole factor that reaches it;
             0 keeps the size.
 
@@ -58,7 +59,7 @@ def draw_instances(
     order = range(len(boxes) - 1, -1, -1)
     if masks is not None:
         for index in order:
-            _blend_mask(picture, _to_bool(masks[index]), colours[index], factor, thickness)
+            _blend_mask(picture, _crop(masks[index]), colours[index], factor, thickness)
     for index in order:
         x1, y1, x2, y2 = _round(boxes[index])
         cv2.rectangle(picture, (x1, y1), (x2, y2), colours[index], thickness, cv2.LINE_AA)
@@ -114,6 +115,15 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
+def shrink(picture: np.ndarray, side: int) -> np.ndarray:
+    """Reduce a picture [H, W, 3] whose longer side exceeds ``side`` pixels; a side never falls below one pixel."""
+    scale = side / max(picture.shape[:2])
+    if scale >= 1:
+        return picture
+    height, width = (max(1, round(scale * length)) for length in picture.shape[:2])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+
 def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Write an RGB picture in the format that the ending of its name tells.
 
@@ -134,18 +144,20 @@ def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
     raise UserError(f"the picture {path} cannot be written: {reason}")
 
 
-def _to_bool(mask: dict | np.ndarray) -> np.ndarray:
-    return coco_mask.decode(mask).astype(bool) if isinstance(mask, dict) else np.asarray(mask, bool)
+def _crop(mask: dict | np.ndarray | Crop | None) -> Crop:
+    if isinstance(mask, dict):
+        return decode_crop(mask)
+    if isinstance(mask, Crop):
+        return mask
+    return cut_out(np.zeros((0, 0), bool) if mask is None else np.asarray(mask))
 
 
-def _blend_mask(picture: np.ndarray, mask: np.ndarray, colour, factor: int, thickness: int) -> None:
-    """Tint the pixels of a mask and draw its outline, in place; only the rows and columns that it covers are read."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+def _blend_mask(picture: np.ndarray, crop: Crop, colour, factor: int, thickness: int) -> None:
+    """Tint the pixels of a mask and draw its outline, in place."""
+    if not crop.mask.size:
         return
-    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    large = np.repeat(np.repeat(mask[window], factor, axis=0), factor, axis=1)
-    y, x = int(rows[0]) * factor, int(columns[0]) * factor
+    large = np.repeat(np.repeat(crop.mask.astype(bool), factor, axis=0), factor, axis=1)
+    y, x = crop.y * factor, crop.x * factor
     part = picture[y : y + large.shape[0], x : x + large.shape[1]]
     part[large] = (part[large] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY).astype(np.uint8)
     contours, _ = cv2.findContours(large.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
@@ -194,7 +206,7 @@ def _lay_out(text: str, box: np.ndarray, picture_size: tuple[int, int], taken: S
     margin = max(2, height // 4)
     if width + 2 * margin > picture_size[1]:
         # Rather small letters than a caption that is cut off.
-        scale *= (picture_size[1] - 2 * margin) / (width + 1)
+        scale *= max(1, picture_size[1] - 2 * margin) / (width + 1)
         (width, height), baseline = cv2.getTextSize(text, FONT, scale, thickness)
     size = (height + baseline + 2 * margin, width + 2 * margin)
     place = place_caption(size, box, picture_size, taken)

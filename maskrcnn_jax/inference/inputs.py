@@ -4,14 +4,13 @@ import io
 import os
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
-from maskrcnn_jax.data.images import decode_image, too_few_channels
+from maskrcnn_jax.data.images import BrokenImageError, UndecodableError, decode_image, too_few_channels
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path, read_bytes
 
@@ -44,12 +43,13 @@ def to_array(image: Image, channels: int = 3) -> np.ndarray:
         UserError: if it cannot be read, or has another shape, dtype or fewer channels.
     """
     if isinstance(image, str | os.PathLike):
-        return _read(os.fspath(image), channels)
+        source = os.fspath(image)
+        is_url = source.startswith(_URL_SCHEMES)
+        return _decode(_download(source), channels, source) if is_url else read_image(source, channels)
     if isinstance(image, bytes):
         return _decode(image, channels, f"{len(image)} bytes")
     if isinstance(image, PillowImage.Image):
-        upright = ImageOps.exif_transpose(image)
-        array = np.asarray(upright.convert("RGB") if channels == 3 else upright)
+        array = _from_pillow(image, channels)
     elif hasattr(image, "detach"):
         array = _from_torch(image)
     else:
@@ -62,25 +62,21 @@ def to_array(image: Image, channels: int = 3) -> np.ndarray:
     return array
 
 
-def read_image(path: Path, channels: int = 3) -> np.ndarray | None:
-    """Read a file as uint8 [h, w, channels], RGB, upright as its EXIF entry says; None if it is not an image.
+def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
+    """Read a file as uint8 [h, w, channels], RGB, upright as its EXIF entry says.
 
     Raises:
+        BrokenImageError: if it cannot be read as an image.
         UserError: if it has fewer channels.
     """
+    path = as_path(path)
     try:
-        return _decoded(read_bytes(path), channels, str(path))
-    except OSError:
-        return None
-
-
-def _read(source: str, channels: int) -> np.ndarray:
-    if source.startswith(_URL_SCHEMES):
-        return _decode(_download(source), channels, source)
-    image = read_image(as_path(source), channels)
-    if image is None:
-        raise UserError(f"{source} cannot be read as an image; check that it exists and is an image file")
-    return image
+        data = read_bytes(path)
+    except OSError as error:
+        raise BrokenImageError(f"{path} cannot be read as an image ({error.strerror}); check the path") from None
+    except ValueError:  # a null or half of a surrogate pair
+        raise BrokenImageError(f"{str(path)!r} cannot be read as an image; no file can have this name") from None
+    return _decode(data, channels, str(path))
 
 
 def _download(url: str) -> bytes:
@@ -96,17 +92,23 @@ def _download(url: str) -> bytes:
 
 
 def _decode(data: bytes, channels: int, name: str) -> np.ndarray:
-    image = _decoded(data, channels, name)
-    if image is None:
-        raise UserError(f"{name} cannot be read as an image; give the content of an image file")
-    return image
-
-
-def _decoded(data: bytes, channels: int, name: str) -> np.ndarray | None:
-    image = decode_image(data, channels, upright=True)
-    if image is not None and image.shape[2] < channels:
+    try:
+        image = decode_image(data, channels, upright=True)
+    except UndecodableError as error:
+        raise BrokenImageError(f"{name} cannot be read as an image: it {error}") from None
+    if image.shape[2] < channels:
         raise UserError(f"image {name} {too_few_channels(image, channels)}; give files like those of the training")
     return image
+
+
+def _from_pillow(image: PillowImage.Image, channels: int) -> np.ndarray:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # the upper 8 bits, as of files; Pillow would make all above 255 white
+        grey = (np.asarray(upright) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if upright.mode in ("I", "F"):
+        raise UserError(f"a Pillow image of mode {upright.mode} has no known white; convert it to L or RGB")
+    return np.asarray(upright.convert("RGB") if channels == 3 else upright)
 
 
 def _from_torch(tensor: Any) -> np.ndarray:

@@ -5,6 +5,8 @@ frame each image_id is and what the categories are called; as it has the form of
 annotations, ``COCO("images.json").loadRes("detections.json")`` opens the two together.
 """
 
+import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.images import IMAGE_SUFFIXES, BrokenImageError
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.draw import write_picture
 from maskrcnn_jax.inference.inputs import read_image
@@ -21,13 +24,18 @@ from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.paths import as_path, in_bucket, local_path
 from maskrcnn_jax.writing import write_json
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_log = logging.getLogger(__name__)
+
+_DRAWN_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})  # of pictures
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 DEFAULT_FPS = 25.0  # of videos that do not tell theirs
+_MAX_TICKS = 65535  # of the clock in a second of MPEG-4 video
 
 
 def list_images(path: str | os.PathLike) -> list[Path]:
     """List the images of a folder (not of folders inside it) by name, or the one file that is named.
+
+    A line tells of other files in the folder.
 
     Raises:
         UserError: if the path does not exist or is a folder without images.
@@ -37,7 +45,11 @@ def list_images(path: str | os.PathLike) -> list[Path]:
         raise UserError(f"the input {path} does not exist; give an image, a folder of images or a video")
     if path.is_file():
         return [path]
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    others = [file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
+    if images and others:
+        _log.info("not read in %s, by their endings: %d, such as %s", path, len(others), others[0])
     if not images:
         raise UserError(f"the folder {path} holds no images; files with {', '.join(sorted(IMAGE_SUFFIXES))} are read")
     return images
@@ -72,18 +84,19 @@ def predict_images(
 
     def read() -> Iterator[np.ndarray]:
         for image_id, path in enumerate(tqdm(paths, unit="image", desc="predict"), start=1):
-            image = read_image(path, predictor.options.model.in_channels)
-            if image is None:
+            try:
+                image = read_image(path, predictor.options.model.in_channels)
+            except BrokenImageError as error:
                 unreadable.append(path)
-                tqdm.write(f"skipped {path}: it cannot be read as an image")
+                tqdm.write(f"skipped: {error}")
                 continue
             readable.append((image_id, path))
             yield image
 
     for number, found in enumerate(predictor.stream(read(), min_score=min_score)):
         image_id, path = readable[number]
-        # A single input file may have any ending, also one that OpenCV cannot write.
-        name = path.name if path.suffix.lower() in IMAGE_SUFFIXES else f"{path.name}.png"
+        # Not every ending that is read can be written, and a single input file may have any.
+        name = path.name if path.suffix.lower() in _DRAWN_SUFFIXES else f"{path.name}.png"
         write_picture(output / name, found.draw())
         height, width = found.image.shape[:2]
         images.append({"id": image_id, "file_name": path.name, "height": height, "width": width})
@@ -102,7 +115,8 @@ def predict_video(
     Args:
         predictor: of a model that takes three channels.
         path: the video; the image_id of a frame is its number, counted from 1.
-        output: folder, made if it does not exist; the video in it has the frame rate and size of the input.
+        output: folder, made if it does not exist; the video in it has the frame rate and size of the input, except
+            that an odd size grows by a row or column and a rate is rounded to what MPEG-4 can express.
         min_score: detections below are left out.
 
     Returns:
@@ -118,17 +132,19 @@ def predict_video(
     if target.resolve() == path.resolve():
         raise UserError(f"the video in {output} would overwrite the input; choose another output folder")
     capture = cv2.VideoCapture(str(path))
-    fps = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
+    fps = _writable_rate(capture.get(cv2.CAP_PROP_FPS))
     images: list[dict] = []
     results: list[dict] = []
     writer = None
     try:
         for found in predictor.stream(_read_frames(capture), min_score=min_score):
             height, width = found.image.shape[:2]
-            if writer is None:
-                writer = _open_writer(target, fps, (width, height))
-            number = len(images) + 1
             picture = found.draw(min_side=0)  # frames keep their size, whatever it is
+            # OpenCV cuts off the last row or column of an odd size, which MPEG-4 does not have.
+            picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if writer is None:
+                writer = _open_writer(target, fps, (picture.shape[1], picture.shape[0]))
+            number = len(images) + 1
             writer.write(np.ascontiguousarray(picture[..., ::-1]))
             images.append({"id": number, "file_name": path.name, "frame": number, "height": height, "width": width})
             results += found.to_coco(number)
@@ -164,10 +180,23 @@ def _read_frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
             progress.update()
 
 
+def _writable_rate(fps: float) -> float:
+    """Return the nearest frame rate that MPEG-4 can express, such as 119.91 for 119.9134.
+
+    OpenCV writes a rate as a fraction over a power of ten, whose numerator MPEG-4 limits.
+    """
+    if not 0 < fps <= _MAX_TICKS:  # also NaN
+        return DEFAULT_FPS
+    return max(round(fps, min(3, int(math.log10(_MAX_TICKS / fps)))), 0.01)
+
+
 def _open_writer(target: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
     writer = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
     if not writer.isOpened():
-        raise UserError(f"the video {target} cannot be written; check that the folder is writable")
+        raise UserError(
+            f"the video {target} of {size[0]}x{size[1]} pixels (width x height) and {fps} frames a second cannot be "
+            "written; check that the folder is writable, or convert the video to a smaller size"
+        )
     return writer
 
 

@@ -1,6 +1,7 @@
 """Prediction: a trained model takes images and returns objects in pixels of the image, with names and category ids."""
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +21,9 @@ from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.writing import make_folder
 
+_log = logging.getLogger(__name__)
+
+_MANY_SIZES = 5  # padded sizes; data.buckets=auto has at most four
 MIN_SCORE = 0.5  # detections below are left out unless others are asked for
 
 
@@ -147,13 +151,19 @@ class Predictor:
         self.network, self.categories, self.options = network, categories, options
         self._detect = make_detect(network)
         self._buckets = buckets_for(options.data)
+        self._compiled: set[tuple[int, int]] = set()
+
+    def __reduce__(self) -> tuple:
+        """Pickle the network with its parameters; programs are compiled again where it is unpickled."""
+        return Predictor, (self.network, self.categories, self.options)
 
     def predict(
         self, images: Image | Iterable[Image], *, min_score: float = MIN_SCORE
     ) -> ImageDetections | list[ImageDetections]:
         """Find the objects in one image or in several.
 
-        A program is compiled for each padded size when it first occurs; ``data.buckets`` limits their number.
+        A program is compiled for each padded size when it first occurs. With ``data.buckets`` "auto" there are at most
+        four; with "exact", which the configs of published weights have, almost every shape of photographs has its own.
 
         Args:
             images: An image, or several: a path or URL, the content of an image file as bytes, a Pillow image, a
@@ -192,7 +202,16 @@ class Predictor:
         data = self.options.data
         height, width, channels = image.shape
         size = resized_size(height, width, data.short_side, data.long_side, data.resize)
-        images = np.zeros((1, *padded_size(*size, self._buckets), channels), RESIZE[data.resize])
+        padded = padded_size(*size, self._buckets)
+        if padded not in self._compiled:
+            self._compiled.add(padded)
+            if len(self._compiled) == _MANY_SIZES:
+                _log.warning(
+                    "a program was compiled for each of %d shapes of images, because data.buckets is exact; load the "
+                    "model with a config in which it is auto, unless results must equal the reference's",
+                    _MANY_SIZES,
+                )
+        images = np.zeros((1, *padded, channels), RESIZE[data.resize])
         images[0, : size[0], : size[1]] = resize_image(image, size, data.resize)
         return Batch(
             images=images,

@@ -369,9 +369,7 @@ class MaskRCNN(nnx.Module):
         """Return the mask targets of foreground RoIs, as large as :meth:`mask_logits`."""
         shape, side, aligned = batch.images.shape[1:3], self.mask_size, self.options.roi_aligned
         of_image = functools.partial(mask_targets, max_size=shape, output_size=side, aligned=aligned)
-        targets = jax.vmap(lambda m, b, i, mask_size, size: of_image(m, b, i, mask_size=mask_size, image_size=size))(
-            gt.masks, rois.boxes, rois.gt_index, gt.mask_sizes, batch.sizes
-        )
+        targets = jax.vmap(of_image)(gt.masks, gt.mask_windows, gt.mask_sizes, rois.boxes, rois.gt_index, batch.sizes)
         return (targets >= 0.5).astype(targets.dtype) if self.options.mask_targets_binary else targets
 
     # Testing

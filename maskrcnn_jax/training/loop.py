@@ -26,7 +26,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
-from maskrcnn_jax.run_folder import changed_options, has_checkpoint, save_options
+from maskrcnn_jax.run_folder import changed_options, has_checkpoint, load_options, save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.derive import derive_options
 from maskrcnn_jax.training.log import StepLog
@@ -76,6 +76,10 @@ class _Run(NamedTuple):
         interval = self.options.eval_every * self.steps_per_epoch
         return self.evaluate is not None and (step == self.num_steps or step % interval == 0)
 
+    def evaluation_is_owed(self, step: int) -> bool:
+        """Return whether the run was interrupted before or in the evaluation after a step."""
+        return step > 0 and self.evaluation_is_due(step) and not self.checkpoints.is_evaluated(step)
+
 
 def train(
     options: Options,
@@ -107,7 +111,7 @@ def train(
     options = derive_options(options, len(training_subset(index, options.data.train_limit, options.seed)))
     evaluate = make_evaluate(index.categories) if options.eval_every else None
     steps_per_epoch = _make_loader(options, index, 0, None).steps_per_epoch
-    num_steps = min(options.epochs * steps_per_epoch, options.max_steps or options.epochs * steps_per_epoch)
+    num_steps = _count_steps(options, steps_per_epoch)
 
     # 2. Model and optimizer
     model = MaskRCNN(index.categories.num_classes, options.model, rngs=nnx.Rngs(options.seed))
@@ -144,6 +148,9 @@ def train(
             num_steps,
             profile_steps,
         )
+        if restored is not None and _is_finished(run, int(state.step)):
+            _log_finished(run, int(state.step), changes)
+            return
         _log_start(run, state, random=restored is None and initialize is None)
         if changes:
             _log.warning("options that changed since this run was started: %s", ", ".join(changes))
@@ -159,13 +166,9 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
     """Take the remaining steps; return the signal that stopped the run, or 0."""
     options, checkpoints = run.options, run.checkpoints
     start = int(state.step)
-    to_evaluate = start > 0 and run.evaluation_is_due(start) and not checkpoints.is_evaluated(start)
-    if start >= run.num_steps and not to_evaluate:
-        _log.info("nothing to do: %s has been trained for all of its %d steps", run.workdir, run.num_steps)
-        return 0
-    if is_first():
-        save_options(options, run.workdir)
-        run.dataset.categories.save(run.workdir / "categories.json")
+    to_evaluate = run.evaluation_is_owed(start)
+    if start == 0 or to_evaluate:
+        _save_options(run)
     batches = iter(_make_loader(options, run.dataset, start, run.num_steps))
     with (
         contextlib.closing(
@@ -177,7 +180,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
         ThreadPoolExecutor(1) as watcher,
         tqdm(total=run.num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
     ):
-        if to_evaluate:  # the run was interrupted before or in this evaluation
+        if to_evaluate:
             _measure(run, state, start, writer)
         log = StepLog(
             writer,
@@ -213,6 +216,8 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
                 if first and not last:
                     _log_expected(log.seconds_per_step, run.num_steps - step)
             if saving:
+                # Not earlier in a resumed run: if its first steps fail, the folder still describes its checkpoints.
+                _save_options(run)
                 writer.upload()  # a resumed run needs the lines of its steps
                 checkpoints.save(state)
                 if evaluating:
@@ -226,6 +231,42 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
     if stop.requested:
         _log.info("stopped at step %d; the same command resumes from here", int(state.step))
     return stop.requested
+
+
+def _count_steps(options: Options, steps_per_epoch: int) -> int:
+    all_epochs = options.epochs * steps_per_epoch
+    return min(all_epochs, options.max_steps or all_epochs)
+
+
+def _is_finished(run: _Run, step: int) -> bool:
+    """Return whether a run has taken all of its steps and has been evaluated as far as it was to be.
+
+    Only other ``epochs`` or ``max_steps`` make a finished run longer. Options that change the number of steps in an
+    epoch, such as the batch size, do not.
+    """
+    num_steps, before = run.num_steps, run.options
+    with contextlib.suppress(UserError):  # without its options, it is what the new ones say
+        before = load_options(run.workdir)
+        if (before.epochs, before.max_steps) == (run.options.epochs, run.options.max_steps):
+            own = _count_steps(before, _make_loader(before, run.dataset, 0, None).steps_per_epoch)
+            num_steps = min(num_steps, own)
+    return step >= num_steps and not (before.eval_every and run.evaluation_is_owed(step))
+
+
+def _log_finished(run: _Run, step: int, changes: list[str]) -> None:
+    _log.info("nothing to do: %s has been trained for all of its %d steps", run.workdir, step)
+    if changes:
+        _log.warning(
+            "%s is finished, so these options are ignored: %s; use another workdir, or more epochs to go on from here",
+            run.workdir,
+            ", ".join(changes),
+        )
+
+
+def _save_options(run: _Run) -> None:
+    if is_first():
+        save_options(run.options, run.workdir)
+        run.dataset.categories.save(run.workdir / "categories.json")
 
 
 def _measure(run: _Run, state: TrainState, step: int, writer: MetricWriter) -> None:

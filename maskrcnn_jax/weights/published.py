@@ -11,7 +11,7 @@ from pathlib import Path
 import pooch
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import as_path
+from maskrcnn_jax.paths import as_path, cache_dir, expand
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/"
@@ -92,23 +92,25 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
             path, which need not exist.
 
     Raises:
-        UserError: No weights have this name, they cannot be downloaded, or the file is not the published one.
+        UserError: No weights have this name, they cannot be downloaded or kept, or the file is not the published one.
     """
     name = os.fspath(name_or_path)
     if not is_name(name):
         return as_path(name)
     published = find_published(name)
-    path = _cache_dir() / published.url.rpartition("/")[2]
+    chosen = os.environ.get("MASKRCNN_JAX_CACHE")
+    folder = Path(expand(chosen)) if chosen else cache_dir()
+    if folder is None:
+        raise UserError(
+            f"there is no home folder to keep {name} in; set the environment variable MASKRCNN_JAX_CACHE to a folder, "
+            "or give the path of a file instead of a name"
+        )
+    path = folder / "weights" / published.url.rpartition("/")[2]
     if not path.is_file():
         _download(published, path)
     elif problem := _problem(path, published.digest):
         raise UserError(f"{path} is not the published file: {problem}; delete it to download it again")
     return path
-
-
-def _cache_dir() -> Path:
-    parent = os.environ.get("MASKRCNN_JAX_CACHE")
-    return (Path(parent) if parent else Path.home() / ".cache" / "maskrcnn_jax") / "weights"
 
 
 def _problem(path: str | os.PathLike, digest: str) -> str | None:

@@ -15,7 +15,7 @@ from maskrcnn_jax.data.findings import Kind
 
 def _pick(content, rng):
     """Returns an annotation with polygons, and the file name of its image."""
-    chosen = [a for a in content["annotations"] if isinstance(a.get("segmentation"), list) and a["iscrowd"] == 0]
+    chosen = [a for a in content["annotations"] if isinstance(a.get("segmentation"), list)]
     annotation = chosen[int(rng.integers(len(chosen)))]
     return annotation, f"{annotation['image_id']:012d}.jpg"
 
@@ -147,7 +147,7 @@ def run_lengths_cut_within_a_number(content, root, rng):
 
 def numbers_as_text(content, root, rng):
     annotation, name = _pick(content, rng)
-    annotation["bbox"] = [str(value) for value in annotation["bbox"]]
+    annotation["bbox"] = [f"{value} px" for value in annotation["bbox"]]
     return name
 
 
@@ -159,7 +159,7 @@ def category_missing(content, root, rng):
 
 def crowd_as_text(content, root, rng):
     annotation, name = _pick(content, rng)
-    annotation["iscrowd"] = "0"
+    annotation["iscrowd"] = "no"
     return name
 
 
@@ -272,6 +272,22 @@ def file_in_other_case(content, root, rng):
     return image["file_name"]
 
 
+def file_in_other_form(content, root, rng):
+    image = content["images"][int(rng.integers(len(content["images"])))]
+    path = root / "train2017" / image["file_name"]
+    path.rename(path.with_stem(f"e\u0301 {path.stem}"))
+    image["file_name"] = f"\u00e9%20{image['file_name']}"
+    return image["file_name"]
+
+
+def of_several_pages(content, root, rng):
+    path = root / "train2017" / f"{int(rng.integers(1, 11)):012d}.jpg"
+    with Image.open(path) as page:
+        page.load()
+    page.save(path, format="TIFF", save_all=True, append_images=[page.rotate(90)])
+    return path.name
+
+
 def training_image_in_val(content, root, rng):
     name = f"{int(rng.integers(1, 11)):012d}.jpg"
     (root / "val2017" / "000000000001.jpg").write_bytes((root / "train2017" / name).read_bytes())
@@ -349,6 +365,26 @@ def all_crowds(content, root, rng):
     return f"{content['annotations'][0]['image_id']:012d}.jpg"
 
 
+def only_crowds(content, root, rng):
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    return f"{content['annotations'][0]['image_id']:012d}.jpg"
+
+
+def area_of_minus_one(content, root, rng):
+    annotation, name = _pick(content, rng)
+    annotation["area"] = -1
+    return name
+
+
+def many_objects(content, root, rng):
+    annotation, name = _pick(content, rng)
+    for i in range(31):  # more than model.box_detections_per_img of the config "shapes"
+        box = {"bbox": [9, 9, 40 + i / 100, 40], "segmentation": [[9, 9, 49, 9, 49, 49, 9, 49]]}
+        content["annotations"].append(annotation | box | {"id": 10_000 + i})
+    return name
+
+
 def objects_missing(content, root, rng):
     last = content["annotations"][-1]["image_id"]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] > last - 15]
@@ -407,6 +443,8 @@ FAULTS = {
     pixel_bomb: Kind.BROKEN,
     file_missing: Kind.MISSING_FILE,
     file_in_other_case: Kind.MISSING_FILE,
+    file_in_other_form: Kind.OTHER_FORM,
+    of_several_pages: Kind.FRAMES,
     training_image_in_val: Kind.LEAK,
     category_only_in_val: Kind.UNKNOWN_CATEGORY,
     stored_turned: Kind.TURNED,
@@ -418,6 +456,9 @@ FAULTS = {
     thin_objects: Kind.LARGE,
     one_object_of_a_class: Kind.RARE_CATEGORY,
     all_crowds: Kind.CROWDS,
+    only_crowds: Kind.ONLY_CROWDS,
+    area_of_minus_one: Kind.WRONG_AREA,
+    many_objects: Kind.MANY_OBJECTS,
     objects_missing: Kind.EMPTY,
     class_without_objects: Kind.UNUSED_CATEGORY,
     file_not_listed: Kind.NOT_LISTED,

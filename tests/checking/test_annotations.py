@@ -94,6 +94,17 @@ def test_ids_matter_where_a_split_is_evaluated(dataset):
     evaluated = {f.kind: f.is_error for f in check_index(index, evaluated=True)}
     assert evaluated[Kind.SAME_ID] is True
     assert evaluated[Kind.ZERO_ID] is False
+    unknown = {f.kind: f.is_error for f in check_index(index, evaluated=None)}
+    assert (unknown[Kind.SAME_ID], unknown[Kind.ZERO_ID]) == (False, False)
+
+
+def test_images_with_more_objects_than_the_model_detects_are_found(dataset):
+    boxes = [[9 * i, 9, 8, 8] for i in range(6)]
+    index = index_of(dataset, boxes)
+    assert Kind.MANY_OBJECTS not in [f.kind for f in check_index(index, max_detections=6)]
+    (found,) = [f for f in check_index(index, max_detections=5) if f.kind == Kind.MANY_OBJECTS]
+    assert found.sentence == Kind.MANY_OBJECTS.tell(1, limit=5, most=6)
+    assert found.examples == ["1.jpg"]
 
 
 def test_names_given_to_several_categories_are_found(dataset):

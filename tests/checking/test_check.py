@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 
@@ -29,7 +30,9 @@ from tests.checking.dataset_faults import (
     damage,
     file_in_other_case,
     file_missing,
+    file_not_listed,
     image_cut_short,
+    only_crowds,
 )
 from tests.data.loading import load
 
@@ -57,9 +60,7 @@ def train_on_data(root):
     index = load_coco(root, "train2017")
     stop_or_warn(check_index(index, Anchors.from_options(OPTIONS)), "train2017")
     load_coco(root, "val2017").categories.check_known(index.categories, "val2017")
-    loader = load(
-        index, batch_size=4, short_side=96, long_side=96, mask_side=96, train=True, annotations=True, threads=1
-    )
+    loader = load(index, batch_size=4, short_side=96, long_side=96, train=True, annotations=True, threads=1)
     for batch in loader:
         assert batch.valid.all()
         boxes = batch.gt.boxes[batch.gt.valid]
@@ -212,6 +213,58 @@ def test_an_annotation_file_is_checked_with_its_folder_of_images(root):
         check_dataset(path, OPTIONS)
 
 
+@pytest.mark.parametrize("as_file", [True, False])
+def test_annotation_ids_are_numbered_from_1_in_a_cleaned_copy(root, tmp_path, as_file):
+    path, images = locate(root, "train2017")
+    content = json.loads(path.read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = i
+    content["annotations"][5]["category_id"] = 99  # an error besides
+    path.write_text(json.dumps(content))
+    splits = check_dataset(path, OPTIONS, image_dir=images) if as_file else check(root)
+    assert (Kind.ZERO_ID in [f.kind for f in splits[0].findings]) == as_file
+    cleaned, changes = fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)
+    ids = sorted(cleaned.data.annotation_ids.tolist())
+    assert ids == [i for i in range(1, len(content["annotations"]) + 1) if i != 5]
+    assert len(changes[Mend.NEW_ID]) == 1
+
+
+def test_files_that_another_split_of_the_folder_lists_are_not_unlisted(root, tmp_path):
+    val = root / "val2017"
+    for path in val.iterdir():
+        path.rename(root / "train2017" / f"val_{path.name}")
+    val.rmdir()
+    val.symlink_to(root / "train2017")
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = f"val_{image['file_name']}"
+    path.write_text(json.dumps(content))
+    splits = check(root)
+    assert [f.sentence for split in splits for f in split.findings] == []
+    damage(root, file_not_listed)
+    damage(root, category_zero)
+    splits = check(root)
+    for split in (*splits, fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)[0]):
+        (found,) = [f for f in split.findings if f.kind == Kind.NOT_LISTED]
+        assert found.examples == ["stray.png"]
+
+
+def test_masks_that_are_all_crowds_are_turned_into_objects(root, tmp_path):
+    """As CVAT exports masks that were painted."""
+    damage(root, only_crowds)
+    splits = check(root)
+    (found,) = [f for f in splits[0].findings if f.is_error]
+    assert found.kind == Kind.ONLY_CROWDS
+    assert "--fix" in found.sentence
+    with pytest.raises(UserError) as error:
+        train_on_data(root)
+    assert str(error.value) == found.sentence
+    cleaned, changes = fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)
+    assert not cleaned.findings
+    assert cleaned.data.num_objects.sum() == len(changes[Mend.NOT_CROWD]) == len(found.rows)
+
+
 def test_a_cleaned_copy_is_checked_and_never_overwrites_annotations(root, tmp_path):
     name = damage(root, category_zero)
     splits = check(root)
@@ -301,3 +354,20 @@ def test_the_command_lists_findings_and_writes_a_page_and_a_cleaned_copy(root, t
     (root / "annotations" / "instances_train2017.json").write_bytes(cleaned.read_bytes())
     assert run_command(root) == 0
     assert "0 errors and 1 warning in 2 splits." in capsys.readouterr().out, "the image that was dropped is not listed"
+
+
+def test_a_page_shows_images_that_are_a_few_pixels_thin(tmp_path):
+    root = tmp_path / "thin"
+    write_dataset(root, num_train=2, num_val=1, image_size=96, seed=0)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for image, (height, width) in zip(content["images"], [(2, 2400), (2400, 1)], strict=True):
+        cv2.imwrite(str(root / "train2017" / image["file_name"]), np.zeros((height, width, 3), np.uint8))
+        image |= {"height": height, "width": width}
+    for annotation in content["annotations"]:
+        annotation |= {"bbox": [0, 0, 300, 300], "segmentation": [[0, 0, 300, 0, 300, 300, 0, 300]]}
+    path.write_text(json.dumps(content))
+    splits = check(root)
+    assert {Kind.CLIPPED_BOX} <= {finding.kind for finding in splits[0].findings}
+    write_report(tmp_path / "page.html", splits)
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") >= 2

@@ -1,6 +1,9 @@
 """What all commands share: the command line, configs and their overrides, and what is printed."""
 
+import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -138,3 +141,30 @@ def test_an_unexpected_error_keeps_its_traceback_and_a_users_is_one_line(termina
     assert capsys.readouterr().err == "error: give another\n"
     with pytest.raises(KeyError):
         app.run_command(fail(KeyError("bug")), [])
+
+
+def test_paths_with_a_tilde_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = app.parse(eval_command, ["--workdir=~/run", "--report=~/page.html", "--output", "~/a/~b"])
+    assert (options.workdir, options.report) == (f"{tmp_path}/run", f"{tmp_path}/page.html")
+    assert options.output == f"{tmp_path}/a/~b"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "cp1252:strict"])
+def test_a_terminal_that_lacks_letters_shows_them_escaped(shapes, tmp_path, encoding):
+    root = shutil.copytree(shapes, tmp_path / "caf\u00e9 \u65e5\u672c")
+    for split in ("train2017", "val2017"):
+        path = root / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        content["categories"][0]["name"] = "\u732b \U0001f408"
+        first = content["images"][0]
+        (root / split / first["file_name"]).rename(root / split / "\u00e9\u65e5.jpg")
+        first["file_name"] = "\u00e9\u65e5.jpg"
+        path.write_text(json.dumps(content))
+    (root / "train2017" / "\u00e9\u65e5.jpg").write_bytes(b"")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "maskrcnn_jax.commands.main", "check", str(root), "--config=shapes"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    printed = done.stdout.decode(encoding.partition(":")[0])
+    assert done.returncode == 1 and b"Traceback" not in done.stderr, done.stderr.decode()
+    assert "\\u65e5.jpg is empty" in printed and "in 2 splits." in printed

@@ -27,7 +27,6 @@ TINY = {
     "data.coco_dir": "data",
     "data.short_side": 64,
     "data.long_side": 64,
-    "data.mask_side": 64,
     "model.stem_channels": 8,
     "model.stage_channels": 8,
     "model.fpn_channels": 16,

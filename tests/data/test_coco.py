@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,10 +14,11 @@ from pycocotools.coco import COCO
 from maskrcnn_jax.data import images
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import drop_labels
-from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.dataset import load_coco, load_dataset
 from maskrcnn_jax.data.findings import Kind
-from maskrcnn_jax.data.images import BrokenImageError, decode_image
+from maskrcnn_jax.data.images import BrokenImageError, UndecodableError, decode_image
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
 
 SQUARE = [2, 3, 10, 3, 10, 9, 2, 9]  # a polygon: columns 2..9, rows 3..8
 
@@ -129,6 +131,45 @@ def test_other_categories_get_labels_from_1_in_order_of_id(dataset):
     assert index.annotations(0).labels.tolist() == [3, 1]
     assert index.categories.category_id(3) == 900
     assert index.categories.name(1) == "bee"
+
+
+ROBOFLOW = [
+    {"id": 0, "name": "fish", "supercategory": "none"},
+    {"id": 1, "name": "fish", "supercategory": "fish"},
+    {"id": 2, "name": "ray", "supercategory": "fish"},
+]
+
+
+def test_a_category_that_is_only_the_heading_of_others_is_no_class(dataset, caplog):
+    objects = [annotation(1, image_id=1), annotation(2, image_id=1, category_id=2)]
+    root = dataset.write([(20, 30)], objects, categories=ROBOFLOW)
+    with caplog.at_level("INFO", "maskrcnn_jax"):
+        index = load_coco(root, "train2017")
+    assert index.categories == Categories((1, 2), ("fish", "ray"), (1, 2), 3)
+    assert "category fish (id 0) is left out" in caplog.text
+    # With objects it is a class, as is one that no other names, or that has a supercategory itself.
+    root = dataset.write([(20, 30)], [*objects, annotation(3, image_id=1, category_id=0)], categories=ROBOFLOW)
+    assert load_coco(root, "train2017").categories.ids == (0, 1, 2)
+    for other in ({"supercategory": "animal"}, {"name": "crab"}):
+        root = dataset.write([(20, 30)], objects, categories=[ROBOFLOW[0] | other, *ROBOFLOW[1:]])
+        assert load_coco(root, "train2017").categories.ids == (0, 1, 2)
+
+
+def test_categories_can_be_left_out(dataset):
+    objects = [annotation(i, image_id=1, category_id=i) for i in (1, 2, 3)]
+    root = dataset.write([(20, 30)], objects, names=[(1, "cat"), (2, "dog"), (3, "owl")])
+    options = DataOptions(coco_dir=str(root), exclude_categories=(2,))
+    index = load_dataset(options, "train2017")
+    assert index.categories == Categories((1, 3), ("cat", "owl"), (1, 2), 3)
+    found = index.annotations(0, with_crowd=True)
+    assert found.ids.tolist() == [1, 3]
+    assert found.labels.tolist() == [1, 2]
+    ignored = load_dataset(replace(options, ignore_regions=True), "train2017").annotations(0, with_crowd=True)
+    assert ignored.labels.tolist() == [1, 0, 2]
+    assert ignored.crowd.tolist() == [False, True, False]
+    for ids, told in (((7,), "names a category that is not .*: 1 .cat., 2 .dog."), ((1, 2, 3), "leaves none")):
+        with pytest.raises(UserError, match=f"data.exclude_categories .*{told}"):
+            load_dataset(replace(options, exclude_categories=ids), "train2017")
 
 
 @pytest.mark.parametrize("escaped", [True, False])
@@ -249,7 +290,7 @@ def test_a_dataset_of_which_no_annotation_is_usable_is_refused(dataset):
 
 @pytest.mark.parametrize(
     ("coco_dir", "told"),
-    [("", "set data.coco_dir"), ("absent", "is not a folder"), ("empty", "lacks .*instances_train2017.json")],
+    [("", "set data.coco_dir"), ("absent", "is not a folder"), ("empty", "holds nothing, which is no known layout")],
 )
 def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, monkeypatch, coco_dir, told):
     monkeypatch.chdir(tmp_path)
@@ -257,6 +298,32 @@ def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, 
     with pytest.raises(UserError, match=told) as error:
         load_coco(coco_dir, "train2017")
     assert "train2017/ (the images) and annotations/instances_train2017.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            '[{"image_id": 1, "score": 0.5}]',
+            "expected '{' at character 0, but there is a list; .* lists such as images",
+        ),
+        ('  "text"', "expected '{' at character 2, but there is text"),
+        ("null", "there is null"),
+        ("7", "there is a number"),
+        (
+            '{"images": {"1": "a.jpg"}}',
+            r"expected '\[' at character 11, but there is an object; make \"images\" a list",
+        ),
+        ('{"images": [], "annotations": null}', 'there is null; make "annotations" a list'),
+    ],
+)
+def test_json_of_another_structure_is_not_said_to_be_broken(dataset, text, told):
+    root = dataset.write([(20, 30)])
+    dataset.json_path.write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        load_coco(root, "train2017")
+    assert str(dataset.json_path) in str(error.value)
+    assert "not valid JSON" not in str(error.value) and "cut short" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +380,7 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         ({"images": [3]}, "image 3 .* malformed"),
         ({"annotations": [annotation(5, image_id=9)]}, "annotation 5 with image 9; add the image"),
         ({"annotations": [annotation(5, image_id=1, category_id=9)]}, "annotation 5 with category 9"),
-        ({"annotations": [annotation(5, image_id="1")]}, "annotation 5 .* malformed"),
+        ({"annotations": [annotation(5, image_id="one")]}, r"annotation 5 .* malformed: .*`\$.image_id`"),
         ({"annotations": [annotation(5, image_id=1, bbox=[1, 2, 3])]}, "annotation 5 .* malformed"),
         (
             {"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]},
@@ -444,7 +511,7 @@ def test_an_image_of_many_times_the_pixels_is_refused_before_it_is_decoded(datas
     index = load_coco(dataset.write([(20, 30)]), "train2017")
     cv2.imwrite(str(dataset.image_path("1.jpg")), np.zeros((50, 50), np.uint8))
     monkeypatch.setattr(images, "decode_image", None)
-    with pytest.raises(BrokenImageError, match="has 2,500 pixels where the annotations say 20x30"):
+    with pytest.raises(BrokenImageError, match=r"has 50x50 pixels .* where the annotations say 20x30"):
         index.read_image(0)
 
 
@@ -525,6 +592,9 @@ def test_a_name_that_no_file_can_have_is_refused(dataset, name):
 
 def test_an_image_that_claims_far_more_than_its_file_holds_is_not_decoded():
     data = cv2.imencode(".png", np.zeros((9, 9, 3), np.uint8))[1].tobytes()
-    assert decode_image(data) is not None
-    for place, written in ((16, b"\0\0\x75\0" * 2), (33, b"\x7f\xff\0\0")):  # the sides; the length of a part
-        assert decode_image(data[:place] + written + data[place + len(written) :]) is None
+    assert decode_image(data).shape == (9, 9, 3)
+    sides, length = (data[:16] + b"\0\0\x75\0" * 2 + data[24:], data[:33] + b"\x7f\xff\0\0" + data[37:])
+    with pytest.raises(UndecodableError, match="has 29952x29952 pixels .* in 87 bytes"):
+        decode_image(sides)
+    with pytest.raises(UndecodableError, match="is truncated or damaged"):
+        decode_image(length)

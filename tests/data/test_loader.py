@@ -1,9 +1,14 @@
 import dataclasses
+import functools
 import itertools
+import json
 import logging
 import multiprocessing
 import time
+import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -12,15 +17,18 @@ from maskrcnn_jax.data import loader as loader_module
 from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import drop_labels
 from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError
-from maskrcnn_jax.data.loader import Plan, buckets_for, training_subset
+from maskrcnn_jax.data.loader import Plan, buckets_for, mask_side, training_subset
+from maskrcnn_jax.data.run_lengths import decode_crop
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.ops.masks import mask_targets
 from maskrcnn_jax.options import DataOptions
 from tests.children import PATIENCE
 from tests.data.loading import load
 
-TRAIN = {"batch_size": 4, "short_side": 96, "long_side": 128, "mask_side": 64, "train": True, "annotations": True}
+TRAIN = {"batch_size": 4, "short_side": 96, "long_side": 128, "train": True, "annotations": True}
 EVALUATE = TRAIN | {"train": False, "annotations": False}
 
 
@@ -180,16 +188,17 @@ def test_a_batch_holds_the_resized_image_its_sizes_and_its_objects(mixed):
     assert gt.labels[0, 0] == 2
     assert gt.masks.shape == (2, 8, 64, 8)
     assert gt.mask_sizes.tolist() == [[24, 32]] * 2
+    assert gt.mask_windows[0, 0].tolist() == [2, 4, 6, 8]
     mask = np.unpackbits(gt.masks[0, 0], axis=1, bitorder="little")
-    assert mask[2:8, 4:12].all()
+    assert mask[:6, :8].all()
     assert mask.sum() == 48
 
 
 def test_the_dtypes_are_those_that_the_structures_promise(index):
     batch = next(iter(load(index, **TRAIN)))
     assert [x.dtype.name for x in batch[:-1]] == ["uint8", "int32", "int32", "int32", "bool"]
-    assert [x.dtype.name for x in batch.gt[:5]] == ["float32", "int32", "uint8", "int32", "bool"]
-    assert batch.gt[5:] == (None, None), "every object has a mask, and regions are not wanted"
+    assert [x.dtype.name for x in batch.gt[:6]] == ["float32", "int32", "uint8", "int32", "int32", "bool"]
+    assert batch.gt[6:] == (None, None), "every object has a mask, and regions are not wanted"
     batch = next(iter(load(index, **TRAIN | {"resize": "float32"})))
     assert batch.images.dtype == np.float32
     assert 1 < batch.images.max() <= 255
@@ -226,9 +235,33 @@ def test_images_are_mirrored_together_with_their_objects(mixed):
     plain, mirrored = (next(iter(load(mixed, **shared, hflip=p))) for p in (0.0, 1.0))
     np.testing.assert_array_equal(mirrored.images[:, :48], plain.images[:, :48, ::-1])
     assert mirrored.gt.boxes[0, 0].tolist() == [40, 4, 56, 16]  # the image is twice as large as its file
-    mask = np.unpackbits(mirrored.gt.masks[0, 0], axis=1, bitorder="little")
-    assert mask[2:8, 20:28].all()
-    assert mask.sum() == 48
+    assert mirrored.gt.mask_windows[0, 0].tolist() == [2, 20, 6, 8]
+    assert np.unpackbits(mirrored.gt.masks[0, 0]).sum() == 48
+
+
+@pytest.mark.parametrize("side", [1e-30, 1e-14, 1e-6, 1e-4, 1e-3])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_sliver_has_an_area_in_the_batch_or_is_no_object(dataset, side, flip):
+    boxes = [[x, y, *size] for x in (0, 1 / 3, 13.7, 21) for y in (0, 5.3, 11) for size in ((side, 3), (3, side))]
+    boxes.append([1, 1, 9, 9])
+    objects = [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes, 1)]
+    index = load_coco(dataset.write([(16, 24)], objects), "train2017")
+    kept = index.annotations(0).ids.tolist()
+    assert kept == (list(range(1, 26)) if side >= 1e-4 else [25])
+    assert index.problems.get(Kind.FLAT_BOX, 0) == 25 - len(kept)
+    for short in (5, 16, 37, 800):
+        settings = {"batch_size": 1, "short_side": short, "long_side": 2000, "hflip": flip}
+        batch = next(iter(load(index, **TRAIN | settings)))
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert len(boxes) == len(kept) and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_box_that_loses_its_area_when_it_is_scaled_is_no_object(index):
+    thin = np.float32([[1.9999999, 2, 2, 8]]).repeat(len(index.boxes), axis=0)  # the smallest step there is
+    settings = TRAIN | {"short_side": 23, "long_side": 64, "hflip": 1.0}
+    for batch in load(dataclasses.replace(index, boxes=thin), **settings):
+        boxes = batch.gt.boxes[batch.gt.valid]
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_augmentation_differs_from_image_to_image_and_from_epoch_to_epoch(mixed):
@@ -368,7 +401,7 @@ def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do(index, workers
 def test_skipped_images_are_invalid_rows_and_logged_once(dataset, caplog):
     index = load_coco(dataset.write([(24, 32)] * 4), "train2017")
     dataset.image_path("2.jpg").unlink()
-    loader_module._warn_once.cache_clear()
+    loader_module._warn.cache_clear()
     settings = TRAIN | {"num_steps": 3, "skip_broken": True}
     with caplog.at_level(logging.WARNING):
         batches = list(load(index, **settings))
@@ -397,7 +430,7 @@ def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
     [
         ({"image_indices": []}, "no images to load"),
         ({"process_count": 3}, "multiple of 3 processes"),
-        ({"mask_side": 100}, "multiple of 8"),
+        ({"max_objects": -1}, "max_objects is -1"),
         ({"resize": "float64"}, "uint8, float32, pillow"),
         ({"hflip": 1.5}, "hflip is 1.5; use a value from 0 to 1"),
         ({"color_jitter": -1}, "color_jitter is -1"),
@@ -424,14 +457,93 @@ def test_on_coco_boxes_and_masks_agree_in_every_batch(coco_dir):
     close = []
     for batch in load(index, **settings, num_steps=6, threads=2):
         assert batch.images.shape[1:3] in buckets(800, 1333)
-        masks = np.unpackbits(batch.gt.masks, axis=3, bitorder="little")
         for row, k in np.argwhere(batch.gt.valid):
             height, width = batch.gt.mask_sizes[row]
-            ys, xs = np.nonzero(masks[row, k, :height, :width])
-            if not len(ys):
+            y, x, h, w = batch.gt.mask_windows[row, k]
+            if not h * w:
                 continue  # COCO has objects thinner than a pixel
             scale = batch.sizes[row][[1, 0, 1, 0]] / np.array([width, height, width, height])
-            tight = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * scale
+            tight = np.array([x, y, x + w, y + h]) * scale
             close.append(np.abs(batch.gt.boxes[row, k] - tight).max() < 2.5 * scale.max())
     assert len(close) > 50
     assert np.mean(close) > 0.95
+
+
+def test_a_large_image_with_many_objects_takes_memory_for_their_boxes_only(dataset):
+    """600 objects times 16 megapixels would be 9.6 GB."""
+    side, rng = 4000, np.random.default_rng(0)
+    corners = rng.integers(0, side - 20, (600, 2)).tolist()
+    whole_image = coco_mask.encode(np.asfortranarray(np.pad(np.ones((9, 9), np.uint8), ((9, side - 18),) * 2)))
+    run_lengths = {"size": [side, side], "counts": whole_image["counts"].decode()}
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 225, "bbox": [x, y, 15, 15]}
+        | {"segmentation": run_lengths if i % 2 else [[x, y, x + 15, y, x + 15, y + 15, x, y + 15]]}
+        for i, (x, y) in enumerate(corners, 1)
+    ]
+    index = load_coco(dataset.write([(side, side)], annotations), "train2017")
+    reader = load(index, **TRAIN | {"batch_size": 1, "short_side": 800, "long_side": 1333})._read
+    tracemalloc.start()
+    batch = reader(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.gt.valid.sum() == 600
+    assert peak < 250e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_an_image_with_by_far_the_most_objects_is_named(dataset, caplog):
+    square = {"category_id": 1, "bbox": [4, 2, 8, 6], "segmentation": [[4, 2, 12, 2, 12, 8, 4, 8]]}
+    square |= {"iscrowd": 0, "area": 48}
+    counts = [1] * 30 + [120]
+    pairs = [image for image, count in enumerate(counts, 1) for _ in range(count)]
+    annotations = [{"id": i, "image_id": image} | square for i, image in enumerate(pairs, 1)]
+    index = load_coco(dataset.write([(24, 32)] * len(counts), annotations), "train2017")
+    settings = TRAIN | {"batch_size": 1, "short_side": 24, "long_side": 32, "image_indices": [30], "num_steps": 2}
+    (first, _) = load(index, **settings)
+    assert first.gt.valid.shape == (1, 120)
+    assert str(index.file_names[30]) in caplog.text
+    assert "120 objects" in caplog.text
+    caplog.clear()
+    labelled = dataclasses.replace(index, labels=np.arange(len(index.labels), dtype=np.int32) % 100 + 1)
+    first, second = load(labelled, **settings, max_objects=16)
+    assert not caplog.text
+    assert first.gt.valid.sum() == second.gt.valid.sum() == 16
+    assert first.gt.labels.tolist() != second.gt.labels.tolist(), "the same objects in every epoch"
+
+
+@pytest.mark.parametrize("long_side", [640, pytest.param(1920, marks=pytest.mark.slow), 4000])
+def test_mask_targets_of_outlines_of_any_size_are_those_of_the_full_raster(coco_dir, tmp_path, long_side):
+    """COCO's objects, enlarged: the targets from the loader's batch beside those of masks of the whole image."""
+    content = json.loads((coco_dir / "annotations/instances_val2017.json").read_text())
+    images = [image for image in content["images"] if max(image["height"], image["width"]) == 640][:12]
+    objects = [a for a in content["annotations"] if isinstance(a["segmentation"], list) and min(a["bbox"][2:]) >= 8]
+    factor = long_side / 640
+    overlaps = []
+    for image in images:
+        height, width = round(image["height"] * factor), round(image["width"] * factor)
+        size = transforms.resized_size(height, width, 800, 1333)
+        for annotation in [a for a in objects if a["image_id"] == image["id"]][:6]:
+            polygons = [[factor * value for value in part] for part in annotation["segmentation"]]
+            rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+            crop = decode_crop(rle)
+            x, y, w, h = np.array(annotation["bbox"]) * factor * size[0] / height
+            box = np.array([[x, y, x + w, y + h]], np.float32)
+            got, full = (
+                mask_target(*transforms.pack_masks([crop], (height, width), size, side), box, size)
+                for side in (mask_side(DataOptions()), 1344)
+            )
+            either = (got | full).sum()
+            overlaps.append((got & full).sum() / either if either else 1.0)
+    assert len(overlaps) >= 40
+    assert np.mean(overlaps) >= 0.9999
+    assert min(overlaps) >= (1 if long_side == 640 else 0.995)
+
+
+@functools.partial(jax.jit, static_argnames="max_size")
+def compiled_target(packed, windows, raster, box, size, max_size):
+    return mask_targets(packed, windows, raster, box, jnp.zeros(1, jnp.int32), size, max_size=max_size)
+
+
+def mask_target(packed, windows, raster, box, size):
+    return (
+        np.asarray(compiled_target(packed, windows, jnp.array(raster), box, jnp.array(size), (1344, 1344)))[0] >= 0.5
+    )

@@ -3,7 +3,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data import run_lengths
-from maskrcnn_jax.data.run_lengths import is_well_formed, num_pixels
+from maskrcnn_jax.data.run_lengths import cut_out, decode_crop, is_well_formed, num_pixels
 
 
 def joined(texts):
@@ -42,3 +42,31 @@ def test_runs_written_by_hand(text, pixels):
 @pytest.mark.parametrize("text", [b"P", b"0P", b"0\x000", b"0p", b"0/", b"PPPPPP0", "5é".encode()])
 def test_text_that_is_read_past_its_end_or_is_no_number_is_not_well_formed(text):
     assert not is_well_formed(text)
+
+
+def drawn_masks():
+    """Return masks of every density and shape: empty, full, of single pixels, and that end in the last column."""
+    rng = np.random.default_rng(1)
+    masks = [rng.random(size) < rng.random() ** 3 for size in rng.integers(1, 40, (300, 2)).tolist()]
+    masks += [np.zeros((5, 7)), np.ones((5, 7)), np.eye(9), np.eye(9)[::-1], np.ones((1, 1))]
+    return [np.asfortranarray(mask, np.uint8) for mask in masks]
+
+
+def test_a_mask_is_decoded_in_the_smallest_box_that_holds_it():
+    for mask in drawn_masks():
+        for crop in (decode_crop(coco_mask.encode(mask)), cut_out(mask)):
+            height, width = crop.mask.shape
+            pasted = np.zeros_like(mask)
+            pasted[crop.y : crop.y + height, crop.x : crop.x + width] = crop.mask
+            np.testing.assert_array_equal(pasted, mask)
+            if mask.any():
+                assert crop.mask.any(axis=0)[[0, -1]].all()
+                assert crop.mask.any(axis=1)[[0, -1]].all()
+            else:
+                assert not crop.mask.size
+
+
+@pytest.mark.parametrize("counts", ["5", "5M", "", b"1234"])
+def test_runs_that_do_not_fill_the_image_are_not_decoded(counts):
+    with pytest.raises(ValueError, match="for an image of 4x5"):
+        decode_crop({"size": [4, 5], "counts": counts})

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.data import transforms
+from maskrcnn_jax.data.run_lengths import cut_out
 
 
 @pytest.mark.parametrize(
@@ -43,23 +44,21 @@ def test_boxes_scale_by_the_ratio_of_the_sizes_of_each_axis():
 
 
 def test_a_flip_mirrors_image_boxes_and_masks_alike():
-    mask = np.zeros((1, 4, 6), np.uint8)
-    mask[0, 1:3, 0:2] = 1
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1:3, 0:2] = 1
     box = np.array([[0, 1, 2, 3]], np.float32)
     np.testing.assert_array_equal(transforms.hflip_boxes(box, 6), [[4, 1, 6, 3]])
-    flipped = transforms.hflip_masks(mask)
-    assert flipped[0, 1:3, 4:6].all()
-    assert flipped.sum() == 4
-    np.testing.assert_array_equal(transforms.hflip_image(mask[0][:, :, None])[:, :, 0], flipped[0])
+    _, windows, _ = transforms.pack_masks([cut_out(mask)], (4, 6), (4, 6), 8, flip=True)
+    assert windows.tolist() == [[1, 4, 2, 2]]
+    np.testing.assert_array_equal(cut_out(transforms.hflip_image(mask[:, :, None])[:, :, 0])[1:], (1, 4))
 
 
 def test_flipping_twice_changes_nothing():
     rng = np.random.default_rng(0)
-    image, masks = rng.integers(0, 256, (5, 7, 3), np.uint8), rng.integers(0, 2, (2, 5, 7), np.uint8)
+    image = rng.integers(0, 256, (5, 7, 3), np.uint8)
     boxes = np.array([[1, 2, 3, 4], [0, 0, 7, 5]], np.float32)
     np.testing.assert_array_equal(transforms.hflip_image(transforms.hflip_image(image)), image)
     np.testing.assert_array_equal(transforms.hflip_boxes(transforms.hflip_boxes(boxes, 7), 7), boxes)
-    np.testing.assert_array_equal(transforms.hflip_masks(transforms.hflip_masks(masks)), masks)
 
 
 class _Fixed:
@@ -99,35 +98,48 @@ def test_colour_jitter_depends_on_the_generator_alone_and_strength_0_changes_not
     np.testing.assert_array_equal(transforms.color_jitter(image, 0.0, np.random.default_rng(1)), image)
 
 
-def test_masks_are_packed_lowest_bit_first():
-    mask = np.zeros((1, 2, 10), np.uint8)
-    mask[0, 0, [0, 3, 9]] = 1
-    packed, size = transforms.pack_masks(mask, 16)
-    assert size == (2, 10)
-    assert packed.shape == (1, 16, 2)
-    np.testing.assert_array_equal(packed[0, 0], [1 + 8, 2])
-    assert not packed[0, 1:].any()
+def unpack(canvas, window):
+    return np.unpackbits(canvas, axis=1, bitorder="little")[: window[2], : window[3]]
 
 
-def test_packed_masks_unpack_to_themselves():
-    masks = np.random.default_rng(0).integers(0, 2, (3, 37, 51), np.uint8)
-    packed, (height, width) = transforms.pack_masks(masks, 64)
-    unpacked = np.unpackbits(packed, axis=2, bitorder="little")
-    assert unpacked.shape == (3, 64, 64)
-    np.testing.assert_array_equal(unpacked[:, :height, :width], masks)
-    assert unpacked.sum() == masks.sum()
+def test_masks_are_packed_in_their_own_boxes_lowest_bit_first():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5, [3, 6, 12]] = 1
+    (canvas,), (window,), raster = transforms.pack_masks([cut_out(mask)], (20, 30), (20, 30), 16)
+    assert raster == (20, 30)
+    assert window.tolist() == [5, 3, 1, 10]
+    assert canvas.shape == (16, 2)
+    np.testing.assert_array_equal(canvas[0], [1 + 8, 2])
+    assert not canvas[1:].any()
 
 
-def test_masks_larger_than_the_canvas_are_reduced_by_nearest_sampling():
-    masks = np.random.default_rng(0).integers(0, 2, (2, 30, 20), np.uint8)
-    packed, size = transforms.pack_masks(masks, 16)
-    assert size == (16, 10)  # 20 * 16 / 30 = 10.67
-    unpacked = np.unpackbits(packed, axis=2, bitorder="little")[:, :16, :10]
-    expected = [[[masks[n, i * 30 // 16, j * 20 // 10] for j in range(10)] for i in range(16)] for n in range(2)]
-    np.testing.assert_array_equal(unpacked, expected)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(37, 51), (74, 102), (36, 50), (20, 17), (7, 9)])
+def test_packed_masks_are_those_of_the_raster_that_torchvision_resizes(size, flip):
+    masks = np.random.default_rng(0).random((3, 37, 51)) > np.array([0.5, 0.9, 0.999])[:, None, None]
+    masks[1, :, :20] = masks[1, 30:] = False
+    packed, windows, raster = transforms.pack_masks([cut_out(mask) for mask in masks], (37, 51), size, 64, flip=flip)
+    assert raster == (min(37, size[0]), min(51, size[1]))
+    wanted = masks[:, :, ::-1] if flip else masks
+    wanted = wanted[:, np.arange(raster[0]) * 37 // raster[0]][:, :, np.arange(raster[1]) * 51 // raster[1]]
+    for canvas, (y, x, height, width), mask in zip(packed, windows, wanted, strict=True):
+        found = np.zeros(raster, bool)
+        found[y : y + height, x : x + width] = unpack(canvas, (y, x, height, width))
+        np.testing.assert_array_equal(found, mask)
+        assert np.unpackbits(canvas).sum() == mask.sum()
 
 
-def test_no_masks_pack_to_no_canvases():
-    packed, size = transforms.pack_masks(np.zeros((0, 30, 20), np.uint8), 64)
-    assert packed.shape == (0, 64, 8)
-    assert size == (30, 20)
+def test_masks_larger_than_the_canvas_are_sampled_in_the_middle_of_its_cells():
+    mask = np.random.default_rng(0).integers(0, 2, (30, 12), np.uint8)
+    mask[[0, -1]] = 1
+    mask[:, [0, -1]] = 1
+    (canvas,), (window,), _ = transforms.pack_masks([cut_out(mask)], (30, 12), (30, 12), 16)
+    assert window.tolist() == [0, 0, 30, 12]
+    np.testing.assert_array_equal(unpack(canvas, (0, 0, 16, 12)), mask[(2 * np.arange(16) + 1) * 30 // 32])
+
+
+def test_no_masks_pack_to_no_canvases_and_objects_without_one_to_nothing():
+    assert transforms.pack_masks([], (30, 20), (30, 20), 64)[0].shape == (0, 64, 8)
+    packed, windows, _ = transforms.pack_masks([None], (30, 20), (30, 20), 64)
+    assert not packed.any()
+    assert not windows.any()

@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax.data.dataset import load_coco, read_dataset
+from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import (
     STATISTICS,
@@ -194,6 +195,67 @@ def test_the_table_names_every_number_and_ends_in_one_line(dataset):
     assert [line.split()[0] for line in lines[1:13]] == list(STATISTICS)
     assert "cup".ljust(8) + "   1.000    1.000" in lines
     assert "APl".ljust(8) + "    none    none" in lines, "there are no large objects"
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """An image with 128 objects of one category and 2 of another, and results that find each exactly."""
+    boxes = [(3 * (i % 26), 3 * (i // 26), 2, 2) for i in range(128)] + [(0, 40, 30, 18), (40, 40, 30, 18)]
+    owners = [7] * 128 + [20] * 2
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": HEIGHT, "width": WIDTH}],
+        "categories": [{"id": 7, "name": "cell"}, {"id": 20, "name": "dish"}],
+        "annotations": [annotation(i, 1, k, b) for i, (k, b) in enumerate(zip(owners, boxes, strict=True), 1)],
+    }
+    path = tmp_path / "crowded.json"
+    path.write_text(json.dumps(content))
+    scores = 1 - np.arange(130) / 1000
+    results = [result(1, k, b, float(s)) for k, b, s in zip(owners, boxes, scores, strict=True)]
+    return path, results
+
+
+def test_a_model_that_makes_more_detections_is_measured_with_as_many(crowded):
+    path, results = crowded
+    metrics = evaluate(path, results, max_detections=130)
+    for kind in ("bbox", "segm"):
+        for name in ("AP", "AP50", "AP75", "APs", "AR130", "ARs"):
+            assert metrics[f"{kind}_{name}"] == pytest.approx(1.0), name
+        assert metrics[f"{kind}_per_category"] == pytest.approx({"cell": 1.0, "dish": 1.0})
+        for limit in (1, 10, 100):  # of each category, as COCO's
+            expected = (limit / 128 + min(limit, 2) / 2) / 2
+            assert metrics[f"{kind}_AR{limit}"] == pytest.approx(expected), limit
+    lines = format_table(metrics).splitlines()
+    names = [line.split()[0] for line in lines[1:14]]
+    assert names == [*STATISTICS[:9], "AR130", *STATISTICS[9:]]
+
+
+@pytest.mark.parametrize("limit", [1, 30, 100])
+def test_up_to_a_hundred_detections_the_numbers_are_cocos(crowded, tmp_path, limit):
+    path, results = crowded
+    metrics = evaluate(path, results, max_detections=limit)
+    write_files(tmp_path, metrics, results)
+    for kind in ("bbox", "segm"):
+        stats = pycocotools_stats(path, tmp_path / "detections.json", kind)
+        assert [metrics[f"{kind}_{name}"] for name in STATISTICS] == stats
+    assert len(metrics) == 2 * len(STATISTICS) + 2
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(100, True), (129, True), (130, False), (400, False)])
+def test_images_with_more_objects_than_detections_are_warned_of(crowded, caplog, limit, warned):
+    path, results = crowded
+    evaluate(path, results[:2], max_detections=limit)
+    assert [r.getMessage() for r in caplog.records] == [Kind.MANY_OBJECTS.tell(1, limit=limit, most=130)] * warned
+
+
+def test_images_that_are_not_evaluated_and_crowds_are_not_warned_of(crowded, caplog):
+    path, _ = crowded
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0] | {"id": 2})
+    path.write_text(json.dumps(content))
+    evaluate(path, [], image_ids=[2])
+    path.write_text(json.dumps(content | {"annotations": [a | {"iscrowd": 1} for a in content["annotations"]]}))
+    evaluate(path, [])
+    assert not caplog.records
 
 
 def test_results_of_unknown_images_and_missing_files_are_the_users_to_mend(dataset, tmp_path):

@@ -80,6 +80,19 @@ def test_overall_and_by_size_it_is_pycocotools_number(many, kind):
         assert found[group].low < found[group].value < found[group].high
 
 
+def test_the_groups_count_as_many_detections_as_the_model_makes(tmp_path):
+    boxes = [(3, (8 * (i % 20), 8 * (i // 20), 6, 6)) for i in range(150)]
+    truth = load_annotations(write_truth(tmp_path / "truth.json", [boxes]))
+    results = [result(1, category, box, 1 - i / 1000) for i, (category, box) in enumerate(boxes)]
+    for limit in (100, 150):
+        metrics = evaluate(truth, results, max_detections=limit)
+        found = Errors(truth, results, "bbox", limit)
+        for group, name in (("all", "AP"), ("more objects", "AP"), ("small", "APs")):
+            value, _ = found.average_precision(group, np.zeros((0, 1)))
+            assert value == pytest.approx(metrics[f"bbox_{name}"]), group
+    assert value == pytest.approx(1)
+
+
 def test_objects_of_which_only_the_box_is_known_count_for_crowding_but_not_for_masks(tmp_path):
     boxes = [(3, (50 * i, 10, 30, 30)) for i in range(4)]
     path = write_truth(tmp_path / "truth.json", [boxes])

@@ -50,6 +50,21 @@ def report(path, truth, results, training=None):
     return path.read_text()
 
 
+def test_the_page_has_the_recall_of_a_model_that_makes_more_detections(truth, tmp_path):
+    metrics = evaluate(truth, perfect(truth), max_detections=300)
+    write_report(
+        tmp_path / "report.html",
+        truth,
+        perfect(truth),
+        metrics,
+        title="",
+        draw=lambda image_id: None,
+        max_detections=300,
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r"AR\d+", page) == ["AR1", "AR10", "AR100", "AR300"]
+
+
 @pytest.mark.parametrize("some", [True, False])
 def test_a_browser_shows_the_whole_page(truth, tmp_path, some):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

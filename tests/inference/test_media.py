@@ -1,6 +1,7 @@
 """Pictures, videos and JSON files come out for what can be read, and what cannot is named."""
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,7 +10,8 @@ from pycocotools.coco import COCO
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.inference.media import is_video, list_images, predict_images, predict_video
+from maskrcnn_jax.inference import media
+from maskrcnn_jax.inference.media import DEFAULT_FPS, is_video, list_images, predict_images, predict_video
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.structures import Batch, Detections
@@ -147,6 +149,39 @@ def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
     widths = [result["bbox"][2] for result in results]
     assert widths == sorted(widths) and widths[-1] - widths[0] == pytest.approx(25, abs=3)
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 6
+
+
+@pytest.mark.parametrize("rate", [119.9134, 59.94006, 23.976024, 7.4925, 480.25, 1e6, float("nan"), 0.0, -1.0])
+def test_a_video_of_any_rate_and_size_is_written(tmp_path, monkeypatch, rate):
+    frames = [np.full((47, 63, 3), 10 * i, np.uint8) for i in range(3)]
+    monkeypatch.setattr(media, "_read_frames", lambda capture: iter(frames))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda path: SimpleNamespace(get=lambda _: rate, release=lambda: None))
+    (tmp_path / "clip.mov").write_bytes(b"")
+    assert predict_video(FakePredictor(), tmp_path / "clip.mov", tmp_path / "out", min_score=0.99) == 3
+    monkeypatch.undo()
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(rate if 0 < rate < 1e5 else DEFAULT_FPS, rel=1e-4)
+    assert (capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT)) == (64, 48)
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+def test_images_of_all_endings_are_listed_and_other_files_are_told(tmp_path, caplog):
+    caplog.set_level("INFO", "maskrcnn_jax")
+    for suffix in ("jfif", "gif", "avif", "jp2", "ppm", "JPG", "heic"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"")
+    (tmp_path / ".hidden").write_bytes(b"")
+    assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "a.avif", "a.gif", "a.jfif", "a.jp2", "a.ppm"]
+    assert f"not read in {tmp_path}, by their endings: 1, such as a.heic" in caplog.text
+
+
+def test_pictures_of_formats_that_are_not_written_are_pngs(tmp_path, capsys):
+    pixels = np.full((40, 50, 3), 30, np.uint8)
+    for suffix in (".gif", ".ppm", ".jp2"):
+        (tmp_path / f"a{suffix}").write_bytes(cv2.imencode(suffix, pixels)[1].tobytes())
+    (tmp_path / "b.jfif").write_bytes(cv2.imencode(".jpg", pixels)[1].tobytes()[:-9])
+    predict_images(FakePredictor(), list_images(tmp_path), tmp_path / "out", min_score=0.5)
+    assert sorted(path.name for path in (tmp_path / "out").glob("a*")) == ["a.gif.png", "a.jp2.png", "a.ppm.png"]
+    assert "b.jfif cannot be read as an image: it is truncated" in capsys.readouterr().out
 
 
 def test_a_video_without_a_readable_frame_is_the_users_to_mend(tmp_path):

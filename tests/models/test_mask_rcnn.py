@@ -134,7 +134,9 @@ def test_regions_are_neither_object_nor_background(tiny, key):
     boxes = batch.gt.boxes.copy()
     boxes[0, 2] = [0, 0, SIDE / 2, SIDE]
     ignored = np.array([[False, False, True], [False, False, False]])
-    plain = GroundTruth(jnp.asarray(boxes), jnp.asarray(batch.gt.labels), None, None, jnp.asarray(batch.gt.valid))
+    plain = GroundTruth(
+        jnp.asarray(boxes), jnp.asarray(batch.gt.labels), None, None, None, jnp.asarray(batch.gt.valid)
+    )
     with_region = plain._replace(ignored=jnp.asarray(ignored))
     fixed = np.array([[2, 2, 18, 18], [40, 40, 60, 60], [24, 0, 40, 16], [20, 0, 45, 20]], np.float32)
     # With the objects' own boxes among the anchors, no object takes another for want of a better.
@@ -322,7 +324,7 @@ def test_the_network_of_the_paper_trains_and_detects(key):
 )
 def test_proposals_fill_what_the_annotated_boxes_leave(source, num_gt, expected):
     proposals = Proposals(jnp.ones((8, 4)), jnp.arange(8.0)[::-1], jnp.arange(8) < 6)
-    gt = GroundTruth(jnp.ones((9, 4)), jnp.ones(9, int), None, None, jnp.arange(9) < num_gt)
+    gt = GroundTruth(jnp.ones((9, 4)), jnp.ones(9, int), None, None, None, jnp.arange(9) < num_gt)
     valid = limit_proposals(proposals, gt, source=source, min_proposals=5).valid
     np.testing.assert_array_equal(valid, np.arange(8) < expected)
 

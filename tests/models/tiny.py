@@ -85,6 +85,7 @@ def tiny_batch(batch_size: int = 2, num_gt: int = 3, seed: int = 0, side: int = 
         boxes=boxes,
         labels=rng.integers(1, NUM_CLASSES, (batch_size, num_gt), dtype=np.int32),
         masks=np.packbits(masks, axis=-1, bitorder="little"),
+        mask_windows=np.tile(np.array([0, 0, side, side], np.int32), (batch_size, num_gt, 1)),
         mask_sizes=sizes,
         valid=valid,
     )

@@ -22,7 +22,7 @@ def test_an_exported_run_has_the_same_ap_in_torchvision(optimized, tmp_path):
     config.epochs, config.eval_every, config.log_every = 120, 0, 0
     config.optim.lr, config.optim.warmup_steps = 3e-3, 10
     config.data.update(coco_dir=str(tmp_path / "shapes"), eval_split="train2017", hflip=0.0)
-    config.data.update(short_side=96, long_side=96, mask_side=96, resize="float32", buckets="exact")
+    config.data.update(short_side=96, long_side=96, resize="float32", buckets="exact")
     config.eval_batch_size = 8
     config.model.update(roi_aligned=False, roi_sampling_ratio=2, stem_channels=16, stage_channels=16)
     options = to_options(config)

@@ -13,6 +13,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 torch = pytest.importorskip("torch")
+from maskrcnn_jax.data.run_lengths import cut_out  # noqa: E402
+from maskrcnn_jax.data.transforms import pack_masks  # noqa: E402
 from maskrcnn_jax.ops.anchors import grid_anchors  # noqa: E402
 from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
 from maskrcnn_jax.ops.pyramid import assign_levels  # noqa: E402
@@ -105,15 +107,15 @@ def test_exact_anchors_equal_a_loop_over_cells_and_ratios(image_shape, shapes):
 
 def targets(masks, boxes, index, image_size, canvas):
     """Return our soft targets for masks [G, h, w] of an image that the network sees at image_size."""
-    padded = np.zeros((len(masks), canvas, canvas), np.uint8)
-    padded[:, : masks.shape[1], : masks.shape[2]] = masks
+    packed, windows, raster = pack_masks([cut_out(mask) for mask in masks], masks.shape[1:], image_size, canvas)
     return np.asarray(
         compiled_targets(
-            np.packbits(padded, axis=-1, bitorder="little"),
+            packed,
+            windows,
+            np.array(raster, np.int32),
             jnp.asarray(boxes, jnp.float32),
             np.asarray(index, np.int32),
-            mask_size=np.array(masks.shape[1:], np.int32),
-            image_size=np.array(image_size, np.int32),
+            np.array(image_size, np.int32),
             max_size=tuple(-(-side // 320) * 320 for side in image_size),
             aligned=True,
         )

@@ -161,9 +161,10 @@ def test_mask_loss_equals_maskrcnn_loss(dtype):
     def ours(logits):
         size = jnp.array([side, side])
         packed = jnp.asarray(np.packbits(masks, axis=-1, bitorder="little"))
-        targets = jax.vmap(
-            lambda p, b, i: mask_targets(p, b, i, mask_size=size, image_size=size, max_size=(side, side))
-        )(packed, jnp.asarray(boxes), jnp.asarray(index, jnp.int32))
+        windows = jnp.array([[0, 0, side, side]] * 2)
+        targets = jax.vmap(lambda p, b, i: mask_targets(p, windows, size, b, i, size, max_size=(side, side)))(
+            packed, jnp.asarray(boxes), jnp.asarray(index, jnp.int32)
+        )
         labels = np.take_along_axis(gt_labels, index, axis=1)
         own = jnp.take_along_axis(logits, jnp.asarray(labels)[:, :, None, None, None], axis=2)[:, :, 0]
         return (losses.mask_loss(own, targets, jnp.asarray(foreground)),)
@@ -215,6 +216,7 @@ def test_rpn_losses_equal_torchvisions_with_the_same_anchors_sampled(dtype):
             boxes=jnp.stack([jnp.asarray(gt), jnp.asarray(gt)]),
             labels=jnp.ones((2, 5), jnp.int32),
             masks=None,
+            mask_windows=None,
             mask_sizes=None,
             valid=jnp.array([[True] * 5, [False] * 5]),
         )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from maskrcnn_jax.data.run_lengths import cut_out  # noqa: E402
+from maskrcnn_jax.data.transforms import pack_masks  # noqa: E402
 from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
 from maskrcnn_jax.ops.roi_align import multiscale_roi_align, roi_align  # noqa: E402
 from tools.torchvision_reference import import_torchvision  # noqa: E402
@@ -229,15 +231,14 @@ def assert_targets_equal(masks, boxes, index, image_size, canvas, dtype):
     raster = masks.shape[1:]
     resized = torch.nn.functional.interpolate(torch.tensor(masks)[:, None].float(), size=list(image_size))[:, 0]
     expected = project_masks_on_boxes(resized, torch.tensor(boxes), torch.tensor(index), 28).numpy()
-    padded = np.zeros((len(masks), canvas, canvas), np.uint8)
-    padded[:, : raster[0], : raster[1]] = masks
+    packed = pack_masks([cut_out(mask) for mask in masks], raster, image_size, canvas)
     with jax.enable_x64(dtype == "float64"):
         ours = jax.jit(mask_targets, static_argnames=("max_size",))(
-            np.packbits(padded, axis=-1, bitorder="little"),
+            *packed[:2],
+            np.array(packed[2], np.int32),
             boxes,
             index.astype(np.int32),
-            mask_size=np.array(raster, np.int32),
-            image_size=np.array(image_size, np.int32),
+            np.array(image_size, np.int32),
             max_size=tuple(-(-side // 32) * 32 for side in image_size),
         )
         assert ours.dtype == dtype

@@ -15,13 +15,19 @@ def pack(masks):
     return jnp.asarray(np.packbits(np.asarray(masks, np.uint8), axis=-1, bitorder="little"))
 
 
+def whole(mask_size, number=1):
+    """Return the windows of masks that fill the raster."""
+    return jnp.tile(jnp.array([0, 0, *mask_size], jnp.int32), (number, 1))
+
+
 def targets(masks, boxes, index, mask_size, image_size, output_size=4, max_size=(64, 64)):
     return compiled_targets(
         pack(masks),
+        whole(mask_size, len(masks)),
+        jnp.asarray(mask_size, jnp.int32),
         jnp.asarray(boxes, jnp.float32),
         jnp.asarray(index, jnp.int32),
-        mask_size=jnp.asarray(mask_size, jnp.int32),
-        image_size=jnp.asarray(image_size, jnp.int32),
+        jnp.asarray(image_size, jnp.int32),
         max_size=max_size,
         output_size=output_size,
     )
@@ -127,10 +133,11 @@ def test_compiled_targets_of_boxes_of_whole_pixels_are_exact(dtype):
     with jax.enable_x64(dtype == "float64"):
         result = compiled_targets(
             pack(masks),
+            whole((256, 256)),
+            jnp.array([256, 256]),
             jnp.asarray(boxes, dtype),
             jnp.zeros(300, jnp.int32),
-            mask_size=jnp.array([256, 256]),
-            image_size=jnp.array([256, 256]),
+            jnp.array([256, 256]),
             max_size=(256, 256),
             output_size=28,
         )
@@ -164,7 +171,8 @@ def test_mask_targets_compiled_equal_eager_and_vmap_equals_a_loop():
     index, sizes = jnp.array([[0], [1]]), jnp.array([[32, 32], [24, 30]])
 
     def function(packed, boxes, index, size):
-        return mask_targets(packed, boxes, index, mask_size=size, image_size=size, max_size=(32, 32), output_size=4)
+        windows = jnp.tile(jnp.array([0, 0, 32, 32]), (2, 1))
+        return mask_targets(packed, windows, size, boxes, index, size, max_size=(32, 32), output_size=4)
 
     arguments = (jnp.stack([pack(m) for m in masks]), boxes, index, sizes)
     compiled = jax.jit(function)
@@ -179,10 +187,11 @@ def test_aligned_targets_of_a_box_of_28_pixels_are_the_pixels_themselves():
     size = jnp.array([48, 48])
     target = mask_targets(
         packed,
+        whole((48, 48)),
+        size,
         jnp.array([[7.0, 3.0, 35.0, 31.0]]),
         jnp.zeros(1, jnp.int32),
-        mask_size=size,
-        image_size=size,
+        size,
         max_size=(64, 64),
         aligned=True,
     )

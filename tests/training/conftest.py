@@ -24,7 +24,7 @@ def _small(shapes_dir) -> ConfigDict:
     config.eval_every = 1
     config.log_every = 2
     config.data.coco_dir = str(shapes_dir)
-    config.data.short_side = config.data.long_side = config.data.mask_side = 64
+    config.data.short_side = config.data.long_side = 64
     tiny = {
         "stem_channels": 8,
         "stage_channels": 8,

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -332,6 +333,58 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(config, tmp_path):
     config.optim.accumulate = 0
     with pytest.raises(UserError, match="optim.accumulate is 0"):
         train(config, tmp_path, make_evaluate=never)
+
+
+def contents(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+CHANGES = {
+    "batch_size 8 (16 before)": {"batch_size": 8},  # twice as many steps in as many epochs
+    "eval_every 1 (0 before)": {"eval_every": 1},
+    "model.box_score_thresh 0.9 (0.05 before)": {"model.box_score_thresh": 0.9},
+    "optim.lr 0.1 (0.001 before)": {"optim.lr": 0.1},
+    "epochs 1 (2 before)": {"epochs": 1},
+    "seed 7 (0 before), max_steps 1 (0 before)": {"max_steps": 1, "seed": 7},
+}
+
+
+def test_a_finished_run_ignores_other_options_and_says_which(config, tmp_path, caplog):
+    config.batch_size, config.eval_every, config.optim.lr_batch_size = 16, 0, 0
+    train(config, tmp_path, make_evaluate=never)
+    before = contents(tmp_path)
+    for told, changes in CHANGES.items():
+        caplog.clear()
+        changed = copy.deepcopy(config)
+        changed.update_from_flattened_dict(changes)
+        train(changed, tmp_path, make_evaluate=never)
+        assert contents(tmp_path) == before, told
+        ignored = [message for record in caplog.records if "is finished" in (message := record.getMessage())]
+        assert [f"options are ignored: {told};" in message for message in ignored] == [True], (told, caplog.text)
+    caplog.clear()
+    train(config, tmp_path, make_evaluate=never)
+    assert "is finished" not in caplog.text
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_resumed_run_that_fails_before_a_checkpoint_keeps_the_options_of_its_checkpoints(
+    config, tmp_path, monkeypatch
+):
+    config.batch_size, config.eval_every, config.optim.lr_batch_size = 16, 0, 0
+    train(config, tmp_path, make_evaluate=never)
+    before = (tmp_path / "config.json").read_bytes()
+    config.epochs, config.model.box_score_thresh = 3, 0.9
+
+    def fail(*args):
+        raise UserError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory"):
+        patch.setattr(TrainStep, "__call__", fail)
+        train(config, tmp_path, make_evaluate=never)
+    assert (tmp_path / "config.json").read_bytes() == before
+    train(config, tmp_path, make_evaluate=never)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["box_score_thresh"] == 0.9
 
 
 @pytest.mark.slow

@@ -11,13 +11,15 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.config import load_config
+from maskrcnn_jax.data.loader import mask_side
+from maskrcnn_jax.data.run_lengths import cut_out
 from maskrcnn_jax.data.shapes import draw_image
 from maskrcnn_jax.data.transforms import pack_masks
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.ops.boxes import box_iou
-from maskrcnn_jax.options import ModelOptions
+from maskrcnn_jax.options import DataOptions, ModelOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
 from maskrcnn_jax.weights.convert import load_weights
 
@@ -165,9 +167,12 @@ def objects_that_fill_the_quota(settings: Settings, proposals: np.ndarray, wante
 def make_batch(photos: Sequence[np.ndarray], objects: Sequence[Objects]) -> Batch:
     """Return the training batch of numpy arrays that our loader would make."""
     images, sizes = pad_images(photos)
-    side = -(-max(photos[0].shape[:2]) // 8) * 8
     count = -(-max(len(o.labels) for o in objects) // 8) * 8
-    packed = [pack_masks(o.masks, side) for o in objects]
+    side = mask_side(DataOptions())
+    packed = [
+        pack_masks([cut_out(mask) for mask in o.masks], photo.shape[:2], photo.shape[:2], side)
+        for photo, o in zip(photos, objects, strict=True)
+    ]
 
     def padded(arrays):
         return np.stack([np.pad(a, [(0, count - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in arrays])
@@ -175,8 +180,9 @@ def make_batch(photos: Sequence[np.ndarray], objects: Sequence[Objects]) -> Batc
     gt = GroundTruth(
         boxes=padded([o.boxes for o in objects]),
         labels=padded([o.labels for o in objects]),
-        masks=padded([masks for masks, _ in packed]),
-        mask_sizes=np.array([size for _, size in packed], np.int32),
+        masks=padded([masks for masks, *_ in packed]),
+        mask_windows=padded([windows for _, windows, _ in packed]),
+        mask_sizes=np.array([size for *_, size in packed], np.int32),
         valid=padded([np.ones(len(o.labels), bool) for o in objects]),
     )
     rows = np.arange(len(photos), dtype=np.int32)

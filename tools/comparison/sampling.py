@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import torch
 
+from maskrcnn_jax.data.run_lengths import cut_out
 from maskrcnn_jax.data.transforms import pack_masks
 from maskrcnn_jax.models.proposals import sample_rois
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample
@@ -121,12 +122,16 @@ def our_batch(pair: Pair, images: list[torch.Tensor], targets: list[dict]) -> Ba
     pixels, sizes = our_images(image_list)
     original = np.array([image.shape[1:] for image in images], np.int32)
     side, count = -(-int(original.max()) // 8) * 8, max(len(t["labels"]) for t in targets)
-    packed = [pack_masks(target["masks"].numpy(), side) for target in targets]
+    packed = [
+        pack_masks([cut_out(mask) for mask in target["masks"].numpy()], size, size, side)
+        for target, size in zip(targets, map(tuple, original.tolist()), strict=True)
+    ]
     gt = GroundTruth(
         boxes=pad([target["boxes"].numpy() for target in resized], count),
         labels=pad([target["labels"].numpy() for target in targets], count).astype(np.int32),
-        masks=pad([masks for masks, _ in packed], count),
-        mask_sizes=np.array([size for _, size in packed], np.int32),
+        masks=pad([masks for masks, *_ in packed], count),
+        mask_windows=pad([windows for _, windows, _ in packed], count),
+        mask_sizes=original,
         valid=pad([np.ones(len(target["labels"]), bool) for target in targets], count),
     )
     rows = np.arange(len(images), dtype=np.int32)

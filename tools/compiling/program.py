@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from maskrcnn_jax.data.loader import buckets_for
+from maskrcnn_jax.data.loader import buckets_for, mask_side
 from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.distributed import make_mesh, replicated, split, state_layout
 from maskrcnn_jax.inference.detect import detect_on_mesh
@@ -79,7 +79,8 @@ def _train_batch(options: Options, num_objects: int, mesh: Mesh) -> Batch:
     gt = GroundTruth(
         boxes=array(np.float32, num_objects, 4),
         labels=array(np.int32, num_objects),
-        masks=array(np.uint8, num_objects, data.mask_side, data.mask_side // 8),
+        masks=array(np.uint8, num_objects, mask_side(data), mask_side(data) // 8),
+        mask_windows=array(np.int32, num_objects, 4),
         mask_sizes=array(np.int32, 2),
         valid=array(np.bool_, num_objects),
         ignored=array(np.bool_, num_objects) if data.ignore_regions else None,

@@ -1,0 +1,185 @@
+"""Reads YOLO's segmentation layout: a YAML file with the class names, images, and a text file of polygons for each.
+
+A line of a text file is a class number and x, y, x, y ... in fractions of the image, or x, y of the middle, width and
+height for an object with a box only. The format has no holes, and no objects of several parts.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maskrcnn_jax.converting.source import (
+    Object,
+    Picture,
+    Source,
+    image_size,
+    inside,
+    read_text,
+    with_polygons,
+)
+from maskrcnn_jax.data.images import IMAGE_SUFFIXES
+from maskrcnn_jax.data.layouts import describe, folders_in, yaml_of
+from maskrcnn_jax.errors import UserError
+
+_SPLITS = ("train", "val", "test")
+_MARGIN = 0.1  # of the image, by which tools let polygons pass its border
+
+
+def read_yolo(root: Path) -> Source:
+    """Open a dataset in YOLO's layout.
+
+    Args:
+        root: folder with the YAML file, or with images/, labels/ and classes.txt; an absolute path.
+
+    Raises:
+        UserError: the names or the folders are missing or malformed; and, when a split is read, the same of labels.
+    """
+    path = yaml_of(root)
+    if path is None:
+        return _without_yaml(root)
+    try:
+        # Without conversions, by which a class called "no" would be False.
+        content = yaml.load(read_text(path), yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())[:120]}); correct it") from None
+    names = _names(content, path)
+    splits = {}
+    for split in _SPLITS:
+        given = content.get(split)
+        if given:
+            images = [image for part in _strings(given, split, path) for image in _images(root, content, part, path)]
+            splits[split] = partial(_pictures, root, list(dict.fromkeys(images)), names, path)
+    if not splits:
+        raise UserError(f"{path} has no train, val or test; name their folders of images, such as train: images/train")
+    return Source({number + 1: name for number, name in names.items()}, splits)
+
+
+def _without_yaml(root: Path) -> Source:
+    """Open what Label Studio and others write: images/, labels/ and classes.txt."""
+    path = root / "classes.txt"
+    if not path.is_file() or not (root / "images").is_dir():
+        raise UserError(
+            f"{root} has YOLO's labels/ but neither a data.yaml, with train, val and names, nor images/ and a "
+            "classes.txt with a class name on each line; add one of these"
+        )
+    names = dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
+    folders = {folder.name: folder for folder in folders_in(root / "images") if folder.name in _SPLITS}
+    found = {split: _files(folder) for split, folder in (folders or {"train": root / "images"}).items()}
+    splits = {split: partial(_pictures, root, images, names, path) for split, images in found.items()}
+    return Source({number + 1: name for number, name in names.items()}, splits)
+
+
+def _names(content: Any, path: Path) -> dict[int, str]:
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, list):
+        names = {str(number): name for number, name in enumerate(names)}
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{path} has no list of names; write the classes as names: [first, second, ...]")
+    wrong = [number for number in names if not (isinstance(number, str) and number.isdecimal() and len(number) < 6)]
+    if wrong:
+        raise UserError(f"{path} numbers a class {str(wrong[0])[:40]!r}; number them 0, 1, 2, ...")
+    count = content.get("nc")
+    if isinstance(count, str) and count.isdecimal() and count != str(len(names)):
+        raise UserError(f"{path} has {len(names)} names but nc: {count[:20]}; correct one of them")
+    return {int(number): name for number, name in names.items()}
+
+
+def _strings(given: Any, split: str, path: Path) -> list[str]:
+    parts = given if isinstance(given, list) else [given]
+    if not all(isinstance(part, str) and "\0" not in part for part in parts):
+        raise UserError(f"{path} has a {split} that is no path; write the folder of its images")
+    return parts
+
+
+def _images(root: Path, content: dict, given: str, path: Path) -> list[Path]:
+    """Return the image files of a folder or a list of files that the YAML file names."""
+    base = content.get("path")
+    folder = root / base if isinstance(base, str) and "\0" not in base and len(base) < 1000 else root
+    words = [word for word in Path(given).parts if word not in ("..", ".", "/")]
+    # As given; else in this folder, because exports have ../ too many or the folders of another computer.
+    candidates = [folder / given, *(root.joinpath(*words[i:]) for i in range(len(words)))]
+    for candidate in candidates:
+        candidate = Path(os.path.abspath(candidate))
+        if len(given) < 1000 and candidate.is_relative_to(root) and os.path.exists(candidate):
+            images = _listed(root, candidate) if candidate.suffix == ".txt" else _files(candidate)
+            if not images:
+                raise UserError(f"{path} names {candidate}, which has no images but {describe(candidate)}; add them")
+            return images
+    raise UserError(f"{path} names {given[:100]!r}, which is not in {root}; correct the path or move the images there")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _listed(root: Path, path: Path) -> list[Path]:
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    return [inside(root, root / line, path) for line in lines if line]
+
+
+def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path: Path) -> Iterator[Picture]:
+    labels = {image: _label_path(root, image) for image in images}
+    if not any(path.is_file() for path in labels.values()):
+        image, path = next(iter(labels.items()), (root / "images", root / "labels"))
+        raise UserError(
+            f"none of the {len(images)} images has a text file of labels, such as {path} for {image}; add them"
+        )
+    for image, path in labels.items():
+        size = image_size(image)
+        lines = read_text(path).splitlines() if path.is_file() else []
+        objects = [
+            _object(line, size, names, names_path, f"{path}, line {number},")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+        yield Picture(image, image.relative_to(root).as_posix(), size, objects)
+
+
+def _label_path(root: Path, image: Path) -> Path:
+    """Return the text file of an image: in labels/ instead of the last images/, or else beside it."""
+    parts = list(image.relative_to(root).parts)
+    if "images" in parts[:-1]:
+        last = len(parts) - 2 - parts[-2::-1].index("images")
+        path = root.joinpath(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
+        if path.is_file() or not image.with_suffix(".txt").is_file():
+            return path
+    return image.with_suffix(".txt")
+
+
+def _object(line: str, size: tuple[int, int], names: dict[int, str], names_path: Path, where: str) -> Object:
+    first, *rest = line.split()
+    number = int(first) if first.isdecimal() and len(first) < 6 else -1
+    if number not in names:
+        raise UserError(
+            f"{where} has class {first[:40]!r}, but {names_path} has classes 0 to {max(names)}; correct one of them"
+        )
+    values = [_number(word) for word in rest]
+    wrong = [word for word, value in zip(rest, values, strict=True) if not -_MARGIN <= value <= 1 + _MARGIN]
+    if wrong:
+        raise UserError(
+            f"{where} has a coordinate {wrong[0][:40]!r}; YOLO's are fractions of the image from 0 to 1, so divide by "
+            "its width and height"
+        )
+    height, width = size
+    if len(values) == 4:
+        x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
+        return Object(number + 1, None, [x - w / 2, y - h / 2, w, h], w * h)
+    if len(values) < 6 or len(values) % 2:
+        raise UserError(
+            f"{where} has {len(values)} numbers after the class; a polygon has an even number of them from 6, a box 4"
+        )
+    # To COCO's precision, which undoes the rounding of fractions where it would move a border by a pixel.
+    polygon = [round(value * (height if i % 2 else width), 2) for i, value in enumerate(values)]
+    return with_polygons(number + 1, [polygon])
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan

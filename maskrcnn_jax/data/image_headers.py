@@ -1,0 +1,133 @@
+"""What the header of an image file says, and whether the file is complete, without decoding it.
+
+Pillow refuses headers of files that OpenCV decodes, such as PNGs with more than a megabyte of text. The formats of
+cameras, scanners and microscopes are therefore read here, and Pillow reads only the others.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Iterator
+
+from PIL import Image
+
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+# A marker of JPEG that begins or ends something: a stuffed zero, a restart, a fill byte and TEM do not.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+_START, _END, _SCAN = 0xD8, 0xD9, 0xDA
+_FIRST_DEFINED = 0xC0  # markers below are reserved: what follows is damaged, or no longer the JPEG
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # baseline, progressive, ...; the three are tables
+_TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}  # classic, and BigTIFF
+_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # type of a tag -> its code in struct
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+
+
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """Return the (height, width) in the header of an image file; None if there is none, or a damaged one."""
+    try:
+        if data.startswith(_JPEG):
+            return _jpeg_size(data)
+        if data.startswith(_PNG):
+            return struct.unpack_from(">II", data, 16)[::-1] if data[12:16] == b"IHDR" else None
+        if data[:4] in _TIFF:
+            return _tiff_size(data)
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            return _webp_size(data)
+        if data.startswith((b"GIF87a", b"GIF89a")):
+            return struct.unpack_from("<HH", data, 6)[::-1]
+        if data.startswith(b"BM"):
+            core = data[14:18] == b"\x0c\0\0\0"  # the header of OS/2
+            width, height = struct.unpack_from("<HH" if core else "<ii", data, 18)
+            return abs(height), abs(width)  # rows of a negative height come from above
+    except (struct.error, OverflowError):  # the file ends before
+        return None
+    return _size_by_pillow(data)
+
+
+def is_complete(data: bytes) -> bool:
+    """Return whether a JPEG or PNG has its end; OpenCV fills what is missing with grey or black, without an error.
+
+    What follows the end does not matter: phones append videos, and cameras previews.
+    """
+    if data.startswith(_JPEG):
+        return [code for code, _ in _jpeg_segments(data)][-1:] == [_END]
+    return not data.startswith(_PNG) or _png_ends(data)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker and the start of each segment of a JPEG, up to the end of its image.
+
+    Segments are skipped by their length, so that a thumbnail in one of them is not taken for the image. Compressed
+    data follow a segment without a length; the next marker is found because none occurs inside them.
+    """
+    place = len(_JPEG)
+    while marker := _MARKER.search(data, place):
+        code, place = marker[0][1], marker.end()
+        yield code, place
+        if code in (_START, _END) or code < _FIRST_DEFINED:
+            return
+        length = int.from_bytes(data[place : place + 2], "big")
+        if code == _SCAN and b"\xff" in data[place : place + length]:
+            return  # the small numbers before compressed data are cut off, and another file follows
+        place += length
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    for code, place in _jpeg_segments(data):
+        if code in _FRAMES:
+            return struct.unpack_from(">HH", data, place + 3)  # after the length and the bits of a sample
+    return None
+
+
+def _png_ends(data: bytes) -> bool:
+    """Return whether the chunks of a PNG lie within the file; libpng allocates one before it reads it."""
+    place = len(_PNG)
+    while place + 12 <= len(data):
+        if data.startswith(b"IEND", place + 4):
+            return True
+        place += 12 + int.from_bytes(data[place : place + 4], "big")  # length, name and checksum
+    return False
+
+
+def _tiff_size(data: bytes) -> tuple[int, int] | None:
+    """Return the size of the first page."""
+    order = "<" if data.startswith(b"II") else ">"
+    is_big = b"+" in data[2:4]
+    (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
+    (number,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
+    first, length, value = (start + 8, 20, 12) if is_big else (start + 2, 12, 8)
+    sides: dict[int, int] = {}
+    for place in range(first, first + min(number, 0xFFFF) * length, length):
+        tag, kind = struct.unpack_from(order + "HH", data, place)
+        if tag in (_TIFF_WIDTH, _TIFF_HEIGHT) and kind in _TIFF_NUMBERS:
+            (sides[tag],) = struct.unpack_from(order + _TIFF_NUMBERS[kind], data, place + value)
+    return (sides[_TIFF_HEIGHT], sides[_TIFF_WIDTH]) if len(sides) == 2 else None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    if data[12:16] == b"VP8X":  # extended: one less than the sides, in 24 bits
+        return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1
+    if data[12:16] == b"VP8L":  # lossless: likewise, in 14 bits
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return (height & 0x3FFF, width & 0x3FFF) if data[12:16] == b"VP8 " else None
+
+
+def _size_by_pillow(data: bytes) -> tuple[int, int] | None:
+    try:
+        with Image.open(io.BytesIO(data)) as opened:  # reads the header only
+            return opened.height, opened.width
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        return int(re.findall(r"\d+", str(error))[0]), 1  # "Image size (1000000000 pixels) exceeds ..."
+    except Exception:  # Pillow raises all sorts of things at broken files
+        return None
+
+
+def orientation(data: bytes) -> int:
+    """Return the orientation in EXIF, 1 to 8; 1 if there is none. From 5 on, height and width are exchanged."""
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return opened.getexif().get(0x0112, 1)
+    except Exception:
+        return 1
