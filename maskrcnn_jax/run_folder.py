@@ -65,7 +65,7 @@ def load_options(workdir: str | os.PathLike) -> Options:
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None
-    recorded = Path(workdir) / SPLIT_FILE
+    recorded = as_path(workdir) / SPLIT_FILE
     if options.data.val_share and recorded.is_file():  # the folder may have been moved
         options = dataclasses.replace(options, data=dataclasses.replace(options.data, split_file=str(recorded)))
     return options

@@ -52,7 +52,7 @@ def test_commands_are_found_wherever_they_stand():
     found = [words for path in DOCUMENTS for words in commands(path)]
     assert {words[0] for words in found} == set(PROGRAMS)
     cluster = [words[1] for words in commands(ROOT / "docs" / "cluster.md") if words[0] == "maskrcnn-jax"]
-    assert sorted(cluster) == ["build-tfds"] + 4 * ["train"], "two blocks, Slurm, Kubernetes or TPU VMs"
+    assert sorted(cluster) == ["build-tfds", "eval", "predict"] + 5 * ["train"], "3 blocks, Slurm, Kubernetes, TPU VMs"
     assert all(commands(path) for path in CONFIGS), "a config names no command"
 
 

@@ -17,6 +17,7 @@ from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.json_stream import stream_json
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, read_bytes
 from maskrcnn_jax.writing import write_json
 
 _log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def take_part(dataset: CocoDataset, path: str | os.PathLike, *, held_out: bool) 
         UserError: the file cannot be read, or names none of the images.
     """
     try:
-        parts = json.loads(Path(path).read_text(encoding="utf-8"))
+        parts = json.loads(read_bytes(as_path(path)).decode())
         train, val = ([str(name) for name in parts[part]] for part in ("train", "val"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
