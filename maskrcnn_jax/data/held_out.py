@@ -44,6 +44,7 @@ def record_held_out(path: Path, dataset: CocoDataset, *, share: float, group: st
     held_out = choose_held_out(dataset, share, groups, seed)
     names = {part: dataset.file_names[rows].tolist() for part, rows in (("train", ~held_out), ("val", held_out))}
     write_json(path, {"share": share, "group": group, "seed": seed} | names, indent=1)
+    _log.info("%d of %d images are held out for evaluation, listed in %s", held_out.sum(), len(dataset), path)
 
 
 def choose_held_out(dataset: CocoDataset, share: float, groups: np.ndarray, seed: int) -> np.ndarray:

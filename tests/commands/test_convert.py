@@ -29,7 +29,9 @@ def test_convert_says_what_it_wrote(parts, tmp_path, capsys):
     run(convert_command, tmp_path / "in", tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
     num = {split: len(part.content["images"]) for split, part in parts.items()}
-    assert lines[0].startswith(f"train: {num['train']} images, ") and lines[1].startswith(f"val: {num['val']} images, ")
+    assert lines[0].startswith(f"train: {num['train']} images, ") and lines[1].startswith(
+        f"val: {num['val']} images, "
+    )
     assert lines[2] == f"{tmp_path}/out written; check it with maskrcnn-jax check {tmp_path}/out"
 
 
