@@ -11,6 +11,10 @@ from PIL import Image
 
 from maskrcnn_jax.errors import UserError
 
+_ORIENTATION = 0x0112  # EXIF
+# How to turn upright points back, for each EXIF orientation: swap x and y, then count x from the right, y from below.
+_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
+
 
 class Object(NamedTuple):
     """An object as an annotation of COCO's format has it."""
@@ -106,3 +110,30 @@ def inside(root: Path, path: Path, named_by: Path) -> Path:
         shown = str(path)[:100].encode("ascii", "backslashreplace").decode()
         raise UserError(f"{named_by} names {shown!r}, which is not in {root}; move the files into this folder")
     return normal
+
+
+def orientation_of(path: Path) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; other tools show images so, while this package ignores it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path) as image:
+                found = image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # of a broken EXIF block, which is none
+            return 1
+    return found if found in _TURNS else 1
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the (height, width) at which an image of this EXIF orientation is shown."""
+    return size[::-1] if orientation > 4 else size
+
+
+def turn_back(points: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
+    """Return points of the upright image as points of the stored one of this (height, width)."""
+    if orientation == 1:
+        return points
+    swap, right, bottom = _TURNS[orientation]
+    height, width = size
+    x, y = (points[:, ::-1] if swap else points).T
+    return np.stack([width - x if right else x, height - y if bottom else y], axis=1)

@@ -170,7 +170,7 @@ def _require_layout(root: Path, wanted: str) -> Layout:
         raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
     if not layout.splits:
         raise UserError(
-            f"coco_dir {root} is in {layout.name} layout, which has to be converted: run maskrcnn-jax convert {root} "
+            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {root} "
             "OUT and set data.coco_dir=OUT"
         )
     return layout

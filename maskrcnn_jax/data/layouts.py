@@ -17,7 +17,8 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "instances", "instance_masks", "annotations", "gt")
 MASK_ENDINGS = ("_cp_masks", "_masks", "_mask", "_labels", "_label", "_instances", "_instance")
-YOLO, LABELME, VOC, LABEL_IMAGES = "YOLO's", "labelme's", "Pascal VOC's", "an images-and-instance-masks"
+YOLO, LABELME, VOC = "YOLO's layout", "labelme's layout", "Pascal VOC's layout"
+LABEL_IMAGES = "a layout of images and instance masks"
 # Words in the name of an annotation file that do not name a split.
 _NO_SPLIT = frozenset({"", "annotation", "annotations", "coco", "data", "dataset", "export", "instances", "json"})
 _NO_SPLIT |= {"labels", "result", "results", "default"}
@@ -143,8 +144,6 @@ def _image_dir(json_path: Path, split: str, root: Path) -> Path:
     """Return the folder that holds the images which an annotation file lists first."""
     usual = [root / split, root / "images" / split, root / split / "images", json_path.parent / "images"]
     usual += [root / "images", json_path.parent, root]
-    if not (root / "images").is_dir() and usual[0].is_dir():
-        return usual[0]
     folders = [folder for folder in dict.fromkeys([*usual, *folders_in(root)]) if folder.is_dir()]
     names = _first_names(json_path)
     found = {folder: sum(os.path.isfile(folder / name) for name in names) for folder in folders}

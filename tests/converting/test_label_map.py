@@ -1,5 +1,6 @@
 """Instance masks that are images: bits, colours, holes, and what many objects cost."""
 
+import logging
 import time
 import tracemalloc
 
@@ -131,6 +132,12 @@ def write_cellpose(root):
         write(root, f"{stem}_cp_masks.png", LABELS % 256)
 
 
+def write_with_beginnings(root):
+    for stem in ("a", "b"):
+        write(root / "image", f"img_{stem}.png", LABELS)
+        write(root / "label", f"mask_{stem}.png", LABELS % 256)
+
+
 def write_in_splits(root):
     for stem in ("a", "b"):
         write(root / "images" / "train", f"{stem}.png", LABELS)
@@ -144,7 +151,10 @@ def write_a_mask_for_each_object(root):
             write(root / "stage1_train" / stem / "masks", f"{value}.png", (value == LABELS) * 255)
 
 
-@pytest.mark.parametrize("write_set", [write_beside, write_cellpose, write_in_splits, write_a_mask_for_each_object])
+_SETS = (write_beside, write_cellpose, write_with_beginnings, write_in_splits, write_a_mask_for_each_object)
+
+
+@pytest.mark.parametrize("write_set", _SETS)
 def test_images_are_found_with_their_masks(tmp_path, write_set):
     write_set(tmp_path / "in")
     found = convert(tmp_path / "in", tmp_path / "out", class_name="nucleus")
@@ -155,3 +165,13 @@ def test_images_are_found_with_their_masks(tmp_path, write_set):
         assert sorted(mask.tobytes() for mask in index.masks(i)) == sorted(
             (value == LABELS).astype(np.uint8).tobytes() for value in (1, 2, 3, 4, 700)
         )
+
+
+@pytest.mark.parametrize("semantic", [True, False])
+def test_masks_that_seem_semantic_are_warned_of(tmp_path, caplog, semantic):
+    for stem in ("a", "b"):
+        write(tmp_path / "in" / "images", f"{stem}.png", LABELS)
+        write(tmp_path / "in" / "masks", f"{stem}.png", (LABELS == 2) * 255 if semantic else LABELS % 256)
+    with caplog.at_level(logging.WARNING, "maskrcnn_jax"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert ("no mask has more than one value, though 2 have separate parts" in caplog.text) == semantic
