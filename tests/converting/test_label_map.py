@@ -1,8 +1,11 @@
 """Instance masks that are images: bits, colours, holes, and what many objects cost."""
 
+import contextlib
 import logging
+import re
 import time
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +16,7 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.converting.convert import convert
 from maskrcnn_jax.converting.label_map import read_label_map, regions
 from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.errors import UserError
 
 
 def decoded(region):
@@ -70,8 +74,9 @@ def same_partition(a, b):
     return len(np.unique(pairs[:, 0])) == len(np.unique(pairs[:, 1])) == len(pairs) and [0, 0] in pairs.tolist()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_colours_tell_objects_apart_also_by_their_lower_bits(tmp_path, dtype):
+def test_colours_tell_objects_apart_also_by_their_lower_bits(tmp_path, dtype, suffix):
     high = np.iinfo(dtype).max
     palette = {
         0: (0, 0, 0),
@@ -84,8 +89,8 @@ def test_colours_tell_objects_apart_also_by_their_lower_bits(tmp_path, dtype):
     colours = np.zeros((*LABELS.shape, 3), dtype)
     for value, colour in palette.items():
         colours[value == LABELS] = colour
-    cv2.imwrite(str(tmp_path / "a.png"), colours)
-    assert same_partition(LABELS, read_label_map(tmp_path / "a.png", LABELS.shape))
+    cv2.imwrite(str(tmp_path / f"a{suffix}"), colours)
+    assert same_partition(LABELS, read_label_map(tmp_path / f"a{suffix}", LABELS.shape))
 
 
 def test_indices_of_a_palette_tell_objects_of_one_colour_apart(tmp_path):
@@ -113,6 +118,24 @@ def test_thousands_of_objects_cost_no_more_than_the_pixels(tmp_path):
     assert len(found) == 2499
     # A raster of each object would take 10 GB.
     assert seconds < 5 and peak < 6 * labels.nbytes
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_chunk_that_claims_gigabytes_takes_none(tmp_path, dtype):
+    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([LABELS] * 3).astype(dtype))
+    data = (tmp_path / "a.png").read_bytes()
+    end = data.rindex(b"IEND") - 4
+    (tmp_path / "a.png").write_bytes(data[:end] + b"\xff\xff\xff\xf0zTXt" + data[end:])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    with contextlib.suppress(UserError):
+        read_label_map(tmp_path / "a.png", LABELS.shape)
+    assert peak() < before + (100 << 20)
+
+
+def peak():
+    """Returns the most memory of the process since it was last cleared, in bytes."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
 
 def write(folder, name, array):
