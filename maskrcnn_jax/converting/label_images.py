@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from maskrcnn_jax.converting.label_map import read_label_map, regions
-from maskrcnn_jax.converting.source import Object, Picture, Source, image_size
+from maskrcnn_jax.converting.source import Object, Picture, Source, common_folder, image_size
 from maskrcnn_jax.data.layouts import (
     IMAGE_FOLDERS,
     MASK_ENDINGS,
@@ -125,7 +125,7 @@ def _shared(path: Path) -> str:
 
 
 def _pictures(root: Path, pairs: list[tuple[Path, _Masks]], ids: dict[str, int]) -> Iterator[Picture]:
-    several, in_parts = False, 0
+    folder, several, in_parts = common_folder([image for image, _ in pairs]), False, 0
     for image, masks in pairs:
         size = image_size(image)
         objects: list[Object] = []
@@ -136,7 +136,7 @@ def _pictures(root: Path, pairs: list[tuple[Path, _Masks]], ids: dict[str, int])
             several |= len(found) > 1 or len(masks) > 1
             if len(found) == 1 and not several:
                 in_parts += cv2.connectedComponents((labels != 0).astype(np.uint8))[0] > 2
-        yield Picture(image, image.relative_to(root).as_posix(), size, objects)
+        yield Picture(image, image.relative_to(folder).as_posix(), size, objects)
     if in_parts and not several:
         _log.warning(
             "%s: no mask has more than one value, though %d have separate parts. If these are several objects, give "

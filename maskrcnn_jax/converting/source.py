@@ -54,6 +54,11 @@ def _area(points: np.ndarray) -> float:
     return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
 
 
+def common_folder(images: list[Path]) -> Path:
+    """Return the deepest folder that all of these files are in; names relative to it are short and unique."""
+    return Path(os.path.commonpath([image.parent for image in images]))
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Read a file of at most so many bytes.
 

@@ -18,6 +18,7 @@ from maskrcnn_jax.converting.source import (
     Object,
     Picture,
     Source,
+    common_folder,
     image_size,
     inside,
     orientation_of,
@@ -132,6 +133,7 @@ def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path:
         raise UserError(
             f"none of the {len(images)} images has a text file of labels, such as {path} for {image}; add them"
         )
+    folder = common_folder(images)
     for image, path in labels.items():
         size, orientation = image_size(image), orientation_of(image)
         lines = read_text(path).splitlines() if path.is_file() else []
@@ -140,7 +142,7 @@ def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path:
             for number, line in enumerate(lines, start=1)
             if line.strip()
         ]
-        yield Picture(image, image.relative_to(root).as_posix(), size, objects)
+        yield Picture(image, image.relative_to(folder).as_posix(), size, objects)
 
 
 def _label_path(root: Path, image: Path) -> Path:

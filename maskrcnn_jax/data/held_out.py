@@ -118,7 +118,7 @@ def take_part(dataset: CocoDataset, path: str | os.PathLike, *, held_out: bool) 
     if not len(rows) or not is_held_out.any():
         raise UserError(
             f"{path} holds out {is_held_out.sum()} of the {len(dataset)} images of {dataset.annotation_path}; use the "
-            "dataset that it was made for, or name a split of this one by data.eval_split and set data.val_share=0"
+            "dataset that it was made for, or name a split of this one, such as --split=val"
         )
     unknown = int((~is_held_out & ~np.isin(dataset.file_names, train)).sum())
     if unknown and not held_out:

@@ -205,7 +205,8 @@ def _is_yolo(root: Path) -> bool:
 
 
 def _is_labelme(root: Path) -> bool:
-    for folder in (root, *folders_in(root)):
+    below = folders_in(root)
+    for folder in (root, *below, *(part for outer in below for part in folders_in(outer)[:3])):
         first = [path for path in entries_of(folder) if path.suffix == ".json"][:3]
         if any(_holds(path, b'"shapes"', b'"imagePath"') for path in first):
             return True

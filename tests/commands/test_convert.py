@@ -41,7 +41,7 @@ def test_check_takes_every_layout(parts, tmp_path, capsys, writer):
     run(check_command, tmp_path / "in", "--config=own_dataset:small", f"--report={tmp_path}/page.html")
     out = capsys.readouterr().out
     assert "error:" not in out and "0 errors" in out and "in 2 splits" in out
-    assert (tmp_path / "page.html").stat().st_size > 5000
+    assert "train" in (tmp_path / "page.html").read_text()
 
 
 def test_check_names_what_is_wrong_in_another_format(parts, tmp_path):

@@ -64,4 +64,4 @@ def test_images_may_be_in_a_list(tmp_path):
     write(tmp_path / "in", ["0 0.1 0.1 0.5 0.1 0.5 0.5"])
     (tmp_path / "in" / "train.txt").write_text("./images/a.png\n")
     (tmp_path / "in" / "data.yaml").write_text("path: /elsewhere/in\ntrain: train.txt\nnames: {0: cat}\n")
-    assert converted(tmp_path / "in").file_names.tolist() == ["images/a.png"]
+    assert converted(tmp_path / "in").file_names.tolist() == ["a.png"]
