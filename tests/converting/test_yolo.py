@@ -47,6 +47,14 @@ def test_labels_of_an_image_shown_turned_are_turned_back(tmp_path, orientation, 
     np.testing.assert_allclose(index.boxes, [[50, 4, 74, 12]], atol=1e-3)
 
 
+def test_coordinates_of_cocos_precision_come_back(tmp_path):
+    # Of 10.1, rounded as a fraction of 80, pycocotools would take another pixel.
+    polygon = [10.1, 10.3, 33.35, 12.7, 20.9, 44.44, 10.1, 30.1]
+    shares = np.array(polygon).reshape(-1, 2) / (80, 60)
+    write(tmp_path / "in", [" ".join(["0", *map("{:.6f}".format, shares.ravel())])])
+    np.testing.assert_array_equal(converted(tmp_path / "in").coordinates, polygon)
+
+
 def test_names_that_yaml_takes_for_truth_or_nothing_stay_names(tmp_path):
     write(tmp_path / "in", [], names="[no, on, null, 1]")
     assert converted(tmp_path / "in").categories.names == ("no", "on", "null", "1")
