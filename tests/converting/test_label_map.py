@@ -124,8 +124,8 @@ def test_thousands_of_objects_cost_no_more_than_the_pixels(tmp_path):
 def test_a_chunk_that_claims_gigabytes_takes_none(tmp_path, dtype):
     cv2.imwrite(str(tmp_path / "a.png"), np.dstack([LABELS] * 3).astype(dtype))
     data = (tmp_path / "a.png").read_bytes()
-    end = data.rindex(b"IEND") - 4
-    (tmp_path / "a.png").write_bytes(data[:end] + b"\xff\xff\xff\xf0zTXt" + data[end:])
+    start = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:start] + b"\xff\xff\xff\xff" + data[start + 4 :])
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     with contextlib.suppress(UserError):
