@@ -50,8 +50,8 @@ def with_polygons(category: int, polygons: list[list[float]]) -> Object:
 
 
 def _area(points: np.ndarray) -> float:
-    x, y = (points - points[0]).T
-    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+    x, y = (np.concatenate([points, points[:1]]) - points[0]).T
+    return float(abs(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2)
 
 
 def common_folder(images: list[Path]) -> Path:

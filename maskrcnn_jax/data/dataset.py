@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def _require_layout(root: Path, wanted: str) -> Layout:
         raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
     if not layout.splits:
         raise UserError(
-            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {root} "
+            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {shlex.quote(str(root))} "
             "OUT and set data.coco_dir=OUT"
         )
     return layout
