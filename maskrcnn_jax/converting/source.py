@@ -112,7 +112,7 @@ def inside(root: Path, path: Path, named_by: Path) -> Path:
     """
     normal, base = (Path(os.path.abspath(p)) for p in (path, root))
     if "\0" in str(path) or not normal.is_relative_to(base):
-        shown = str(path)[:100].encode("ascii", "backslashreplace").decode()
+        shown = str(path)[-100:].encode("ascii", "backslashreplace").decode()
         raise UserError(f"{named_by} names {shown!r}, which is not in {root}; move the files into this folder")
     return normal
 

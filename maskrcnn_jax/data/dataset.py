@@ -170,9 +170,10 @@ def _require_layout(root: Path, wanted: str) -> Layout:
     if layout is None:
         raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
     if not layout.splits:
+        source = shlex.quote(str(root))
         raise UserError(
-            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {shlex.quote(str(root))} "
-            "OUT and set data.coco_dir=OUT"
+            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {source} OUT and "
+            "set data.coco_dir=OUT"
         )
     return layout
 
