@@ -172,8 +172,8 @@ def _require_layout(root: Path, wanted: str) -> Layout:
     if not layout.splits:
         source = shlex.quote(str(root))
         raise UserError(
-            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {source} OUT and "
-            "set data.coco_dir=OUT"
+            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {source} OUT "
+            "and set data.coco_dir=OUT"
         )
     return layout
 
