@@ -5,7 +5,8 @@
     maskrcnn-jax predict --weights=model.pth --config=torchvision_r50_fpn_v2 --input=photo.jpg --output=DIR
 
 The output folder gets the pictures or the video, detections.json (COCO results) and images.json (the file or frame of
-each image_id). Folders inside the folder of images are not read. Pictures below 512 pixels are enlarged so that their
+each image_id). Folders inside the folder of images are not read. Of a
+file with several pages or frames, the first is read. Pictures below 512 pixels are enlarged so that their
 captions can be read.
 """
 

@@ -1,7 +1,7 @@
 """Finds areas that cannot be right.
 
-COCO's evaluation sorts objects into small, medium and large by the ``area`` that the file states. Some tools write -1,
-0, or the share of the image there, which moves APs, APm and APl, and an area of NaN or infinity even AP.
+COCO's evaluation sorts objects into small, medium and large by the ``area`` in the file. Some tools write -1, 0 or the
+share of the image, which changes APs, APm and APl. Negative, infinite or NaN areas change even AP.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Kind
 
-_TOO_SMALL = 0.01  # of the mask; areas that are merely inexact are kept, as COCO's own differ a little from the masks
+_TOO_SMALL = 0.01  # of the mask; inexact areas are kept, because COCO's own differ a little from its masks
 
 
 def drop_impossible_areas(dataset: CocoDataset) -> CocoDataset:

@@ -257,8 +257,9 @@ def _have_area(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     float32 has steps of 0.00006 pixels at 640 and of 0.0002 at 4000, where the sides of a narrower box can fall
     together. A box without area overlaps all anchors alike, by nothing, so each of them would be matched to it.
     """
-    step = np.spacing(sizes.max(axis=1).astype(np.float32))
-    return (boxes[:, 2:] - boxes[:, :2] > 4 * step[:, None]).all(axis=1)  # flipping and scaling round once each
+    step = np.spacing(sizes[:, ::-1].astype(np.float32))  # [K, 2] of x and y
+    # Reading, mirroring and scaling round once each. The sum, unlike a difference, cannot overflow.
+    return (boxes[:, 2:] > boxes[:, :2] + 4 * step).all(axis=1)
 
 
 def drop_labels(dataset: CocoDataset, share: float, seed: int) -> CocoDataset:
@@ -292,15 +293,22 @@ def exclude_categories(
         contiguous_labels: as in ``load_coco``.
 
     Raises:
-        UserError: there is no such category, or none would be left.
+        UserError: no category would be left.
     """
     categories = dataset.categories
     pairs = dict(zip(categories.ids, categories.names, strict=True))
     kept = {i: name for i, name in pairs.items() if i not in ids}
-    if not kept or not pairs.keys() >= set(ids):
-        listed = ", ".join(f"{i} ({name})" for i, name in list(pairs.items())[:10])
-        wrong = "leaves none of the categories" if not kept else "names a category that is not"
-        raise UserError(f"data.exclude_categories {tuple(ids)} {wrong} in {dataset.annotation_path}: {listed}")
+    listed = ", ".join(f"{i} ({name})" for i, name in list(pairs.items())[:10])
+    if not kept:
+        raise UserError(
+            f"data.exclude_categories {tuple(ids)} leaves no category of {dataset.annotation_path}, which lists "
+            f"{listed}; keep one at least"
+        )
+    unknown = [i for i in ids if i not in pairs]
+    if unknown:  # no error, since one split may list what another does not
+        _log.warning(
+            "data.exclude_categories %s is not in %s, which lists %s", unknown, dataset.annotation_path, listed
+        )
     new = Categories.create(list(kept), list(kept.values()), contiguous_labels)
     labels = np.zeros(categories.num_classes, np.int32)  # by old label
     labels[[categories.labels[categories.ids.index(i)] for i in kept]] = [new.labels[new.ids.index(i)] for i in kept]

@@ -12,7 +12,7 @@ import numpy as np
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Kind
 
-_HAS_OTHER_FORMS = re.compile(r"[^\w./-]|[^\0-\x7f]")
+_HAS_OTHER_FORMS = re.compile(r"[^A-Za-z0-9_./-]")
 
 
 def use_names_on_disk(dataset: CocoDataset) -> CocoDataset:

@@ -75,6 +75,7 @@ def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     Returns:
         [K], 0 for boxes without area, NaN where a box is NaN.
     """
+    boxes, others = boxes.astype(np.float64), others.astype(np.float64)  # areas of wild numbers overflow float32
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
     shared = np.maximum(sides, 0).prod(axis=1)
     areas = [np.maximum(b[:, 2:] - b[:, :2], 0).prod(axis=1) for b in (boxes, others)]

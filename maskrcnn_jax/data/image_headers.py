@@ -19,7 +19,7 @@ _FIRST_DEFINED = 0xC0  # markers below are reserved: what follows is damaged, or
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # baseline, progressive, ...; the three are tables
 _TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}  # classic, and BigTIFF
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # type of a tag -> its code in struct
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -89,19 +89,41 @@ def _png_ends(data: bytes) -> bool:
     return False
 
 
-def _tiff_size(data: bytes) -> tuple[int, int] | None:
-    """Return the size of the first page."""
+def _tiff_numbers(data: bytes) -> dict[int, tuple[str, int]]:
+    """Return the tags of a TIFF's first page that are one number: its format for struct, and its place."""
     order = "<" if data.startswith(b"II") else ">"
     is_big = b"+" in data[2:4]
     (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
     (number,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
     first, length, value = (start + 8, 20, 12) if is_big else (start + 2, 12, 8)
-    sides: dict[int, int] = {}
+    numbers = {}
     for place in range(first, first + min(number, 0xFFFF) * length, length):
         tag, kind = struct.unpack_from(order + "HH", data, place)
-        if tag in (_TIFF_WIDTH, _TIFF_HEIGHT) and kind in _TIFF_NUMBERS:
-            (sides[tag],) = struct.unpack_from(order + _TIFF_NUMBERS[kind], data, place + value)
-    return (sides[_TIFF_HEIGHT], sides[_TIFF_WIDTH]) if len(sides) == 2 else None
+        if kind in _TIFF_NUMBERS:
+            numbers[tag] = (order + _TIFF_NUMBERS[kind], place + value)
+    return numbers
+
+
+def _tiff_size(data: bytes) -> tuple[int, int] | None:
+    numbers = _tiff_numbers(data)
+    if _TIFF_WIDTH not in numbers or _TIFF_HEIGHT not in numbers:
+        return None
+    (height,), (width,) = (
+        struct.unpack_from(form, data, place) for form, place in (numbers[_TIFF_HEIGHT], numbers[_TIFF_WIDTH])
+    )
+    return height, width
+
+
+def as_stored(data: bytes) -> bytes:
+    """Return an image file without the orientation of a TIFF, which OpenCV follows even when told to ignore it."""
+    if data[:4] not in _TIFF:
+        return data
+    form, place = _tiff_numbers(data).get(_TIFF_ORIENTATION, ("", 0))
+    if not form or struct.unpack_from(form, data, place) == (1,):
+        return data
+    changed = bytearray(data)
+    struct.pack_into(form, changed, place, 1)
+    return bytes(changed)
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

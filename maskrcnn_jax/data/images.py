@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from maskrcnn_jax.data.findings import Kind
-from maskrcnn_jax.data.image_headers import image_size, is_complete, orientation
+from maskrcnn_jax.data.image_headers import as_stored, image_size, is_complete, orientation
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
@@ -87,17 +87,13 @@ def decode_image(
     """
     _refuse(data, stated_size)
     if channels > 3:
-        flags = cv2.IMREAD_UNCHANGED
+        image = _decode(as_stored(data), cv2.IMREAD_UNCHANGED)
+    elif upright:
+        image = _decode(data, cv2.IMREAD_COLOR)
     else:
-        flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UndecodableError("is not an image that can be decoded")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise UndecodableError(f"has pixels of type {image.dtype}, where 8 or 16 bits without a sign are needed")
+        image = _decode(as_stored(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise UndecodableError(_unreadable_form(data))
     if image.dtype == np.uint16:
         image = np.right_shift(image, 8).astype(np.uint8)
     image = np.atleast_3d(image)[..., :channels]
@@ -109,6 +105,21 @@ def decode_image(
 def too_few_channels(image: np.ndarray, channels: int) -> str:
     """Describe an image with fewer channels than the model takes."""
     return f"has {image.shape[2]} channels where model.in_channels is {channels}"
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+
+
+def _unreadable_form(data: bytes) -> str:
+    """Describe what was not decoded, which may be an image of numbers that are no colours."""
+    stored = _decode(data, cv2.IMREAD_UNCHANGED)
+    if stored is None:
+        return "is not an image that can be decoded"
+    return f"has pixels of type {stored.dtype}; 8 or 16 bits in 1, 3 or 4 channels can be read, so convert it"
 
 
 def _broken(path: Path, what: str) -> BrokenImageError:

@@ -48,11 +48,11 @@ def stream_json(
             f"{path} is not valid JSON: {error.msg} at character {error.pos} (line {error.lineno}, column "
             f"{error.colno}) of {len(data.decode())}; it may be cut short, so fetch or write it again"
         ) from None
-    except _TypeError as error:
+    except _StructureError as error:
         raise UserError(f"{path} has another structure: {error}") from None
 
 
-class _TypeError(Exception):
+class _StructureError(Exception):
     """Valid JSON of another type than is expected; says what is there and what should be."""
 
 
@@ -129,7 +129,7 @@ def _walk_list(data: bytes, pos: int, handle: Callable[[Any], None], handle_batc
 
 
 def _check_type(data: bytes, pos: int, character: str, remedy: str) -> None:
-    """Raise _TypeError if the value at a position is whole but does not begin with ``character``.
+    """Raise _StructureError if the value at a position is whole but does not begin with ``character``.
 
     Args:
         data: the text.
@@ -142,7 +142,7 @@ def _check_type(data: bytes, pos: int, character: str, remedy: str) -> None:
         value, _ = _decode(data, pos)
         names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
         found, place = names.get(type(value), "a number"), len(data[:pos].decode(errors="replace"))
-        raise _TypeError(f"expected {character!r} at character {place}, but there is {found}; {remedy}")
+        raise _StructureError(f"expected {character!r} at character {place}, but there is {found}; {remedy}")
 
 
 def _refuse(batch: bytes) -> bool:

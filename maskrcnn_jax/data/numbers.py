@@ -44,7 +44,9 @@ def _polygon(polygon: Any) -> Any:
         return number(polygon)  # of a polygon that is no list of its own, which the reader refuses
     if _are_points(polygon):
         polygon = [point[axis] for point in polygon for axis in ("x", "y")]
-    return polygon if set(map(type, polygon)) <= {int, float} else _numbers(polygon)  # the first takes no time
+    if set(map(type, polygon)) <= {int, float}:  # nearly always, and much faster than to look at each number
+        return polygon
+    return _numbers(polygon)
 
 
 def _are_points(values: list) -> bool:

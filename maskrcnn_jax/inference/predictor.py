@@ -208,7 +208,7 @@ class Predictor:
             if len(self._compiled) == _MANY_SIZES:
                 _log.warning(
                     "a program was compiled for each of %d shapes of images, because data.buckets is exact; load the "
-                    "model with a config in which it is auto, unless results must equal the reference's",
+                    "model with a config that has data.buckets=auto, unless results must equal the reference's",
                     _MANY_SIZES,
                 )
         images = np.zeros((1, *padded, channels), RESIZE[data.resize])

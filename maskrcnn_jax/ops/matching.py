@@ -38,10 +38,12 @@ def match(
         [N] int32: index of the object, BACKGROUND or IGNORED. Without valid objects all are BACKGROUND.
 
     Source: Sec. 3.1.2, Faster R-CNN. Exactly as torchvision's Matcher, including that an object which overlaps no
-    box at all is overlapped equally well, by 0, by every box, and so makes every box foreground.
+    box at all is overlapped equally well, by 0, by every box, and so makes every box foreground. Objects without area,
+    which torchvision refuses, are left out for this reason.
     """
     if gt_boxes.shape[0] == 0 or boxes.shape[0] == 0:
         return jnp.full(boxes.shape[0], BACKGROUND, jnp.int32)
+    gt_valid = gt_valid & jnp.all(gt_boxes[:, 2:] > gt_boxes[:, :2], axis=1)
     size = min(_BLOCK, gt_boxes.shape[0])
     padding = -gt_boxes.shape[0] % size
 

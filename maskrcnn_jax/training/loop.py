@@ -167,7 +167,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
     options, checkpoints = run.options, run.checkpoints
     start = int(state.step)
     to_evaluate = run.evaluation_is_owed(start)
-    if start == 0 or to_evaluate:
+    if start == 0:
         _save_options(run)
     batches = iter(_make_loader(options, run.dataset, start, run.num_steps))
     with (
@@ -182,6 +182,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
     ):
         if to_evaluate:
             _measure(run, state, start, writer)
+            _save_options(run)
         log = StepLog(
             writer,
             run.dataset,
@@ -216,7 +217,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
                 if first and not last:
                     _log_expected(log.seconds_per_step, run.num_steps - step)
             if saving:
-                # Not earlier in a resumed run: if its first steps fail, the folder still describes its checkpoints.
+                # Not earlier in a resumed run: if its first steps fail, the folder must still fit its checkpoints.
                 _save_options(run)
                 writer.upload()  # a resumed run needs the lines of its steps
                 checkpoints.save(state)

@@ -87,3 +87,8 @@ def test_overlaps_row_by_row():
     boxes = np.array([[0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 2, 2], [1, 1, 1, 1]], float)
     others = np.array([[1, 0, 3, 2], [5, 5, 6, 6], [0, 0, 2, 2], [1, 1, 1, 1]], float)
     np.testing.assert_allclose(overlaps(boxes, others), [1 / 3, 0, 1, 0])
+
+
+def test_overlaps_of_wild_numbers_do_not_overflow():
+    wild = np.float32([[0, 0, 3e38, 3e38]])
+    np.testing.assert_allclose(overlaps(wild, wild), [1])

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from maskrcnn_jax.data import images
 from maskrcnn_jax.data.image_headers import image_size, is_complete
@@ -72,7 +72,7 @@ TAILS = {
     "video": b"\0\0\0\x18ftypmp42" + RNG.integers(0, 256, 100_000, np.uint8).tobytes(),
     "start of a scan": b"\0\0\0\x08free\xff\xda",
     "another start": b"\xff\xd8",
-    "another image": encoded("JPEG", PICTURE.resize((16, 12))),
+    "another image": encoded("JPEG", Image.fromarray(RNG.integers(0, 256, (300, 300), np.uint8)), quality=99),
     "zeros": bytes(5000),
     "half of a marker": b"\xff",
 }
@@ -185,8 +185,25 @@ def test_exif_is_blamed_only_where_it_turns_the_image():
 
 def test_pixels_that_are_no_bytes_are_named():
     data = cv2.imencode(".tiff", np.float32(PIXELS))[1].tobytes()
+    for channels in (3, 4):
+        with pytest.raises(UndecodableError, match="has pixels of type float32; 8 or 16 bits"):
+            decode_image(data, channels)
     with pytest.raises(UndecodableError, match="has pixels of type float32"):
-        decode_image(data, 4)
+        decode_image(encoded("TIFF", Image.fromarray(np.float32(PIXELS[..., 0]))))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_training_reads_the_pixels_as_stored_and_prediction_upright(form, turn, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(form, exif=exif)
+    stored = check_and_decode(Path("a"), data, (HEIGHT, WIDTH))
+    assert np.abs(stored.astype(int) - PIXELS).mean() < 8
+    (tmp_path / "a").write_bytes(data)
+    with Image.open(tmp_path / "a") as opened:
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    assert np.abs(read_image(tmp_path / "a").astype(int) - np.asarray(upright)).mean() < 8
 
 
 @pytest.mark.parametrize(

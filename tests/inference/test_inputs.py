@@ -54,6 +54,18 @@ def test_grey_and_palette_images_of_pillow_become_rgb():
     assert to_array(Image.fromarray(PIXELS).quantize(4)).shape == (5, 7, 3)
 
 
+def test_pillow_images_of_16_bits_are_read_like_files_and_those_without_a_known_white_are_refused():
+    deep = (np.arange(35, dtype=np.uint16) * 1800).reshape(5, 7)
+    content = io.BytesIO()
+    Image.fromarray(deep).save(content, "PNG")
+    expected = np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(to_array(Image.fromarray(deep)), expected)
+    np.testing.assert_allclose(to_array(content.getvalue()), expected, atol=1)  # libpng rounds
+    for pixels in (np.float32(deep), np.int32(deep)):
+        with pytest.raises(UserError, match="has no known white; convert it to L or RGB"):
+            to_array(Image.fromarray(pixels))
+
+
 def test_files_and_pillow_images_are_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned clockwise

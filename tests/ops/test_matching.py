@@ -57,6 +57,13 @@ def test_an_object_that_overlaps_nothing_makes_every_box_foreground():
     np.testing.assert_array_equal(matches, [0] * 6)
 
 
+@pytest.mark.parametrize("flat", [[20.0, 0.0, 20.0, 9.0], [3.0, 5.0, 9.0, 5.0], [9.0, 9.0, 3.0, 3.0]])
+def test_an_object_without_area_takes_no_box(flat):
+    gt = jnp.array([[0.0, 0.0, 10.0, 10.0], flat])
+    matches = match(BOXES, gt, BOTH, high_threshold=0.7, low_threshold=0.3, allow_low_quality=True)
+    np.testing.assert_array_equal(matches, [0, 0, IGNORED, BACKGROUND, BACKGROUND, BACKGROUND])
+
+
 def test_of_equal_overlaps_the_first_object_is_taken():
     gt = jnp.stack([GT[0], GT[0]])
     matches = match(BOXES[:1], gt, BOTH, high_threshold=0.5, low_threshold=0.5)
