@@ -57,7 +57,7 @@ def convert(
             f"{root} {what}; give a dataset in COCO's format, YOLO's, labelme's or Pascal VOC's, or images with "
             "instance masks"
         )
-    _log.info("%s is in %s layout", root, layout.name.removesuffix(" layout"))
+    _log.info("%s is in %s", source, layout.name)
     with replacing(out) as folder:
         if layout.splits:
             _restructure(layout, folder, copy)
@@ -73,7 +73,7 @@ def in_coco_format(source: str | os.PathLike) -> Iterator[Path]:
     if layout is None or layout.splits:
         yield Path(source)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="converted_") as folder:
         convert(source, folder)
         yield Path(folder)
 

@@ -5,16 +5,30 @@ Masks lie in a folder beside that of the images (images/1.png, masks/1.png), bel
 picture for each object (1/images/1.png, 1/masks/*.png).
 """
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 from maskrcnn_jax.converting.label_map import read_label_map, regions
-from maskrcnn_jax.converting.source import Object, Picture, Source, image_size
-from maskrcnn_jax.data.layouts import IMAGE_FOLDERS, MASK_ENDINGS, describe, folders_in, image_files, mask_folder
+from maskrcnn_jax.converting.source import Object, Picture, Source, common_folder, image_size
+from maskrcnn_jax.data.layouts import (
+    IMAGE_FOLDERS,
+    MASK_ENDINGS,
+    describe,
+    folders_in,
+    image_files,
+    mask_folder,
+)
 from maskrcnn_jax.errors import UserError
 
-_IMAGE_ENDINGS = ("_img", "_image")
+_log = logging.getLogger(__name__)
+
+_BEGINNINGS = ("image_", "img_", "mask_", "masks_", "label_", "labels_")
+_ENDINGS = ("_img", "_image", *MASK_ENDINGS)
 
 _Masks = list[tuple[str, Path]]  # name of the class, and the file; "" where no folder names the class
 
@@ -71,7 +85,7 @@ def _in_two_folders(images: Path, masks: Path) -> list[tuple[Path, _Masks]]:
     by_class |= {folder.name: _by_stem(image_files(folder)) for folder in folders_in(masks)}
     pairs = []
     for image in image_files(images):
-        stem = _without(image.stem, _IMAGE_ENDINGS)
+        stem = _shared(image)
         found = [(name, files[stem]) for name, files in by_class.items() if stem in files]
         if not found:
             raise UserError(f"{image} has no mask of its name in {masks}; add it, or remove the image")
@@ -80,7 +94,7 @@ def _in_two_folders(images: Path, masks: Path) -> list[tuple[Path, _Masks]]:
 
 
 def _by_stem(paths: list[Path]) -> dict[str, Path]:
-    return {_without(path.stem, MASK_ENDINGS): path for path in paths}
+    return {_shared(path): path for path in paths}
 
 
 def _beside(folder: Path) -> list[tuple[Path, _Masks]]:
@@ -88,7 +102,7 @@ def _beside(folder: Path) -> list[tuple[Path, _Masks]]:
     files = image_files(folder)
     masks = _by_stem([path for path in files if path.stem.endswith(MASK_ENDINGS)])
     images = [path for path in files if not path.stem.endswith(MASK_ENDINGS)]
-    stems = [_without(path.stem, _IMAGE_ENDINGS) for path in images]
+    stems = [_shared(path) for path in images]
     return [(path, [("", masks[stem])]) for path, stem in zip(images, stems, strict=True) if stem in masks]
 
 
@@ -104,14 +118,29 @@ def _one_folder_each(root: Path) -> list[tuple[Path, _Masks]]:
     return pairs
 
 
-def _without(stem: str, endings: tuple[str, ...]) -> str:
-    return next((stem.removesuffix(ending) for ending in endings if stem.endswith(ending)), stem)
+def _shared(path: Path) -> str:
+    """Return the part of its name that an image shares with its mask."""
+    stem = next((path.stem.removeprefix(word) for word in _BEGINNINGS if path.stem.startswith(word)), path.stem)
+    return next((stem.removesuffix(word) for word in _ENDINGS if stem.endswith(word)), stem)
 
 
 def _pictures(root: Path, pairs: list[tuple[Path, _Masks]], ids: dict[str, int]) -> Iterator[Picture]:
+    folder, several, in_parts = common_folder([image for image, _ in pairs]), False, 0
     for image, masks in pairs:
         size = image_size(image)
         objects: list[Object] = []
         for name, path in masks:
-            objects += [region.to_object(ids[name]) for region in regions(read_label_map(path, size), path)]
-        yield Picture(image, image.relative_to(root).as_posix(), size, objects)
+            labels = read_label_map(path, size)
+            found = regions(labels, path)
+            objects += [region.to_object(ids[name]) for region in found]
+            several |= len(found) > 1 or len(masks) > 1
+            if len(found) == 1 and not several:
+                in_parts += cv2.connectedComponents((labels != 0).astype(np.uint8))[0] > 2
+        yield Picture(image, image.relative_to(folder).as_posix(), size, objects)
+    if in_parts and not several:
+        _log.warning(
+            "%s: no mask has more than one value, though %d have separate parts. If these are several objects, give "
+            "each a value of its own; now each image has one object",
+            root,
+            in_parts,
+        )

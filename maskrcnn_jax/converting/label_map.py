@@ -1,5 +1,6 @@
 """Instance masks that are images: every value or colour is an object, 0 or black is background."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.converting.source import Object, image_size, read_bytes
@@ -61,20 +63,16 @@ def read_label_map(path: Path, size: tuple[int, int], *, palette: bool = False) 
 
 def _decode(path: Path, palette: bool) -> np.ndarray | None:
     """Return the labels, None if the file has something else."""
+    data = read_bytes(path, _MOST_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 if image.format not in ("PNG", "TIFF", "BMP", "GIF") or getattr(image, "n_frames", 1) > 1:
                     return None
                 mode, pixels = image.mode, np.asarray(image.convert("RGB") if palette else image)
-        if mode in ("RGB", "RGBA"):  # of 16 bits, too, of which Pillow keeps 8
-            read = cv2.imdecode(np.frombuffer(read_bytes(path, _MOST_BYTES), np.uint8), cv2.IMREAD_UNCHANGED)
-            if read is None:
-                return None
-            pixels = np.concatenate([read[..., 2::-1], read[..., 3:]], axis=2)
-    except UserError:
-        raise
+                if mode in ("RGB", "RGBA") and _has_16_bits(image, data):  # of which Pillow keeps 8
+                    pixels = _decode_colours(data)
     except Exception:  # both raise all sorts of things at broken files
         return None
     if pixels.ndim == 3:
@@ -83,6 +81,28 @@ def _decode(path: Path, palette: bool) -> np.ndarray | None:
         return None
     labels = pixels.astype(np.int64)
     return labels if (labels == pixels).all() else None
+
+
+def _has_16_bits(image: Image.Image, data: bytes) -> bool:
+    if image.format == "PNG":
+        return data[24] == 16
+    return isinstance(image, TiffImageFile) and 16 in image.tag_v2.get(BITSPERSAMPLE, ())
+
+
+def _decode_colours(data: bytes) -> np.ndarray:
+    """Decode an image with OpenCV; raises whatever there is for broken files."""
+    chunks, start = [data[:8]], 8
+    while data.startswith(b"\x89PNG") and start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")  # length, name and checksum
+        # Of a length beyond the file, libpng would take the memory before it reads it.
+        if end <= len(data) and data[start + 4 : start + 8] in (b"IHDR", b"IDAT", b"tRNS", b"IEND"):
+            chunks.append(data[start:end])
+        start = end
+    data = b"".join(chunks) if len(chunks) > 1 else data
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("no image")
+    return np.concatenate([pixels[..., 2::-1], pixels[..., 3:]], axis=2)
 
 
 def _colours(pixels: np.ndarray) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Reads labelme's JSON files, one an image; what also writes them are X-AnyLabeling and others.
 
 Polygons, rectangles, circles and masks are objects. Shapes of a class with the same group_id are parts of one object.
-labelme shows images upright, so its coordinates follow the EXIF orientation, which this package ignores; they are
-turned back.
+labelme shows images upright, as their EXIF orientation says; its coordinates are turned back to the pixels as stored.
 """
 
 import base64
@@ -11,7 +10,6 @@ import logging
 import math
 import os
 import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -19,11 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.converting.label_map import read_label_map, regions
-from maskrcnn_jax.converting.source import Object, Picture, Source, image_size, inside, read_text, with_polygons
+from maskrcnn_jax.converting.source import (
+    Object,
+    Picture,
+    Source,
+    image_size,
+    inside,
+    orientation_of,
+    read_text,
+    turn_back,
+    upright_size,
+    with_polygons,
+)
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import folders_in
@@ -35,9 +43,6 @@ _SPLITS = ("train", "training", "val", "valid", "validation", "test")
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _FARTHEST = 1e5  # pixels; the reader of annotations drops what lies farther
 _CIRCLE = 128  # corners; within 0.03 % of its radius
-_ORIENTATION = 0x0112  # EXIF
-# How to turn upright points back, for each EXIF orientation: swap x and y, then count x from the right, y from below.
-_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 
 def read_labelme(root: Path) -> Source:
@@ -104,8 +109,8 @@ def _pictures(root: Path, folder: Path, paths: list[Path], ids: dict[str, int]) 
     for path in paths:
         content = _load(path)
         image = _image(root, path, content)
-        size, orientation = image_size(image), _orientation(image)
-        upright = size[::-1] if orientation > 4 else size
+        size, orientation = image_size(image), orientation_of(image)
+        upright = upright_size(size, orientation)
         given = content.get("imageHeight"), content.get("imageWidth")
         if all(given) and given != upright:
             raise UserError(
@@ -144,17 +149,6 @@ def _image(root: Path, path: Path, content: dict) -> Path:
     return found
 
 
-def _orientation(path: Path) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path) as image:
-                found = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # of a broken EXIF block, which is none
-            return 1
-    return found if found in _TURNS else 1
-
-
 def _object(path: Path, shapes: list[dict], ids: dict[str, int], size: tuple[int, int], orientation: int) -> Object:
     """Make an object from its parts: polygons as they are, masks and parts with masks as run lengths."""
     category = ids[shapes[0]["label"]]
@@ -163,7 +157,7 @@ def _object(path: Path, shapes: list[dict], ids: dict[str, int], size: tuple[int
         if shape["shape_type"] == "mask":
             masks.append(_mask(path, shape, size, orientation))
         else:
-            polygons.append(_turn_back(_polygon(path, shape), size, orientation).ravel().tolist())
+            polygons.append(turn_back(_polygon(path, shape), size, orientation).ravel().tolist())
     if not masks:
         return with_polygons(category, polygons)
     parts = [*masks, *coco_mask.frPyObjects(polygons, *size)] if polygons else masks
@@ -194,16 +188,6 @@ def _polygon(path: Path, shape: dict) -> np.ndarray:
         f"{path} has a {kind} {shape['label'][:40]!r} of {len(points)} points, but it needs {wanted}; correct or "
         "remove it"
     )
-
-
-def _turn_back(points: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
-    """Return points of the upright image as points of the stored one of this (height, width)."""
-    if orientation == 1:
-        return points
-    swap, right, bottom = _TURNS[orientation]
-    height, width = size
-    x, y = (points[:, ::-1] if swap else points).T
-    return np.stack([width - x if right else x, height - y if bottom else y], axis=1)
 
 
 def _mask(path: Path, shape: dict, size: tuple[int, int], orientation: int) -> dict:

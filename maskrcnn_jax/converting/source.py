@@ -9,7 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from maskrcnn_jax.data import image_headers
 from maskrcnn_jax.errors import UserError
+
+_MOST_PIXELS = 178_956_970  # that Pillow, with which masks are read, decodes
+
+_ORIENTATION = 0x0112  # EXIF
+# How to turn upright points back, for each EXIF orientation: swap x and y, then count x from the right, y from below.
+_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 
 class Object(NamedTuple):
@@ -50,6 +57,11 @@ def _area(points: np.ndarray) -> float:
     return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
 
 
+def common_folder(images: list[Path]) -> Path:
+    """Return the deepest folder that all of these files are in; names relative to it are short and unique."""
+    return Path(os.path.commonpath([image.parent for image in images]))
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Read a file of at most so many bytes.
 
@@ -80,14 +92,14 @@ def image_size(path: Path) -> tuple[int, int]:
         UserError: it is no image, or one of absurd size.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of images from 89 million pixels
-            with Image.open(path) as image:
-                return image.height, image.width
-    except Image.DecompressionBombError:
-        raise UserError(f"{path} claims more than 178 million pixels; scale it down or remove it") from None
-    except Exception:  # Pillow raises all sorts of things at broken files
-        raise UserError(f"{path} is missing or not an image; add it, or remove its annotations") from None
+        size = image_headers.image_size(path.read_bytes())
+    except (OSError, ValueError):  # missing, or a name that no file can have
+        size = None
+    if size is None:
+        raise UserError(f"{path} is missing or not an image; add it, or remove its annotations")
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise UserError(f"{path} claims more than 178 million pixels; scale it down or remove it")
+    return size
 
 
 def inside(root: Path, path: Path, named_by: Path) -> Path:
@@ -106,3 +118,30 @@ def inside(root: Path, path: Path, named_by: Path) -> Path:
         shown = str(path)[:100].encode("ascii", "backslashreplace").decode()
         raise UserError(f"{named_by} names {shown!r}, which is not in {root}; move the files into this folder")
     return normal
+
+
+def orientation_of(path: Path) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; other tools show images so, while this package ignores it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path) as image:
+                found = image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # of a broken EXIF block, which is none
+            return 1
+    return found if found in _TURNS else 1
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the (height, width) at which an image of this EXIF orientation is shown."""
+    return size[::-1] if orientation > 4 else size
+
+
+def turn_back(points: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
+    """Return points of the upright image as points of the stored one of this (height, width)."""
+    if orientation == 1:
+        return points
+    swap, right, bottom = _TURNS[orientation]
+    height, width = size
+    x, y = (points[:, ::-1] if swap else points).T
+    return np.stack([width - x if right else x, height - y if bottom else y], axis=1)

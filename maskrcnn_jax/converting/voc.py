@@ -24,7 +24,7 @@ _NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-_LABEL_MAP = "labelmap.txt"
+_LABEL_MAP, _CLASS_NAMES = "labelmap.txt", "class_names.txt"  # of CVAT and of labelme's converter to VOC
 _MOST_BYTES = 1 << 24  # of an XML file
 _FITS = 0.4  # intersection over union of a mask's box and that of its object in the XML
 _INSIDE = 0.8  # of a mask's box, where it is part of an object that another one covers
@@ -64,8 +64,9 @@ def read_voc(root: Path) -> Source:
     named = {stem: _read_xml(path) for stem, path in files.items() if stem in images}
     colours = _class_colours(root)
     found = {thing.name for things in named.values() for thing in things}
-    # Of VOC's own names only those that occur, but all that a labelmap.txt lists.
-    names = [name for name in colours.values() if not found or name in found or (root / _LABEL_MAP).is_file()]
+    has_list = (root / _LABEL_MAP).is_file() or (root / _CLASS_NAMES).is_file()
+    # Of VOC's own names only those that occur, but all that a file lists.
+    names = [name for name in colours.values() if not found or name in found or has_list]
     names += sorted(found.difference(names))
     if not names:
         raise UserError(f"{root} names no objects; add XML files to Annotations/, or {_LABEL_MAP}")
@@ -171,8 +172,11 @@ def _fitting(boxes: list[list[float]], others: list[list[float]]) -> dict[int, i
 
 
 def _class_colours(root: Path) -> dict[int, str]:
-    """Return the name of each colour in SegmentationClass: of labelmap.txt, as CVAT writes it, else VOC's."""
-    path = root / _LABEL_MAP
+    """Return the name of each colour in SegmentationClass: of CVAT's or labelme's list of them, else VOC's."""
+    path, listed = root / _LABEL_MAP, root / _CLASS_NAMES
+    if listed.is_file():
+        names = [line.strip() for line in read_text(listed).splitlines()]
+        return {_voc_colour(index): name for index, name in enumerate(names) if index and name}
     if not path.is_file():
         is_voc = (root / "SegmentationClass").is_dir()
         return {_voc_colour(index): name for index, name in enumerate(_NAMES, start=1)} if is_voc else {}

@@ -11,15 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from maskrcnn_jax.converting.source import (
     Object,
     Picture,
     Source,
+    common_folder,
     image_size,
     inside,
+    orientation_of,
     read_text,
+    turn_back,
+    upright_size,
     with_polygons,
 )
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
@@ -129,15 +134,16 @@ def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path:
         raise UserError(
             f"none of the {len(images)} images has a text file of labels, such as {path} for {image}; add them"
         )
+    folder = common_folder(images)
     for image, path in labels.items():
-        size = image_size(image)
+        size, orientation = image_size(image), orientation_of(image)
         lines = read_text(path).splitlines() if path.is_file() else []
         objects = [
-            _object(line, size, names, names_path, f"{path}, line {number},")
+            _object(line, size, orientation, names, names_path, f"{path}, line {number},")
             for number, line in enumerate(lines, start=1)
             if line.strip()
         ]
-        yield Picture(image, image.relative_to(root).as_posix(), size, objects)
+        yield Picture(image, image.relative_to(folder).as_posix(), size, objects)
 
 
 def _label_path(root: Path, image: Path) -> Path:
@@ -151,7 +157,9 @@ def _label_path(root: Path, image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _object(line: str, size: tuple[int, int], names: dict[int, str], names_path: Path, where: str) -> Object:
+def _object(
+    line: str, size: tuple[int, int], orientation: int, names: dict[int, str], names_path: Path, where: str
+) -> Object:
     first, *rest = line.split()
     number = int(first) if first.isdecimal() and len(first) < 6 else -1
     if number not in names:
@@ -165,17 +173,22 @@ def _object(line: str, size: tuple[int, int], names: dict[int, str], names_path:
             f"{where} has a coordinate {wrong[0][:40]!r}; YOLO's are fractions of the image from 0 to 1, so divide by "
             "its width and height"
         )
-    height, width = size
     if len(values) == 4:
-        x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
-        return Object(number + 1, None, [x - w / 2, y - h / 2, w, h], w * h)
+        x, y, w, h = values
+        (x1, y1), (x2, y2) = np.sort(_pixels([x - w / 2, y - h / 2, x + w / 2, y + h / 2], size, orientation), axis=0)
+        return Object(number + 1, None, [float(v) for v in (x1, y1, x2 - x1, y2 - y1)], float((x2 - x1) * (y2 - y1)))
     if len(values) < 6 or len(values) % 2:
         raise UserError(
             f"{where} has {len(values)} numbers after the class; a polygon has an even number of them from 6, a box 4"
         )
     # To COCO's precision, which undoes the rounding of fractions where it would move a border by a pixel.
-    polygon = [round(value * (height if i % 2 else width), 2) for i, value in enumerate(values)]
-    return with_polygons(number + 1, [polygon])
+    return with_polygons(number + 1, [_pixels(values, size, orientation).round(2).ravel().tolist()])
+
+
+def _pixels(shares: list[float], size: tuple[int, int], orientation: int) -> np.ndarray:
+    """Return points in pixels as stored, [n, 2]; YOLO's tools read images upright, as OpenCV does."""
+    points = np.array(shares, np.float64).reshape(-1, 2) * upright_size(size, orientation)[::-1]
+    return turn_back(points, size, orientation)
 
 
 def _number(word: str) -> float:

@@ -1,5 +1,6 @@
 """Opens a dataset: from a folder in COCO's layout, or from the source that the options name."""
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -163,9 +164,15 @@ def locate(coco_dir: str | os.PathLike, split: str) -> Files:
     files = layout.splits[name]
     if not files.image_dir.is_dir():
         raise UserError(f"coco_dir {coco_dir} lacks {files.image_dir} with the images of {files.json_path}; add them")
-    paths = (path.relative_to(layout.root) for path in files)
-    _log.info("%s is in %s: %s with images in %s, read as %s", coco_dir, layout.name, *paths, split)
+    paths = [path.relative_to(layout.root) for path in files]
+    _say(f"{coco_dir} is in {layout.name}: {paths[0]} with images in {paths[1]}, read as {split}")
     return files
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Log a line once, however often a split is opened."""
+    _log.info("%s", line)
 
 
 def _require_layout(root: Path, wanted: str) -> Layout:
@@ -177,7 +184,7 @@ def _require_layout(root: Path, wanted: str) -> Layout:
         raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
     if not layout.splits:
         raise UserError(
-            f"coco_dir {root} is in {layout.name} layout, which has to be converted: run maskrcnn-jax convert {root} "
+            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {root} "
             "OUT and set data.coco_dir=OUT"
         )
     return layout

@@ -45,6 +45,7 @@ def record_held_out(path: Path, dataset: CocoDataset, *, share: float, group: st
     held_out = choose_held_out(dataset, share, groups, seed)
     names = {part: dataset.file_names[rows].tolist() for part, rows in (("train", ~held_out), ("val", held_out))}
     write_json(path, {"share": share, "group": group, "seed": seed} | names, indent=1)
+    _log.info("%d of %d images are held out for evaluation, listed in %s", held_out.sum(), len(dataset), path)
 
 
 def choose_held_out(dataset: CocoDataset, share: float, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -118,7 +119,7 @@ def take_part(dataset: CocoDataset, path: str | os.PathLike, *, held_out: bool) 
     if not len(rows) or not is_held_out.any():
         raise UserError(
             f"{path} holds out {is_held_out.sum()} of the {len(dataset)} images of {dataset.annotation_path}; use the "
-            "dataset that it was made for, or name a split of this one by data.eval_split and set data.val_share=0"
+            "dataset that it was made for, or name a split of this one, such as --split=val"
         )
     unknown = int((~is_held_out & ~np.isin(dataset.file_names, train)).sum())
     if unknown and not held_out:

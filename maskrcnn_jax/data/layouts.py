@@ -19,7 +19,8 @@ from maskrcnn_jax.paths import in_bucket
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "instances", "instance_masks", "annotations", "gt")
 MASK_ENDINGS = ("_cp_masks", "_masks", "_mask", "_labels", "_label", "_instances", "_instance")
-YOLO, LABELME, VOC, LABEL_IMAGES = "YOLO's", "labelme's", "Pascal VOC's", "an images-and-instance-masks"
+YOLO, LABELME, VOC = "YOLO's layout", "labelme's layout", "Pascal VOC's layout"
+LABEL_IMAGES = "a layout of images and instance masks"
 # Words in the name of an annotation file that do not name a split.
 _NO_SPLIT = frozenset({"", "annotation", "annotations", "coco", "data", "dataset", "export", "instances", "json"})
 _NO_SPLIT |= {"labels", "result", "results", "default"}
@@ -145,8 +146,6 @@ def _image_dir(json_path: Path, split: str, root: Path) -> Path:
     """Return the folder that holds the images which an annotation file lists first."""
     usual = [root / split, root / "images" / split, root / split / "images", json_path.parent / "images"]
     usual += [root / "images", json_path.parent, root]
-    if not (root / "images").is_dir() and usual[0].is_dir():
-        return usual[0]
     folders = [folder for folder in dict.fromkeys([*usual, *folders_in(root)]) if folder.is_dir()]
     names = _first_names(json_path)
     found = {folder: sum(os.path.isfile(folder / name) for name in names) for folder in folders}
@@ -208,7 +207,8 @@ def _is_yolo(root: Path) -> bool:
 
 
 def _is_labelme(root: Path) -> bool:
-    for folder in (root, *folders_in(root)):
+    below = folders_in(root)
+    for folder in (root, *below, *(part for outer in below for part in folders_in(outer)[:3])):
         first = [path for path in entries_of(folder) if path.suffix == ".json"][:3]
         if any(_holds(path, b'"shapes"', b'"imagePath"') for path in first):
             return True

@@ -1,9 +1,8 @@
 """Batches of padded images, in an order that depends on the seed alone.
 
-Every batch has one of a few padded sizes (buckets), so that the compiled steps see a handful of shapes; torchvision
-pads each batch to its own largest image instead. Which images a step sees is a pure function of (seed, epoch), and
-what augmentation does to each of them of (seed, epoch, position in the epoch): neither the number of threads or
-processes nor where a run was resumed changes a byte. Resuming therefore needs the step number and no saved state.
+Which images a step sees is a pure function of (seed, epoch), see ``plan``, and what augmentation does to each of them
+of (seed, epoch, position in the epoch): neither the number of threads or processes nor where a run was resumed changes
+a byte. Resuming therefore needs the step number and no saved state.
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ import gc
 import logging
 import threading
 from collections.abc import Generator
-from typing import overload
 
 import grain
 import numpy as np
@@ -21,13 +19,13 @@ from absl import flags
 from maskrcnn_jax.data import transforms
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.images import BrokenImageError
+from maskrcnn_jax.data.plan import Plan, buckets_for
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
 
 _log = logging.getLogger(__name__)
 
-_STRIDE = 32  # of the coarsest backbone level; padded sides are multiples of it
 # Of the canvas that holds the mask of one object, in pixels: COCO's images have no more. Of a larger mask, sampled at
 # so many lines, hardly a target of 28x28 cells changes.
 _MASK_SIDE = 640
@@ -35,126 +33,9 @@ _MASK_SIDE = 640
 _MANY_OBJECTS, _MANY_TIMES = 100, 4
 
 
-def buckets_for(options: DataOptions) -> list[tuple[int, int]]:
-    """Return the padded sizes that batches may have, smallest area first.
-
-    With ``buckets="auto"`` there are sizes for images up to 4:3 and for the longest ones, in both orientations:
-    800/1333 gives 800x1088, 800x1344 and their transposes, which leave 7 % of COCO's pixels to padding. With "exact"
-    there are none in advance: each image is padded to its own multiple of 32.
-
-    Returns:
-        (height, width) pairs in pixels; empty for "exact".
-    """
-    if options.buckets == "exact":
-        return []
-    short = _round_up(options.short_side)
-    longer = {_round_up(min(options.short_side * 4 / 3, options.long_side)), _round_up(options.long_side)}
-    sizes = {size for side in longer for size in ((short, side), (side, short))}
-    return sorted(sizes, key=lambda size: (size[0] * size[1], size))
-
-
 def mask_side(options: DataOptions) -> int:
     """Return the side of the canvas that holds the mask of one object, in pixels of the network input."""
     return min(_MASK_SIDE, -(-options.long_side // 8) * 8)
-
-
-def padded_size(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the (height, width) of the smallest bucket that holds an image, or its own multiple of 32."""
-    fitting = (bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width)
-    return next(fitting, (_round_up(height), _round_up(width)))
-
-
-@overload
-def _round_up(length: float) -> int: ...
-@overload
-def _round_up(length: np.ndarray) -> np.ndarray: ...
-def _round_up(length: float | np.ndarray) -> int | np.ndarray:
-    rounded = -(-length // _STRIDE) * _STRIDE
-    return rounded.astype(np.int32) if isinstance(rounded, np.ndarray) else int(rounded)
-
-
-def training_subset(index: CocoDataset, limit: int, seed: int) -> np.ndarray:
-    """Picks the first ``limit`` images of a seeded shuffle, so that a smaller subset is part of every larger one.
-
-    Returns:
-        Rows of the index, [min(limit, N)] int64 in ascending order; all of them if ``limit`` is 0.
-    """
-    rows = np.arange(len(index))
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:limit]) if limit else rows
-
-
-class Plan:
-    """Says which images every step of every epoch loads, and at what padded size."""
-
-    def __init__(
-        self,
-        sizes: np.ndarray,
-        image_indices: np.ndarray,
-        *,
-        batch_size: int,
-        buckets: list[tuple[int, int]],
-        shuffle: bool,
-        seed: int,
-    ):
-        """Assigns every image to the smallest bucket that holds it.
-
-        Args:
-            sizes: [N, 2] int, sizes of all images of the dataset after resizing.
-            image_indices: [n] int, the images that take part, in the order in which they are wanted unshuffled.
-            batch_size: images a step.
-            buckets: (height, width), smallest first; empty rounds each image's own size up.
-            shuffle: a new order every epoch, and partial batches filled by other images of the same bucket;
-                otherwise the given order within each bucket, and partial batches filled by -1.
-            seed: of the shuffle.
-        """
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self._images = np.asarray(image_indices, np.int64)
-        sizes = sizes[self._images]
-        if buckets:
-            fits = (sizes[:, None] <= np.array(buckets)).all(axis=2)  # [n, number of buckets]
-            self._bucket_of, self._buckets = fits.argmax(axis=1), np.array(buckets, np.int32)
-        else:
-            self._buckets, self._bucket_of = np.unique(_round_up(sizes), axis=0, return_inverse=True)
-        counts = np.bincount(self._bucket_of, minlength=len(self._buckets))
-        self.steps_per_epoch = int((-(-counts // batch_size)).sum())
-        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
-
-    def step(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the images of a step, [batch_size] rows of the index or -1, and their padded (height, width)."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        images, buckets = self._epoch(epoch)
-        height, width = self._buckets[buckets[step]]
-        return images[step], (int(height), int(width))
-
-    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the images [steps, batch_size] and the buckets [steps] of an epoch."""
-        # The trailing zero keeps this stream apart from those of the samples, whose last number is never zero.
-        rng = np.random.default_rng([self.seed, epoch, 0])
-        order = rng.permutation(len(self._images)) if self.shuffle else np.arange(len(self._images))
-        by_bucket = order[np.argsort(self._bucket_of[order], kind="stable")]
-        ends = np.cumsum(np.bincount(self._bucket_of, minlength=len(self._buckets)))
-        image_parts, bucket_parts = [], []
-        for bucket, members in enumerate(np.split(self._images[by_bucket], ends[:-1])):
-            num_steps = -(-len(members) // self.batch_size)
-            if self.shuffle:
-                rows = np.resize(members, num_steps * self.batch_size)  # wraps round to the first ones
-            else:
-                rows = np.full(num_steps * self.batch_size, -1)
-                rows[: len(members)] = members
-            image_parts.append(rows.reshape(num_steps, self.batch_size))
-            bucket_parts.append(np.full(num_steps, bucket))
-        images, buckets = np.concatenate(image_parts), np.concatenate(bucket_parts)
-        if self.shuffle:
-            batches = rng.permutation(len(images))
-            images, buckets = images[batches], buckets[batches]
-        return images, buckets
 
 
 @dataclasses.dataclass(frozen=True)

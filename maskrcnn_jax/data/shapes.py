@@ -2,8 +2,7 @@
 
 Eight classes of shapes, textured and tilted, lie on textured backgrounds and occlude one another. Each shape is a
 signed distance (negative inside, pixels): the mask holds the pixels whose centre is inside, and the same distance
-gives the smooth edge of the drawing. There are images without objects and crowds with a run-length mask, as COCO has
-them.
+gives the smooth edge of the drawing. As in COCO, there are images without objects, and crowds with run-length masks.
 
     python -m maskrcnn_jax.data.shapes OUTPUT_DIR --train=4000 --val=500 --size=128 --seed=0
 

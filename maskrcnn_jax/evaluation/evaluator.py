@@ -15,7 +15,8 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.images import BrokenImageError
-from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
+from maskrcnn_jax.data.loader import Loader, make_loader
+from maskrcnn_jax.data.plan import training_subset
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files

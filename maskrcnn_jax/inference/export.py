@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskrcnn_jax.data.loader import buckets_for
+from maskrcnn_jax.data.plan import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.predictor import Predictor

@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.loader import buckets_for, padded_size
+from maskrcnn_jax.data.plan import buckets_for, padded_size
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
 from maskrcnn_jax.inference.detect import detect_ahead, make_detect
 from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances, write_picture

@@ -20,7 +20,8 @@ from maskrcnn_jax.checking.annotations import check_before_training
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoDataset, drop_labels
 from maskrcnn_jax.data.dataset import load_dataset
-from maskrcnn_jax.data.loader import Loader, make_loader, training_subset
+from maskrcnn_jax.data.loader import Loader, make_loader
+from maskrcnn_jax.data.plan import training_subset
 from maskrcnn_jax.distributed import is_first, make_mesh, process_rank, replicated, shard_batch
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN

@@ -131,6 +131,23 @@ def one_json(root, parts):
     parts["train"].copy_images(root / "photos")
 
 
+def fiftyone(root, parts):
+    _write_json(root / "labels.json", parts["train"].content)
+    parts["train"].copy_images(root / "data")
+
+
+def one_folder_each(root, parts):
+    for split, part in parts.items():
+        _write_json(root / split / "annotations.json", part.content)
+        part.copy_images(root / split / "images")
+
+
+def in_annotations(root, parts):
+    for split, part in parts.items():
+        _write_json(root / "annotations" / f"{split}.json", part.content)
+        part.copy_images(root / "images")
+
+
 def zipped(root, parts):
     roboflow(root / "archive" / "export 3", parts)
 
@@ -246,6 +263,12 @@ def voc_in_colours(root, parts):
     voc(root, parts, colours=True, xml=False)
 
 
+def voc_of_labelme(root, parts):
+    voc(root, parts, xml=False)
+    names = next(iter(parts.values())).names.values()
+    (root / "class_names.txt").write_text("\n".join(["_background_", *names]))
+
+
 def _write_xml(path, image, annotations, names):
     tree = ElementTree.Element("annotation")
     ElementTree.SubElement(tree, "filename").text = image["file_name"]
@@ -290,7 +313,7 @@ def masks_in_colours(root, parts):
     masks_by_class(root, parts, colours=True)
 
 
-TWO_SPLITS = (coco, coco_in_images, roboflow, one_json_each, zipped)
-ONE_SPLIT = (cvat, cvat_2, label_studio, labelme2coco, one_json)
+TWO_SPLITS = (coco, coco_in_images, roboflow, one_json_each, one_folder_each, in_annotations, zipped)
+ONE_SPLIT = (cvat, cvat_2, label_studio, labelme2coco, one_json, fiftyone)
 POLYGONS = (yolo, yolo_of_roboflow, labelme)
-RASTERS = (voc, voc_in_colours, masks_by_class, masks_16_bit, masks_in_colours)
+RASTERS = (voc, voc_in_colours, voc_of_labelme, masks_by_class, masks_16_bit, masks_in_colours)

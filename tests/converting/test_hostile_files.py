@@ -9,6 +9,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import yaml
 from hypothesis import strategies as st
@@ -189,11 +190,15 @@ def test_vocs_objects_are_read_or_refused(rng):
     _read(read_voc(_VOC))
 
 
+def _deep(suffix):
+    return cv2.imencode(suffix, _COLOURS.astype(np.uint16) * 257)[1].tobytes()
+
+
 _MAP = _FOLDER / "map.png"
 _COLOURS = np.stack([_LABELS, _LABELS * 7, _LABELS * 5], axis=2)
 _MAPS = [_png(_LABELS), _png(_LABELS.astype(np.uint16) * 257), _png(_COLOURS), _png(_LABELS, format="TIFF")]
 _MAPS += [_png(_LABELS.astype(np.int32), format="TIFF"), _png(_LABELS.astype(np.float32), format="TIFF")]
-_MAPS += [_png(np.dstack([_COLOURS, _LABELS]))]
+_MAPS += [_png(np.dstack([_COLOURS, _LABELS])), _deep(".png"), _deep(".tif")]
 
 
 @hostile("label maps", rng=cases)

@@ -1,7 +1,11 @@
 """Instance masks that are images: bits, colours, holes, and what many objects cost."""
 
+import contextlib
+import logging
+import re
 import time
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +16,7 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.converting.convert import convert
 from maskrcnn_jax.converting.label_map import read_label_map, regions
 from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.errors import UserError
 
 
 def decoded(region):
@@ -69,8 +74,9 @@ def same_partition(a, b):
     return len(np.unique(pairs[:, 0])) == len(np.unique(pairs[:, 1])) == len(pairs) and [0, 0] in pairs.tolist()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_colours_tell_objects_apart_also_by_their_lower_bits(tmp_path, dtype):
+def test_colours_tell_objects_apart_also_by_their_lower_bits(tmp_path, dtype, suffix):
     high = np.iinfo(dtype).max
     palette = {
         0: (0, 0, 0),
@@ -83,8 +89,8 @@ def test_colours_tell_objects_apart_also_by_their_lower_bits(tmp_path, dtype):
     colours = np.zeros((*LABELS.shape, 3), dtype)
     for value, colour in palette.items():
         colours[value == LABELS] = colour
-    cv2.imwrite(str(tmp_path / "a.png"), colours)
-    assert same_partition(LABELS, read_label_map(tmp_path / "a.png", LABELS.shape))
+    cv2.imwrite(str(tmp_path / f"a{suffix}"), colours)
+    assert same_partition(LABELS, read_label_map(tmp_path / f"a{suffix}", LABELS.shape))
 
 
 def test_indices_of_a_palette_tell_objects_of_one_colour_apart(tmp_path):
@@ -114,6 +120,24 @@ def test_thousands_of_objects_cost_no_more_than_the_pixels(tmp_path):
     assert seconds < 5 and peak < 6 * labels.nbytes
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_chunk_that_claims_gigabytes_takes_none(tmp_path, dtype):
+    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([LABELS] * 3).astype(dtype))
+    data = (tmp_path / "a.png").read_bytes()
+    start = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:start] + b"\xff\xff\xff\xff" + data[start + 4 :])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    with contextlib.suppress(UserError):
+        read_label_map(tmp_path / "a.png", LABELS.shape)
+    assert peak() < before + (100 << 20)
+
+
+def peak():
+    """Returns the most memory of the process since it was last cleared, in bytes."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+
 def write(folder, name, array):
     folder.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(folder / name), array.astype(np.uint8))
@@ -131,6 +155,12 @@ def write_cellpose(root):
         write(root, f"{stem}_cp_masks.png", LABELS % 256)
 
 
+def write_with_beginnings(root):
+    for stem in ("a", "b"):
+        write(root / "image", f"img_{stem}.png", LABELS)
+        write(root / "label", f"mask_{stem}.png", LABELS % 256)
+
+
 def write_in_splits(root):
     for stem in ("a", "b"):
         write(root / "images" / "train", f"{stem}.png", LABELS)
@@ -144,7 +174,10 @@ def write_a_mask_for_each_object(root):
             write(root / "stage1_train" / stem / "masks", f"{value}.png", (value == LABELS) * 255)
 
 
-@pytest.mark.parametrize("write_set", [write_beside, write_cellpose, write_in_splits, write_a_mask_for_each_object])
+_SETS = (write_beside, write_cellpose, write_with_beginnings, write_in_splits, write_a_mask_for_each_object)
+
+
+@pytest.mark.parametrize("write_set", _SETS)
 def test_images_are_found_with_their_masks(tmp_path, write_set):
     write_set(tmp_path / "in")
     found = convert(tmp_path / "in", tmp_path / "out", class_name="nucleus")
@@ -155,3 +188,13 @@ def test_images_are_found_with_their_masks(tmp_path, write_set):
         assert sorted(mask.tobytes() for mask in index.masks(i)) == sorted(
             (value == LABELS).astype(np.uint8).tobytes() for value in (1, 2, 3, 4, 700)
         )
+
+
+@pytest.mark.parametrize("semantic", [True, False])
+def test_masks_that_seem_semantic_are_warned_of(tmp_path, caplog, semantic):
+    for stem in ("a", "b"):
+        write(tmp_path / "in" / "images", f"{stem}.png", LABELS)
+        write(tmp_path / "in" / "masks", f"{stem}.png", (LABELS == 2) * 255 if semantic else LABELS % 256)
+    with caplog.at_level(logging.WARNING, "maskrcnn_jax"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert ("no mask has more than one value, though 2 have separate parts" in caplog.text) == semantic

@@ -19,7 +19,8 @@ from maskrcnn_jax.data.coco import drop_labels
 from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.images import BrokenImageError
-from maskrcnn_jax.data.loader import Plan, buckets_for, mask_side, training_subset
+from maskrcnn_jax.data.loader import mask_side
+from maskrcnn_jax.data.plan import Plan, buckets_for, training_subset
 from maskrcnn_jax.data.run_lengths import decode_crop
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError

@@ -303,8 +303,9 @@ def test_a_disk_that_fills_up_is_said_and_nothing_is_left(odd, tmp_path):
 
 
 def test_what_cannot_be_built_is_said(odd, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no annotations/instances_\*.json"):
-        build(tmp_path, tmp_path / "tfds")
+        build(tmp_path / "empty", tmp_path / "tfds")
     with pytest.raises(UserError, match="has no split val2017, but train2017"):
         build(odd, tmp_path / "tfds", splits=["val2017"])
     with pytest.raises(UserError, match="cannot have a split named 'my-split'"):

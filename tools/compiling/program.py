@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from maskrcnn_jax.data.loader import buckets_for, mask_side
+from maskrcnn_jax.data.loader import mask_side
+from maskrcnn_jax.data.plan import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.distributed import make_mesh, replicated, split, state_layout
 from maskrcnn_jax.inference.detect import detect_on_mesh

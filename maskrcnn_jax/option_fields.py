@@ -1,0 +1,75 @@
+"""How options are declared as fields of dataclasses, and checked when these are made."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from maskrcnn_jax.errors import UserError
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    source: str = "",
+) -> Any:
+    """Declare an option.
+
+    Args:
+        default: Its value unless set. A tuple of numbers may have any length.
+        meaning: What it does, as a phrase for the documentation.
+        unit: Of the value.
+        choices: The values that are allowed, if it is one of a few.
+        low: Smallest value allowed, for numbers.
+        high: Largest value allowed, for numbers.
+        source: Where the option or its default comes from.
+    """
+    metadata = {"meaning": meaning, "unit": unit, "choices": choices, "low": low, "high": high, "source": source}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Checked:
+    """Checks choices and ranges when the options are made, and makes lists tuples so that the options are hashable."""
+
+    prefix: ClassVar[str] = ""  # of the names of these options in a config
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, value := tuple(value))
+            if field.metadata and (problem := _problem(value, field.default, field.metadata)):
+                problems.append(f"{self.prefix}{field.name} is {value!r}; use {problem}")
+        problems += self._contradictions() if not problems else []
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _contradictions(self) -> list[str]:
+        """Return what is wrong between options that are valid by themselves."""
+        return []
+
+
+def _problem(value: Any, default: Any, allowed: Any) -> str:
+    """Return what an option should be instead, or an empty string if the value is allowed."""
+    if not _is_like(value, default):
+        return {tuple: "a tuple of numbers", bool: "True or False", str: "a string"}.get(type(default), "a number")
+    choices, low, high = allowed["choices"], allowed["low"], allowed["high"]
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if (low is None or value >= low) and (high is None or value <= high):
+        return ""
+    if low is None or high is None:
+        return f"at least {low}" if high is None else f"at most {high}"
+    return f"a value from {low} to {high}"
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(item) in (int, float) for item in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default)
