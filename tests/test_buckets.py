@@ -1,5 +1,6 @@
 """Strings become paths: on a disk or in a bucket, and each says in a sentence why it cannot be used."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from maskrcnn_jax import paths
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path, file_names, in_bucket, local_path, read_bytes, write_bytes
+from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.writing import GrowingFiles, replace_file, write_json
 
 
@@ -91,3 +93,20 @@ def test_files_that_grow_are_uploaded_when_it_is_asked_for_or_time(bucket, tmp_p
         files.close()
         assert read_bytes(folder / "log") == b"1\n2\n"
         assert files.path.exists() != in_bucket(folder)
+
+
+def test_the_lines_of_saved_steps_outlive_a_killed_run(bucket):
+    workdir = as_path(f"{bucket.url}/metrics")
+    killed = MetricWriter(workdir, first_step=0)
+    killed.scalars(1, {"loss": 1.0})
+    killed.upload()  # before the checkpoint of step 1
+    killed.scalars(2, {"loss": 2.0})
+    resumed = MetricWriter(workdir, first_step=1)
+    resumed.scalars(2, {"loss": 3.0})
+    resumed.close()
+    lines = [json.loads(line) for line in read_bytes(workdir / "metrics.jsonl").splitlines()]
+    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0}]
+    assert len(file_names(workdir / "tensorboard")) in (1, 2)  # named by the second in which they were begun
+    killed._files.path.joinpath("metrics.jsonl").unlink()
+    killed._file.close()
+    killed._board.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
+from maskrcnn_jax.paths import in_bucket
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "instances", "instance_masks", "annotations", "gt")
@@ -55,7 +56,7 @@ def find_layout(folder: Path) -> Layout | None:
         if splits:
             return Layout(_coco_name(root, splits), root, splits)
         for name, is_there in _CONVERTIBLE.items():
-            if is_there(root):
+            if not in_bucket(root) and is_there(root):  # they are converted on a disk
                 return Layout(name, root, {})
     return None
 

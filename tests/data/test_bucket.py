@@ -9,10 +9,12 @@ import pytest
 
 from maskrcnn_jax.checking.dataset import check_dataset
 from maskrcnn_jax.data.dataset import load_coco
+from maskrcnn_jax.data.held_out import record_held_out, take_part
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.data.tfds_source import load_tfds
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.paths import as_path, read_bytes, write_bytes
 from tests.data.loading import load
 
 
@@ -54,9 +56,21 @@ def test_what_a_dataset_in_a_bucket_lacks_is_a_sentence(bucket, folders):
         load_coco(folders[1], "test2018")
     with pytest.raises(UserError, match="coco_dir gs://bucket/nothing is not a folder"):
         load_coco(f"{bucket.url}/nothing", "train2017")
+    for name in ("data.yaml", "labels/1.txt", "labels/2.txt"):
+        write_bytes(as_path(f"{bucket.url}/yolo/{name}"), b"names: [cat]")
+    with pytest.raises(UserError, match="gs://bucket/yolo holds data.yaml, labels/, which is no known layout"):
+        load_coco(f"{bucket.url}/yolo", "train2017")
     with pytest.raises(UserError, match="tfds_dir gs://bucket/nothing cannot be in a bucket"):
         load_tfds(f"{bucket.url}/nothing", "train2017")
     names = {name for name in bucket.names() if name.startswith("dataset/val2017/")}
     bucket.server._storage.delete_file("bucket", sorted(names)[0])
     with pytest.raises(UserError, match=r"1 of 2 .* gs://bucket/dataset/val2017"):
         load_coco(folders[1], "val2017")
+
+
+def test_the_images_that_are_held_out_can_be_recorded_in_a_bucket(bucket, folders):
+    dataset, path = load_coco(folders[1], "train2017"), as_path(f"{bucket.url}/run/split.json")
+    record_held_out(path, dataset, share=0.34, group="", seed=0)
+    recorded = json.loads(read_bytes(path))
+    for part, held_out in (("train", False), ("val", True)):
+        assert take_part(dataset, str(path), held_out=held_out).file_names.tolist() == recorded[part] != []
