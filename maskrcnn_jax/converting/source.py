@@ -53,8 +53,8 @@ def with_polygons(category: int, polygons: list[list[float]]) -> Object:
 
 
 def _area(points: np.ndarray) -> float:
-    x, y = (points - points[0]).T
-    return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
+    x, y = (np.concatenate([points, points[:1]]) - points[0]).T
+    return float(abs(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2)
 
 
 def common_folder(images: list[Path]) -> Path:
@@ -115,7 +115,7 @@ def inside(root: Path, path: Path, named_by: Path) -> Path:
     """
     normal, base = (Path(os.path.abspath(p)) for p in (path, root))
     if "\0" in str(path) or not normal.is_relative_to(base):
-        shown = str(path)[:100].encode("ascii", "backslashreplace").decode()
+        shown = str(path)[-100:].encode("ascii", "backslashreplace").decode()
         raise UserError(f"{named_by} names {shown!r}, which is not in {root}; move the files into this folder")
     return normal
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -183,9 +184,10 @@ def _require_layout(root: Path, wanted: str) -> Layout:
     if layout is None:
         raise UserError(f"coco_dir {root} holds {describe(root)}, which is no known layout; it must be {wanted}")
     if not layout.splits:
+        source = shlex.quote(str(root))
         raise UserError(
-            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {root} "
-            "OUT and set data.coco_dir=OUT"
+            f"coco_dir {root} is in {layout.name}, which has to be converted: run maskrcnn-jax convert {source} OUT "
+            "and set data.coco_dir=OUT"
         )
     return layout
 

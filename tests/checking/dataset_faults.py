@@ -53,8 +53,9 @@ def box_of_another_object(content, root, rng):
 
 def boxes_as_corners(content, root, rng):
     for annotation in content["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        annotation["bbox"] = [x, y, x + width, y + height]
+        if len(annotation["bbox"]) == 4:  # another fault may have emptied it
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = [x, y, x + width, y + height]
     return ""
 
 
