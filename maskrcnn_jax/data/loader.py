@@ -268,7 +268,7 @@ def make_loader(
         channels=channels,
         augment=train,
         annotations=annotations,
-        max_objects=_max_objects(index, options) if annotations else 0,
+        max_objects=_max_objects(index, options, train=train) if annotations else 0,
         process_rows=slice(process_index * share, (process_index + 1) * share) if train else slice(None),
     )
     num_steps = plan.steps_per_epoch if num_steps is None else num_steps
@@ -276,13 +276,13 @@ def make_loader(
     return Loader(read, steps=steps)
 
 
-def _max_objects(index: CocoDataset, options: DataOptions) -> int:
-    """Return for how many objects an image of every batch has room, and warn if a few images have by far the most."""
+def _max_objects(index: CocoDataset, options: DataOptions, *, train: bool) -> int:
+    """Return for how many objects an image of every batch has room; in training, warn if few images need most of it."""
     counts = np.diff(index.offsets) if options.ignore_regions else index.num_objects
     most, usual = int(counts.max()), int(np.percentile(counts, 95))
-    if options.max_objects:
+    if train and options.max_objects:
         most = min(most, options.max_objects)
-    elif most > max(_MANY_OBJECTS, _MANY_TIMES * usual):
+    elif train and most > max(_MANY_OBJECTS, _MANY_TIMES * usual):
         _log.warning(
             "%s has %d objects, but 95 %% of the images have at most %d; the memory and time of every step are those "
             "of %d objects an image; set data.max_objects to limit them",
