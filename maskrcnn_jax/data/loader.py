@@ -277,7 +277,7 @@ def make_loader(
 
 
 def _max_objects(index: CocoDataset, options: DataOptions, *, train: bool) -> int:
-    """Return for how many objects an image of every batch has room; in training, warn if few images need most of it."""
+    """Return how many objects an image of every batch has room for; in training, warn if few images set it."""
     counts = np.diff(index.offsets) if options.ignore_regions else index.num_objects
     most, usual = int(counts.max()), int(np.percentile(counts, 95))
     if train and options.max_objects:
