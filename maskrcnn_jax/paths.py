@@ -90,6 +90,8 @@ def read_bytes(path: Path) -> bytes:
         OSError: It cannot be read. Its ``strerror`` also holds what the bucket answered.
     """
     if not in_bucket(path):
+        if path.is_char_device():  # /dev/zero never ends
+            raise OSError(errno.EINVAL, "it is a device", path)
         return path.read_bytes()
     with _os_errors(path):
         return _file_system().cat_file(os.fspath(path))

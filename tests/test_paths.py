@@ -88,3 +88,8 @@ def test_compiled_programs_are_kept_only_where_a_folder_can_be_made(home, monkey
     monkeypatch.setenv("HOME", str(home))
     app._keep_compiled_programs()
     assert chosen["jax_compilation_cache_dir"] == str(home / ".cache" / "maskrcnn_jax" / "xla")
+
+
+def test_a_device_is_not_read_to_its_end():
+    with pytest.raises(UserError, match="it is a device"):
+        read_image("/dev/zero")

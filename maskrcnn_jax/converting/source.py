@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from maskrcnn_jax import paths
 from maskrcnn_jax.data import image_headers
 from maskrcnn_jax.errors import UserError
 
@@ -72,7 +73,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         size = path.stat().st_size
         if size > most:
             raise UserError(f"{path} has {size:,} bytes, but such a file should have at most {most:,}; remove it")
-        return path.read_bytes()
+        return paths.read_bytes(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
 
@@ -92,7 +93,7 @@ def image_size(path: Path) -> tuple[int, int]:
         UserError: it is no image, or one of absurd size.
     """
     try:
-        size = image_headers.image_size(path.read_bytes())
+        size = image_headers.image_size(paths.read_bytes(path))
     except (OSError, ValueError):  # missing, or a name that no file can have
         size = None
     if size is None:
