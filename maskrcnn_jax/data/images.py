@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from maskrcnn_jax.data.findings import Kind
-from maskrcnn_jax.data.image_headers import as_stored, image_size, is_complete, orientation
+from maskrcnn_jax.data.image_headers import as_stored, image_size, is_complete, orientation, without_long_chunks
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
@@ -86,6 +86,7 @@ def decode_image(
         UndecodableError: it is empty, truncated, no image, of an unknown format, or far too large for its file.
     """
     _refuse(data, stated_size)
+    data = without_long_chunks(data)
     if channels > 3:
         image = _decode(as_stored(data), cv2.IMREAD_UNCHANGED)
     elif upright:

@@ -118,8 +118,11 @@ PNG = encoded("PNG")
         png_chunk(b"tEXt", b"Comment\0" + _TEXT) * 44,
         png_chunk(b"tEXt", b"Comment\0x")[:-1] + b"\0",  # a wrong checksum
         png_chunk(b"tEXt", b"IEND\0x"),
+        png_chunk(b"iTXt", b"workflow\0\0\0\0\0" + _TEXT * 6),
+        png_chunk(b"eXIf", b"MM\0*" + bytes(9_000_000)),
+        png_chunk(b"caBX", bytes(9_000_000)),
     ],
-    ids=["compressed", "international", "profile", "many", "checksum", "name of the end"],
+    ids=["compressed", "international", "profile", "many", "checksum", "name of the end", "long", "exif", "content"],
 )
 def test_a_png_is_read_whatever_is_written_beside_the_pixels(extra, tmp_path):
     np.testing.assert_array_equal(read_both(PNG[:33] + extra + PNG[33:] + b"behind the end", tmp_path), PIXELS)
