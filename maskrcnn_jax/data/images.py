@@ -1,5 +1,6 @@
 """Reads image files as RGB bytes and refuses broken ones."""
 
+import math
 from pathlib import Path
 
 import cv2
@@ -138,7 +139,8 @@ def _refuse(data: bytes, stated_size: tuple[int, int] | None) -> None:
     if not is_complete(data):
         raise UndecodableError("is truncated or damaged")
     limit = max(_PIXELS_OF_ANY_FILE, _PIXELS_OF_A_BYTE * len(data))
-    if size[0] * size[1] > limit and size != stated_size:
+    # Pillow tells only the number of pixels of large images in the formats that it reads.
+    if limit < size[0] * size[1] != math.prod(stated_size or ()):
         raise UndecodableError(
             f"has {size[0]}x{size[1]} pixels (height x width) in {len(data):,} bytes; unless annotations state this "
             f"size, a file of so few bytes may have {limit:,} pixels, so reduce it or cut it into parts"

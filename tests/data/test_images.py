@@ -172,6 +172,17 @@ def test_a_scan_with_few_bytes_is_read_if_annotations_state_its_size(tmp_path, m
     assert read_both(data, tmp_path, (300, 400)).all()
 
 
+def test_a_scan_of_which_pillow_tells_only_the_number_of_pixels_is_read_if_annotations_state_its_size(monkeypatch):
+    data = encoded("JPEG2000", Image.new("L", (400, 300), 255))
+    monkeypatch.setattr(images, "_PIXELS_OF_ANY_FILE", 200 * 300)
+    monkeypatch.setattr(images, "_PIXELS_OF_A_BYTE", 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 100)  # an error from twice as many on
+    assert image_size(data) == (300 * 400, 1)
+    assert check_and_decode(Path("a"), data, (300, 400)).shape == (300, 400, 3)
+    with pytest.raises(BrokenImageError, match="unless annotations state this size"):
+        check_and_decode(Path("a"), data, (300, 399))
+
+
 def test_a_plan_in_a2_is_read_without_annotations():
     data = encoded("TIFF", Image.new("1", (7016, 4960), 1), compression="group4")
     assert decode_image(data).shape == (4960, 7016, 3)
