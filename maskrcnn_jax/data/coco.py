@@ -7,7 +7,7 @@ the training.
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -118,22 +118,24 @@ class CocoDataset:
             self.annotation_ids[rows], self.labels[rows], self.boxes[rows], self._is_crowd(rows), has_mask
         )
 
-    def crops(self, i: int, chosen: np.ndarray | slice = slice(None), with_crowd: bool = False) -> list[Crop | None]:
-        """Rasterise masks of image ``i``, each in its own box.
+    def crops(
+        self, i: int, chosen: np.ndarray | slice = slice(None), with_crowd: bool = False
+    ) -> Iterator[Crop | None]:
+        """Rasterise masks of image ``i`` one by one, each in its own box, which a cable or hair may span.
 
         Args:
             i: row of the image.
             chosen: places in ``annotations``; by default all of them, in their order.
             with_crowd: as in ``annotations``.
 
-        Returns:
+        Yields:
             Per annotation, its mask at the resolution of the image file; None for objects without a mask.
 
         Raises:
             UserError: a run-length mask does not describe an image of this size.
         """
-        rows = self._rows(i, with_crowd)[chosen].tolist()
-        return [self.crop(row, *map(int, self.sizes[i])) if self.num_parts[row] >= 0 else None for row in rows]
+        for row in self._rows(i, with_crowd)[chosen].tolist():
+            yield self.crop(row, *map(int, self.sizes[i])) if self.num_parts[row] >= 0 else None
 
     def crop(self, row: int, height: int, width: int) -> Crop:
         """Rasterise the mask of a row in its own box; see ``rle``."""
@@ -149,9 +151,8 @@ class CocoDataset:
         Returns:
             [n, h, w] uint8, 0 or 1; 0 for objects without a mask. Crowded large images take gigabytes.
         """
-        crops = self.crops(i, with_crowd=with_crowd)
-        masks = np.zeros((len(crops), *self.sizes[i]), np.uint8)
-        for mask, crop in zip(masks, crops, strict=True):
+        masks = np.zeros((len(self._rows(i, with_crowd)), *self.sizes[i]), np.uint8)
+        for mask, crop in zip(masks, self.crops(i, with_crowd=with_crowd), strict=True):
             if crop is not None:
                 height, width = crop.mask.shape
                 mask[crop.y : crop.y + height, crop.x : crop.x + width] = crop.mask
@@ -183,6 +184,11 @@ class CocoDataset:
         polygons = [self.coordinates[start:stop] for start, stop in itertools.pairwise(bounds)]
         parts = coco_mask.frPyObjects(polygons, height, width)
         return coco_mask.merge(parts) if num > 1 else parts[0]
+
+    def rles(self, i: int) -> list[dict | None]:
+        """Encode the masks of image ``i`` as ``rle`` does, in the order of ``annotations``; None for no mask."""
+        size = self.sizes[i].tolist()
+        return [self.rle(row, *size) if self.num_parts[row] >= 0 else None for row in self._rows(i, False).tolist()]
 
     def mask_bytes(self, row: int) -> bytes:
         """Return the mask of a row as the file has it; equal for equal masks."""

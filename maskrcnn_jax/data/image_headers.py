@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_LONGEST_CHUNK = 8_000_000  # bytes of what is no pixels in a PNG, with which OpenCV still reads it
 # A marker of JPEG that begins or ends something: a stuffed zero, a restart, a fill byte and TEM do not.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
@@ -81,12 +82,32 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def _png_ends(data: bytes) -> bool:
     """Return whether the chunks of a PNG lie within the file; libpng allocates one before it reads it."""
+    return any(name == b"IEND" for name, _ in _png_chunks(data))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, slice]]:
+    """Yield the name and the place of each chunk of a PNG, up to its end; the last may pass the end of the file."""
     place = len(_PNG)
     while place + 12 <= len(data):
-        if data.startswith(b"IEND", place + 4):
-            return True
+        start = place
         place += 12 + int.from_bytes(data[place : place + 4], "big")  # length, name and checksum
-    return False
+        name = data[start + 4 : start + 8]
+        yield name, slice(start, place)
+        if name == b"IEND":
+            return
+
+
+def without_long_chunks(data: bytes) -> bytes:
+    """Return an image file without what makes OpenCV refuse a PNG: long texts, profiles and other notes."""
+    if not data.startswith(_PNG) or len(data) <= _LONGEST_CHUNK:
+        return data
+    places = [place for name, place in _png_chunks(data) if not _is_long_note(name, place)]
+    return b"".join([_PNG, *(data[place] for place in places)])
+
+
+def _is_long_note(name: bytes, place: slice) -> bool:
+    """Return whether a chunk is long and not needed for the pixels, as the case of its first letter tells."""
+    return name[:1].islower() and place.stop - place.start > _LONGEST_CHUNK
 
 
 def _tiff_numbers(data: bytes) -> dict[int, tuple[str, int]]:

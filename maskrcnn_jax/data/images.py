@@ -1,12 +1,13 @@
 """Reads image files as RGB bytes and refuses broken ones."""
 
+import math
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from maskrcnn_jax.data.findings import Kind
-from maskrcnn_jax.data.image_headers import as_stored, image_size, is_complete, orientation
+from maskrcnn_jax.data.image_headers import as_stored, image_size, is_complete, orientation, without_long_chunks
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
@@ -86,6 +87,7 @@ def decode_image(
         UndecodableError: it is empty, truncated, no image, of an unknown format, or far too large for its file.
     """
     _refuse(data, stated_size)
+    data = without_long_chunks(data)
     if channels > 3:
         image = _decode(as_stored(data), cv2.IMREAD_UNCHANGED)
     elif upright:
@@ -137,7 +139,8 @@ def _refuse(data: bytes, stated_size: tuple[int, int] | None) -> None:
     if not is_complete(data):
         raise UndecodableError("is truncated or damaged")
     limit = max(_PIXELS_OF_ANY_FILE, _PIXELS_OF_A_BYTE * len(data))
-    if size[0] * size[1] > limit and size != stated_size:
+    # Pillow tells only the number of pixels of large images in the formats that it reads.
+    if limit < size[0] * size[1] != math.prod(stated_size or ()):
         raise UndecodableError(
             f"has {size[0]}x{size[1]} pixels (height x width) in {len(data):,} bytes; unless annotations state this "
             f"size, a file of so few bytes may have {limit:,} pixels, so reduce it or cut it into parts"

@@ -4,7 +4,7 @@ Sizes and boxes follow torchvision's GeneralizedRCNNTransform, which resizes by 
 images are to be resized as detectron2 does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -114,7 +114,7 @@ def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -
 
 
 def pack_masks(
-    crops: Sequence[Crop | None], image_size: tuple[int, int], size: tuple[int, int], side: int, *, flip: bool = False
+    crops: Iterable[Crop | None], image_size: tuple[int, int], size: tuple[int, int], side: int, *, flip: bool = False
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Put each mask on a square canvas of its own, eight pixels a byte.
 
@@ -122,7 +122,8 @@ def pack_masks(
     still longer than the canvas along an axis are sampled in the middles of its cells.
 
     Args:
-        crops: n masks at the resolution of the image; None for no mask.
+        crops: n masks at the resolution of the image; None for no mask. Only one at a time is in memory if they are
+            an iterator.
         image_size: (height, width) of the image.
         size: (height, width) of the resized image.
         side: of the canvas in pixels, a multiple of 8.
@@ -133,8 +134,10 @@ def pack_masks(
         y, x, height, width on the raster; and the (height, width) of the raster, which covers the whole image.
     """
     raster = min(image_size[0], size[0]), min(image_size[1], size[1])
-    packed, windows = np.zeros((len(crops), side, side // 8), np.uint8), np.zeros((len(crops), 4), np.int32)
-    for canvas, window, crop in zip(packed, windows, crops, strict=True):
+    packed, windows = [], []
+    for crop in crops:
+        packed.append(canvas := np.zeros((side, side // 8), np.uint8))
+        windows.append(window := np.zeros(4, np.int32))
         if crop is None:
             continue
         if flip:
@@ -144,7 +147,7 @@ def pack_masks(
         rows, columns = (_sources(length, min(length, side), centred=True) for length in mask.shape)
         bits = np.packbits(mask[rows[:, None], columns], axis=1, bitorder="little")
         canvas[: bits.shape[0], : bits.shape[1]] = bits
-    return packed, windows, raster
+    return np.array(packed, np.uint8).reshape(-1, side, side // 8), np.array(windows, np.int32).reshape(-1, 4), raster
 
 
 def shrink_mask(crop: Crop, image_size: tuple[int, int], size: tuple[int, int]) -> Crop:

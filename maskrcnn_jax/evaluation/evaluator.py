@@ -159,7 +159,7 @@ class Evaluator:
             return None  # the loader has named it, and stopped unless broken images are to be skipped
         _, labels, boxes, *_ = dataset.annotations(row)
         truth = draw_instances(
-            image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.crops(row)
+            image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.rles(row)
         )
         names = dict(zip(self._categories.ids, self._categories.names, strict=True))
         found = [r for r in results if r["image_id"] == image_id and r["score"] >= DRAWN_SCORE]

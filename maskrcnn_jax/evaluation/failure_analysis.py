@@ -19,6 +19,7 @@ import contextlib
 import copy
 import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -222,6 +223,17 @@ def _collect(of_images: Sequence[dict | None], num_thresholds: int) -> _Matched:
     return _Matched(image[order], (found & ~ignored)[:, order], (~found & ~ignored)[:, order], objects)
 
 
+def _warn_of_many_detections(results: list[dict], max_detections: int) -> None:
+    counts = Counter((result["image_id"], result["category_id"]) for result in results)
+    most = max(counts.values(), default=0)
+    if most > max_detections:
+        print(
+            f"an image has {most} detections of a category, of which the best {max_detections} count; set "
+            f"--max_detections={most} to count all",
+            file=sys.stderr,
+        )
+
+
 def main() -> int:
     """Print the tables of boxes and masks."""
     parser = argparse.ArgumentParser(description="Splits AP by occlusion, size and crowding, with intervals.")
@@ -241,6 +253,7 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    _warn_of_many_detections(found + (other or []), args.max_detections)
     draws = draw_images(len(truth.imgs), args.draws)
     written = {}
     for kind, title, missing in (("bbox", "box", "no objects"), ("segm", "mask", "no masks")):

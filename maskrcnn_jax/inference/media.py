@@ -27,7 +27,10 @@ from maskrcnn_jax.writing import write_json
 _log = logging.getLogger(__name__)
 
 _DRAWN_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})  # of pictures
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
+    | {".vob", ".webm", ".wmv"}
+)
 DEFAULT_FPS = 25.0  # of videos that do not tell theirs
 _MAX_TICKS = 65535  # of the clock in a second of MPEG-4 video
 

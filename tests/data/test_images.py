@@ -118,8 +118,11 @@ PNG = encoded("PNG")
         png_chunk(b"tEXt", b"Comment\0" + _TEXT) * 44,
         png_chunk(b"tEXt", b"Comment\0x")[:-1] + b"\0",  # a wrong checksum
         png_chunk(b"tEXt", b"IEND\0x"),
+        png_chunk(b"iTXt", b"workflow\0\0\0\0\0" + _TEXT * 6),
+        png_chunk(b"eXIf", b"MM\0*" + bytes(9_000_000)),
+        png_chunk(b"caBX", bytes(9_000_000)),
     ],
-    ids=["compressed", "international", "profile", "many", "checksum", "name of the end"],
+    ids=["compressed", "international", "profile", "many", "checksum", "name of the end", "long", "exif", "content"],
 )
 def test_a_png_is_read_whatever_is_written_beside_the_pixels(extra, tmp_path):
     np.testing.assert_array_equal(read_both(PNG[:33] + extra + PNG[33:] + b"behind the end", tmp_path), PIXELS)
@@ -167,6 +170,17 @@ def test_a_scan_with_few_bytes_is_read_if_annotations_state_its_size(tmp_path, m
             check_and_decode(Path("a"), data, (300, 399))
     monkeypatch.setattr(images, "_PIXELS_OF_ANY_FILE", 300 * 400)
     assert read_both(data, tmp_path, (300, 400)).all()
+
+
+def test_a_scan_of_which_pillow_tells_only_the_number_of_pixels_is_read_if_annotations_state_its_size(monkeypatch):
+    data = encoded("JPEG2000", Image.new("L", (400, 300), 255))
+    monkeypatch.setattr(images, "_PIXELS_OF_ANY_FILE", 200 * 300)
+    monkeypatch.setattr(images, "_PIXELS_OF_A_BYTE", 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 100)  # an error from twice as many on
+    assert image_size(data) == (300 * 400, 1)
+    assert check_and_decode(Path("a"), data, (300, 400)).shape == (300, 400, 3)
+    with pytest.raises(BrokenImageError, match="unless annotations state this size"):
+        check_and_decode(Path("a"), data, (300, 399))
 
 
 def test_a_plan_in_a2_is_read_without_annotations():

@@ -491,6 +491,23 @@ def test_a_large_image_with_many_objects_takes_memory_for_their_boxes_only(datas
     assert peak < 250e6, f"{peak / 1e6:.0f} MB"
 
 
+def test_objects_that_span_a_large_image_are_rasterised_one_by_one(dataset):
+    """The boxes of 80 threads that cross 4 megapixels hold 320 MB."""
+    side, annotations = 2000, []
+    for i in range(1, 81):
+        thread = [i, 0, i + 6, 0, 1900 + i, 1990, 1894 + i, 1990]
+        box = {"bbox": [i, 0, 1900, 1990], "segmentation": [thread], "area": 11940}
+        annotations.append({"id": i, "image_id": 1, "category_id": 1, "iscrowd": 0} | box)
+    index = load_coco(dataset.write([(side, side)], annotations), "train2017")
+    reader = load(index, **TRAIN | {"batch_size": 1, "short_side": 800, "long_side": 1333})._read
+    tracemalloc.start()
+    batch = reader(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.gt.valid.sum() == 80
+    assert peak < 150e6, f"{peak / 1e6:.0f} MB"
+
+
 def test_an_image_with_by_far_the_most_objects_is_named(dataset, caplog):
     square = {"category_id": 1, "bbox": [4, 2, 8, 6], "segmentation": [[4, 2, 12, 2, 12, 8, 4, 8]]}
     square |= {"iscrowd": 0, "area": 48}

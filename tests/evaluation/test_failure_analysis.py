@@ -188,10 +188,12 @@ def test_the_command_prints_every_group_and_writes_json(tmp_path, many):
         tmp_path / "found.json",
     ]
     options = ["--draws=5", f"--against={tmp_path / 'other.json'}", f"--json={tmp_path / 'out.json'}"]
+    options.append("--max_detections=1")
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mostly covered") == 2
     assert "p = " in done.stdout
+    assert "of which the best 1 count; set --max_detections=" in done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["segm"]["all"]["AP"]["value"] > 0
     (tmp_path / "found.json").write_text("{}")
     done = subprocess.run([*command[:-1], tmp_path / "missing.json"], capture_output=True, text=True)

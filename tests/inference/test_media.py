@@ -151,6 +151,17 @@ def test_a_video_keeps_its_frame_rate_size_and_length(tmp_path):
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 6
 
 
+@pytest.mark.parametrize("suffix", [".3gp", ".3GP", ".m2ts", ".wmv", ".asf", ".vob"])
+def test_the_videos_of_phones_and_camcorders_are_told_by_their_endings(tmp_path, suffix):
+    source = tmp_path / f"clip{suffix}"
+    writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"mp4v"), 25, (64, 48))
+    for _ in range(3):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    assert is_video(source)
+    assert predict_video(FakePredictor(), source, tmp_path / "out", min_score=0.5) == 3
+
+
 @pytest.mark.parametrize("rate", [119.9134, 59.94006, 23.976024, 7.4925, 480.25, 1e6, float("nan"), 0.0, -1.0])
 def test_a_video_of_any_rate_and_size_is_written(tmp_path, monkeypatch, rate):
     frames = [np.full((47, 63, 3), 10 * i, np.uint8) for i in range(3)]
