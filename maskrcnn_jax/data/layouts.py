@@ -196,7 +196,7 @@ def yaml_of(root: Path) -> Path | None:
     for path in entries_of(root):
         if path.suffix in (".yaml", ".yml") and path.is_file() and path.stat().st_size <= _LONGEST_TEXT:
             text = path.read_bytes()
-            if re.search(rb"^['\"]?names['\"]?\s*:", text, re.MULTILINE):
+            if re.search(rb"^(?:\xef\xbb\xbf)?['\"]?names['\"]?\s*:", text, re.MULTILINE):
                 return path
     return None
 
