@@ -7,6 +7,7 @@ height for an object with a box only. The format has no holes, and no objects of
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from maskrcnn_jax.converting.source import (
     upright_size,
     with_polygons,
 )
+from maskrcnn_jax.data.file_names import plain_name
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import describe, folders_in, yaml_of
 from maskrcnn_jax.errors import UserError
@@ -153,7 +155,7 @@ def _listed(root: Path, path: Path) -> list[Path]:
 
 
 def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path: Path) -> Iterator[Picture]:
-    labels = {image: _label_path(root, image) for image in images}
+    labels = _label_paths(root, images)
     if not any(path.is_file() for path in labels.values()):
         image, path = next(iter(labels.items()), (root / "images", root / "labels"))
         raise UserError(
@@ -169,6 +171,20 @@ def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path:
             if line.strip()
         ]
         yield Picture(image, image.relative_to(folder).as_posix(), size, objects)
+
+
+def _label_paths(root: Path, images: list[Path]) -> dict[Path, Path]:
+    """Return the text file of each image; where its name is in another form, such as with %20 for a space, that."""
+    labels = {image: _label_path(root, image) for image in images}
+    absent = [image for image, path in labels.items() if not path.is_file()]
+    others = defaultdict(list)
+    for folder in {labels[image].parent for image in absent}:
+        for path in folder.glob("*.txt"):
+            others[folder, plain_name(path.name)].append(path)
+    for image in absent:
+        alike = others[labels[image].parent, plain_name(labels[image].name)]
+        labels[image] = alike[0] if len(alike) == 1 else labels[image]
+    return labels
 
 
 def _label_path(root: Path, image: Path) -> Path:

@@ -100,3 +100,11 @@ def test_marks_that_windows_and_macos_add_are_passed_over(tmp_path):
     (tmp_path / "in" / "images" / "._a.png").write_bytes(b"\0\5\x16\7")
     (tmp_path / "in" / "data.yaml").write_text("\ufeffnames: [cat, dog]\r\ntrain: images\r\n")
     assert converted(tmp_path / "in").file_names.tolist() == ["a.png"]
+
+
+@pytest.mark.parametrize(("image", "label"), [("a b", "a%20b"), ("caf\u00e9", "cafe\u0301"), ("a%20b%2F", "a b%2F")])
+def test_labels_are_found_whatever_the_form_of_their_name(tmp_path, image, label):
+    write(tmp_path / "in", ["0 0.1 0.1 0.5 0.1 0.5 0.5"])
+    (tmp_path / "in" / "images" / "a.png").rename(tmp_path / "in" / "images" / f"{image}.png")
+    (tmp_path / "in" / "labels" / "a.txt").rename(tmp_path / "in" / "labels" / f"{label}.txt")
+    assert len(converted(tmp_path / "in").labels) == 1
