@@ -89,6 +89,8 @@ def _walk_object(
         name, pos = _decode(data, pos)
         if not isinstance(name, str):
             raise _error("expected a name in double quotes", data, pos)
+        if name in values:  # else the elements of two lists would be mixed
+            raise _StructureError(f'"{name}" occurs more than once; join them or remove one')
         pos = _expect(data, pos, ":")
         if name in handlers:
             values[name] = None
