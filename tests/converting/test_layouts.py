@@ -121,3 +121,17 @@ def test_images_that_are_listed_in_another_form_are_found(tmp_path, listed, foun
     convert(root, tmp_path / "out")
     for folder in (root, tmp_path / "out"):
         assert len(load_coco(folder, "train").labels) == 1
+
+
+@pytest.mark.parametrize("line", ["my photo", '"my photo"', "my photo.jpg", "JPEGImages/my photo.jpg", "photo  1"])
+def test_names_in_vocs_lists_may_have_spaces(tmp_path, line):
+    stem = "my photo" if "my" in line else "photo"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(tmp_path / "in" / "JPEGImages" / f"{stem}.jpg")
+    corners = "<xmin>5</xmin><ymin>5</ymin><xmax>15</xmax><ymax>15</ymax>"
+    (tmp_path / "in" / "Annotations" / f"{stem}.xml").write_text(
+        f"<annotation><object><name>cat</name><bndbox>{corners}</bndbox></object></annotation>"
+    )
+    (tmp_path / "in" / "ImageSets" / "Main" / "train.txt").write_text(f"{line}\n")
+    assert convert(tmp_path / "in", tmp_path / "out") == {"train": (1, 1)}
