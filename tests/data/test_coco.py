@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -362,6 +363,16 @@ def test_text_that_is_not_utf_8_is_refused(dataset):
     root = dataset.write([(20, 30)])
     dataset.json_path.write_bytes('{"info": "Käse"}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
+        load_coco(root, "train2017")
+
+
+@pytest.mark.parametrize(
+    ("pack", "told"), [(gzip.compress, "compressed by gzip"), (lambda text: text.decode().encode("utf-16"), "UTF-16")]
+)
+def test_compressed_json_and_utf_16_are_refused_as_what_they_are(dataset, pack, told):
+    root = dataset.write([(20, 30)])
+    dataset.json_path.write_bytes(pack(dataset.json_path.read_bytes()))
+    with pytest.raises(UserError, match=f"is not UTF-8 text: it is {told}"):
         load_coco(root, "train2017")
 
 
