@@ -122,15 +122,15 @@ def _hold_out(options: Options, workdir: Path) -> Options:
     data = options.data
     if not data.val_share or data.split_file:
         return options
-    path = workdir / SPLIT_FILE
-    if path.is_file() and has_checkpoint(workdir):
+    path, is_started = workdir / SPLIT_FILE, has_checkpoint(workdir)
+    if is_started:
         before = load_options(workdir).data
         if (before.val_share, before.val_group) != (data.val_share, data.val_group):
             raise UserError(
                 f"{workdir} was started with data.val_share {before.val_share} and data.val_group "
                 f"{before.val_group!r}; resume it with these, or use another workdir"
             )
-    else:
+    if not is_started or not path.is_file():
         dataset = load_whole(data, data.train_split)
         if is_first():
             record_held_out(path, dataset, share=data.val_share, group=data.val_group, seed=options.seed)

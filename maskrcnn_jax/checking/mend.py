@@ -253,9 +253,8 @@ class _Mender:
 
 def _flat_polygons(polygons: list) -> list[list[float]]:
     """Nest the numbers of polygons as COCO does: lists of lists of numbers."""
-    if polygons and not isinstance(polygons[0], list):
-        return [polygons]
-    return [_flat(polygon) for polygon in polygons]
+    parts = [_flat(polygon) for polygon in polygons]
+    return [_flat(parts)] if all(len(part) < 3 for part in parts) else parts  # numbers or points, not polygons
 
 
 def _flat(numbers: object) -> list:

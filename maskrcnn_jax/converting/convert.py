@@ -23,6 +23,7 @@ from maskrcnn_jax.converting.yolo import read_yolo
 from maskrcnn_jax.data.annotations import read_annotations
 from maskrcnn_jax.data.coco import annotations_name
 from maskrcnn_jax.data.dataset import read_dataset
+from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.layouts import LABELME, VOC, YOLO, Layout, describe, find_layout
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.writing import replacing, writing
@@ -95,9 +96,11 @@ def _restructure(layout: Layout, folder: Path, copy: bool) -> None:
     for split, files in layout.splits.items():
         path = folder / annotations_name(split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        names = read_annotations(files.json_path, files.image_dir, keep_unlisted=True).file_names.tolist()
-        for name in dict.fromkeys(names):
-            image = inside(layout.root, files.image_dir / name, files.json_path)
+        (folder / split).mkdir(exist_ok=True)  # where all names begin with ../, no image is placed there
+        dataset = read_annotations(files.json_path, files.image_dir, keep_unlisted=True)
+        on_disk = use_names_on_disk(dataset).file_names.tolist()
+        for name, found in dict(zip(dataset.file_names.tolist(), on_disk, strict=True)).items():
+            image = inside(layout.root, files.image_dir / found, files.json_path)
             if not image.is_file():
                 raise UserError(f"{files.json_path} lists {name}, which is not in {files.image_dir}; add or remove it")
             _place(image, inside(folder, folder / split / name, files.json_path), copy)

@@ -18,6 +18,7 @@ from maskrcnn_jax.converting.source import Object, Picture, Source, common_folde
 from maskrcnn_jax.data.layouts import (
     IMAGE_FOLDERS,
     MASK_ENDINGS,
+    MASK_FOLDERS,
     describe,
     folders_in,
     image_files,
@@ -108,14 +109,21 @@ def _beside(folder: Path) -> list[tuple[Path, _Masks]]:
 
 def _one_folder_each(root: Path) -> list[tuple[Path, _Masks]]:
     """Return the images of folders that hold one each, with a mask for each object."""
-    pairs = []
+    pairs: list[tuple[Path, _Masks]] = []
+    absent = []
     for folder in folders_in(root):
         images = next((image_files(folder / name) for name in IMAGE_FOLDERS if (folder / name).is_dir()), [])
-        masks = mask_folder(folder)
-        if len(images) != 1 or masks is None or images[0].stem != folder.name:
+        if len(images) != 1 or images[0].stem != folder.name:
             return []
-        pairs.append((images[0], [("", path) for path in image_files(masks)]))
-    return pairs
+        masks = next((folder / name for name in MASK_FOLDERS if (folder / name).is_dir()), None)
+        absent += [images[0]] if masks is None else []
+        pairs.append((images[0], [("", path) for path in image_files(masks)] if masks else []))
+    if absent and len(absent) < len(pairs):
+        raise UserError(
+            f"{absent[0]} has no folder of masks beside its own, as other images have; add it, empty if the image has "
+            "no objects, or remove the image"
+        )
+    return pairs if any(masks for _, masks in pairs) else []
 
 
 def _shared(path: Path) -> str:

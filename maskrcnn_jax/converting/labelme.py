@@ -141,10 +141,13 @@ def _image(root: Path, path: Path, content: dict) -> Path:
     if not isinstance(given, str) or not 0 < len(given) < 1024:
         raise UserError(f"{path} has no imagePath; write the name of its image there")
     given = given.replace("\\", "/")
-    image = inside(root, path.parent / given, path)
-    candidates = [image, path.parent / image.name, *(path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))]
+    image = Path(os.path.abspath(path.parent / given))
+    candidates = [path.parent / image.name]
+    if image.is_relative_to(root):  # otherwise it is a path of another computer, or of where the JSON was before
+        candidates = [image, *candidates, *(path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))]
     found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
     if found is None:
+        inside(root, image, path)
         raise UserError(f"{path} names the image {given[:100]!r}, which is not there; add it, or remove the file")
     return found
 

@@ -5,7 +5,7 @@ its colour in SegmentationClass. Objects without an instance in the mask have a 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,22 +74,35 @@ def read_voc(root: Path) -> Source:
     # VOC counts pixels from 1, most tools that write its format from 0.
     one = 0 if any(min(thing.corners) < 1 for things in named.values() for thing in things) else 1
     reader = _Reader(root, images, masks, named, ids, colours, one)
-    splits = _splits(root, sorted(images.keys() & (masks.keys() or files.keys())))
+    splits = _splits(root, images, sorted(images.keys() & (masks.keys() or files.keys())))
     return Source({i: name for name, i in ids.items()}, {name: partial(reader.read, s) for name, s in splits.items()})
 
 
-def _splits(root: Path, stems: list[str]) -> dict[str, list[str]]:
+def _splits(root: Path, images: Collection[str], stems: list[str]) -> dict[str, list[str]]:
     """Return the names of the images of each split, by ImageSets if there are some."""
     lists = [path for path in entries_of(root / "ImageSets" / "Segmentation") if path.suffix == ".txt"]
     lists = lists or [path for path in entries_of(root / "ImageSets" / "Main") if path.suffix == ".txt"]
     lists = [path for path in lists if "_" not in path.stem]  # Main has a list of each class
     if {"train", "val"} <= {path.stem for path in lists}:
         lists = [path for path in lists if path.stem != "trainval"]
-    splits = {path.stem: [line.split()[0] for line in read_text(path).splitlines() if line.strip()] for path in lists}
+    splits = {
+        path.stem: [_listed(line, images) for line in read_text(path).splitlines() if line.strip()] for path in lists
+    }
     splits = {name: sorted(set(listed)) for name, listed in splits.items() if listed}
     if not splits and not stems:
         raise UserError(f"{root} has no annotated images; JPEGImages/ and Annotations/ must have the same names")
     return splits or {"train": stems}
+
+
+def _listed(line: str, images: Collection[str]) -> str:
+    """Return the name in a line of a list: the whole line, which CVAT quotes if it has spaces, or its first word."""
+    whole = line.strip().strip('"')
+    return whole if _stem(whole) in images else line.split()[0]
+
+
+def _stem(name: str) -> str:
+    """Return the name of an image without folders and suffix, which some tools write in lists."""
+    return Path(name).stem if Path(name).suffix in IMAGE_SUFFIXES else name
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class _Reader:
 
     def read(self, stems: list[str]) -> Iterator[Picture]:
         for stem in stems:
-            image = self.images.get(Path(stem).stem if Path(stem).suffix in IMAGE_SUFFIXES else stem)
+            image = self.images.get(_stem(stem))
             if image is None:
                 raise UserError(f"ImageSets/ in {self.root} lists {stem[:60]!r}, which is not in JPEGImages/; add it")
             size = image_size(image)

@@ -4,8 +4,10 @@ A line of a text file is a class number and x, y, x, y ... in fractions of the i
 height for an object with a box only. The format has no holes, and no objects of several parts.
 """
 
+import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,9 +29,12 @@ from maskrcnn_jax.converting.source import (
     upright_size,
     with_polygons,
 )
+from maskrcnn_jax.data.file_names import plain_name
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import describe, folders_in, yaml_of
 from maskrcnn_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _SPLITS = ("train", "val", "test")
 _MARGIN = 0.1  # of the image, by which tools let polygons pass its border
@@ -57,7 +62,12 @@ def read_yolo(root: Path) -> Source:
     for split in _SPLITS:
         given = content.get(split)
         if given:
-            images = [image for part in _strings(given, split, path) for image in _images(root, content, part, path)]
+            parts = _strings(given, split, path)
+            if split != "train" and not any(_find(root, _base(root, content), part) for part in parts):
+                # Roboflow names a test split whether there is one or not.
+                _log.warning("%s names %s as its %s split, which is not there and is left out", path, parts[0], split)
+                continue
+            images = [image for part in parts for image in _images(root, content, part, path)]
             splits[split] = partial(_pictures, root, list(dict.fromkeys(images)), names, path)
     if not splits:
         raise UserError(f"{path} has no train, val or test; name their folders of images, such as train: images/train")
@@ -103,32 +113,49 @@ def _strings(given: Any, split: str, path: Path) -> list[str]:
 
 def _images(root: Path, content: dict, given: str, path: Path) -> list[Path]:
     """Return the image files of a folder or a list of files that the YAML file names."""
+    found = _find(root, _base(root, content), given)
+    if found is None:
+        raise UserError(
+            f"{path} names {given[:100]!r}, which is not in {root}; correct the path or move the images there"
+        )
+    images = _listed(root, found) if found.suffix == ".txt" else _files(found)
+    if not images:
+        raise UserError(f"{path} names {found}, which has no images but {describe(found)}; add them")
+    return images
+
+
+def _base(root: Path, content: dict) -> Path:
+    """Return the folder that the paths of a YAML file are relative to."""
     base = content.get("path")
-    folder = root / base if isinstance(base, str) and "\0" not in base and len(base) < 1000 else root
+    return root / base if isinstance(base, str) and "\0" not in base and len(base) < 1000 else root
+
+
+def _find(root: Path, folder: Path, given: str) -> Path | None:
+    """Find a path below ``root``, in ``folder`` or without the first folders that are given; None if there is none.
+
+    Exports have ../ too many, or the folders of another computer.
+    """
+    given = given.replace("\\", "/")
     words = [word for word in Path(given).parts if word not in ("..", ".", "/")]
-    # As given; else in this folder, because exports have ../ too many or the folders of another computer.
-    candidates = [folder / given, *(root.joinpath(*words[i:]) for i in range(len(words)))]
-    for candidate in candidates:
+    for candidate in (folder / given, *(root.joinpath(*words[i:]) for i in range(len(words)))):
         candidate = Path(os.path.abspath(candidate))
         if len(given) < 1000 and candidate.is_relative_to(root) and os.path.exists(candidate):
-            images = _listed(root, candidate) if candidate.suffix == ".txt" else _files(candidate)
-            if not images:
-                raise UserError(f"{path} names {candidate}, which has no images but {describe(candidate)}; add them")
-            return images
-    raise UserError(f"{path} names {given[:100]!r}, which is not in {root}; correct the path or move the images there")
+            return candidate
+    return None
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in found if not path.name.startswith("."))  # macOS adds ._1.jpg to 1.jpg
 
 
 def _listed(root: Path, path: Path) -> list[Path]:
     lines = [line.strip() for line in read_text(path).splitlines()]
-    return [inside(root, root / line, path) for line in lines if line]
+    return [_find(root, root, line) or inside(root, root / line, path) for line in lines if line]
 
 
 def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path: Path) -> Iterator[Picture]:
-    labels = {image: _label_path(root, image) for image in images}
+    labels = _label_paths(root, images)
     if not any(path.is_file() for path in labels.values()):
         image, path = next(iter(labels.items()), (root / "images", root / "labels"))
         raise UserError(
@@ -144,6 +171,20 @@ def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path:
             if line.strip()
         ]
         yield Picture(image, image.relative_to(folder).as_posix(), size, objects)
+
+
+def _label_paths(root: Path, images: list[Path]) -> dict[Path, Path]:
+    """Return the text file of each image; where its name is in another form, such as with %20 for a space, that."""
+    labels = {image: _label_path(root, image) for image in images}
+    absent = [image for image, path in labels.items() if not path.is_file()]
+    others = defaultdict(list)
+    for folder in {labels[image].parent for image in absent}:
+        for path in folder.glob("*.txt"):
+            others[folder, plain_name(path.name)].append(path)
+    for image in absent:
+        alike = others[labels[image].parent, plain_name(labels[image].name)]
+        labels[image] = alike[0] if len(alike) == 1 else labels[image]
+    return labels
 
 
 def _label_path(root: Path, image: Path) -> Path:

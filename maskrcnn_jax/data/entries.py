@@ -190,8 +190,8 @@ class Annotations(_Section[_Annotation]):
         self.rle_counts, self.rle_offsets, self.rle_sizes = bytearray(), array("q", [0]), array("q")
 
     def convert(self, entry: object) -> _Annotation:
-        if isinstance(entry, dict) and not entry.get("bbox", True):
-            entry = entry | {"bbox": None}  # an empty list, which tools write where there is no box
+        if isinstance(entry, dict):  # empty lists, objects and text, which tools write where there is none
+            entry = entry | {name: None for name in ("bbox", "segmentation") if not entry.get(name, True)}
         try:
             return super().convert(entry)
         except ValueError:
@@ -204,6 +204,8 @@ class Annotations(_Section[_Annotation]):
         wrong = {entry.iscrowd for entry in entries} - {0, 1, None}
         if wrong:
             raise ValueError(f"iscrowd is {wrong.pop()}, neither 0 nor 1")
+        if any(type(entry.segmentation) is list and _are_pairs(entry.segmentation) for entry in entries):
+            raise _NestingError
 
     def pack(self, places: Sequence[int], entries: Sequence[_Annotation]) -> None:
         masks = [entry.segmentation for entry in entries]
@@ -303,8 +305,14 @@ def _are_drawable(numbers: array, lengths: list[int]) -> bool:
 def _is_nested_wrongly(segmentation: object) -> bool:
     """Whether the numbers of a polygon lie one list too deep, or one too high."""
     return isinstance(segmentation, list) and any(
-        not isinstance(polygon, list) or (polygon and isinstance(polygon[0], list)) for polygon in segmentation
+        (polygon and isinstance(polygon[0], list)) if isinstance(polygon, list) else not isinstance(polygon, dict)
+        for polygon in segmentation
     )
+
+
+def _are_pairs(polygons: list[list[float]]) -> bool:
+    """Whether these are the points of one polygon, each a list of its own."""
+    return len(polygons) > 2 and all(len(polygon) == 2 for polygon in polygons)
 
 
 class _NestingError(ValueError):

@@ -19,7 +19,8 @@ def use_names_on_disk(dataset: CocoDataset) -> CocoDataset:
     """Replace file names that no file has by those of the files that are meant.
 
     macOS decomposes accents, so that "é" of an annotation tool may be "e" and an accent on disk, or the other way
-    round. Tools that export URLs write "%20" for a space. Names are left alone where several files would match.
+    round. Tools that export URLs write "%20" for a space, and Windows a backslash
+    between folders. Names are left alone where several files would match.
 
     Args:
         dataset: as it was read.
@@ -40,16 +41,16 @@ def use_names_on_disk(dataset: CocoDataset) -> CocoDataset:
         for name in found:
             relative = os.path.relpath(os.path.join(folder, name), dataset.image_dir)
             # Where the locale is not UTF-8, Python gives bytes that it cannot decode as surrogates.
-            files[_plain(os.fsencode(relative).decode(errors="surrogateescape"))].append(relative)
-    replaced = [row for row in absent if len(files.get(_plain(names[row]), ())) == 1]
+            files[plain_name(os.fsencode(relative).decode(errors="surrogateescape"))].append(relative)
+    replaced = [row for row in absent if len(files.get(plain_name(names[row]), ())) == 1]
     if not replaced:
         return dataset
     for row in replaced:
-        (names[row],) = files[_plain(names[row])]
+        (names[row],) = files[plain_name(names[row])]
     places = {Kind.OTHER_FORM: dataset.image_places[replaced]}
     return replace(dataset, file_names=np.array(names, np.str_), problem_places=dataset.problem_places | places)
 
 
-def _plain(name: str) -> str:
-    """Return the form in which names are compared: accents composed, and no character as %20."""
-    return unicodedata.normalize("NFC", unquote(name))
+def plain_name(name: str) -> str:
+    """Return the form in which names are compared: accents composed, no character as %20, and / between folders."""
+    return unicodedata.normalize("NFC", unquote(name)).replace("\\", "/")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from maskrcnn_jax.data.coco import CocoDataset
-from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.json_stream import stream_json
+from maskrcnn_jax.data.numbers import number
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path, read_bytes
 from maskrcnn_jax.writing import write_json
@@ -160,7 +160,7 @@ def _fields(dataset: CocoDataset, field: str) -> list[Hashable]:
 
     def keep(entry: object) -> None:
         value = entry.get(field) if isinstance(entry, dict) else None
-        values.append(("", len(values)) if value is None else short(value))
+        values.append(("", len(values)) if value is None else json.dumps(number(value), sort_keys=True))
 
     skip = {"annotations": lambda text: True}
     stream_json(dataset.annotation_path, {"images": keep, "annotations": lambda entry: None}, skip)

@@ -18,6 +18,7 @@ _WINDOW = 1 << 12  # bytes of a value that are decoded; more where it is longer
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _FIRST_KEY = re.compile(rb'(?:\{[ \t\n\r]*"\w+")?')
+_OTHER_FILES = {b"\x1f\x8b": "it is compressed by gzip", b"\xff\xfe": "it is UTF-16", b"\xfe\xff": "it is UTF-16"}
 _NON_ASCII = re.compile(rb"[\x80-\xff]+")
 
 
@@ -69,7 +70,7 @@ def _read_utf8(path: Path) -> bytes:
                 match[0].decode()
         return data
     except UnicodeDecodeError as error:
-        reason = error.reason
+        reason = _OTHER_FILES.get(data[:2], error.reason)
         raise UserError(f"{path} is not UTF-8 text: {reason}; JSON must be, so convert or fetch it again") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
@@ -89,6 +90,8 @@ def _walk_object(
         name, pos = _decode(data, pos)
         if not isinstance(name, str):
             raise _error("expected a name in double quotes", data, pos)
+        if name in values:  # else the elements of two lists would be mixed
+            raise _StructureError(f'"{name}" occurs more than once; join them or remove one')
         pos = _expect(data, pos, ":")
         if name in handlers:
             values[name] = None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from maskrcnn_jax.data.file_names import plain_name
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.paths import in_bucket
 
@@ -148,7 +149,8 @@ def _image_dir(json_path: Path, split: str, root: Path) -> Path:
     usual += [root / "images", json_path.parent, root]
     folders = [folder for folder in dict.fromkeys([*usual, *folders_in(root)]) if folder.is_dir()]
     names = _first_names(json_path)
-    found = {folder: sum(os.path.isfile(folder / name) for name in names) for folder in folders}
+    forms = [{name, plain_name(name)} for name in names]
+    found = {folder: sum(any(os.path.isfile(folder / name) for name in form) for form in forms) for folder in folders}
     best = max(folders, key=lambda folder: found[folder])
     if found[best]:
         return best
@@ -196,7 +198,7 @@ def yaml_of(root: Path) -> Path | None:
     for path in entries_of(root):
         if path.suffix in (".yaml", ".yml") and path.is_file() and path.stat().st_size <= _LONGEST_TEXT:
             text = path.read_bytes()
-            if re.search(rb"^['\"]?names['\"]?\s*:", text, re.MULTILINE):
+            if re.search(rb"^(?:\xef\xbb\xbf)?['\"]?names['\"]?\s*:", text, re.MULTILINE):
                 return path
     return None
 

@@ -31,7 +31,7 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
         UserError: the file holds something else, or results of images or categories that the annotations do not have.
     """
     try:
-        results = json.loads(read_bytes(path).decode())
+        results = json.loads(read_bytes(path).decode("utf-8-sig"))  # with the mark that some editors put first
     except OSError as error:
         raise _no_results(path, str(error.strerror)) from None
     except (ValueError, RecursionError):

@@ -116,6 +116,12 @@ def polygon_of_points(content, root, rng):
     return name
 
 
+def points_instead_of_polygons(content, root, rng):
+    annotation, name = _pick(content, rng)
+    annotation["segmentation"] = np.reshape(annotation["segmentation"][0], (-1, 2)).tolist()
+    return name
+
+
 def neither_box_nor_mask(content, root, rng):
     annotation, name = _pick(content, rng)
     annotation["bbox"], annotation["segmentation"] = [], []
@@ -418,6 +424,7 @@ FAULTS = {
     polygon_without_a_pixel: Kind.EMPTY_MASK,
     polygon_not_in_a_list: Kind.NESTING,
     polygon_of_points: Kind.NESTING,
+    points_instead_of_polygons: Kind.NESTING,
     neither_box_nor_mask: Kind.NO_BOX_NOR_MASK,
     mask_missing: Kind.ONLY_BOX,
     run_lengths_of_another_size: Kind.OTHER_SIZE,

@@ -198,3 +198,25 @@ def test_masks_that_seem_semantic_are_warned_of(tmp_path, caplog, semantic):
     with caplog.at_level(logging.WARNING, "maskrcnn_jax"):
         convert(tmp_path / "in", tmp_path / "out")
     assert ("no mask has more than one value, though 2 have separate parts" in caplog.text) == semantic
+
+
+def nuclei(root, *objects):
+    """Writes a folder for each image, with a mask for each of its objects; None for no folder of masks."""
+    for i, number in enumerate(objects):
+        folder = root / f"n{i}"
+        (folder / "images").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "images" / f"n{i}.png")
+        if number is not None:
+            (folder / "masks").mkdir()
+        for k in range(number or 0):
+            Image.fromarray(np.eye(8, k=k, dtype=np.uint8) * 255).save(folder / "masks" / f"{k}.png")
+    return root
+
+
+def test_an_image_with_a_mask_for_each_object_may_have_none(tmp_path):
+    assert convert(nuclei(tmp_path / "in", 2, 0, 1), tmp_path / "out") == {"train": (3, 3)}
+
+
+def test_an_image_without_a_folder_of_masks_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"n1/images/n1\.png has no folder of masks"):
+        convert(nuclei(tmp_path / "in", 2, None, 1), tmp_path / "out")

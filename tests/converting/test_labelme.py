@@ -104,3 +104,12 @@ def test_images_may_lie_in_another_folder_than_their_json(tmp_path):
     index = load_coco(tmp_path / "out", "train")
     assert index.file_names.tolist() == ["images/a.jpg"]
     assert index.read_image(0).shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize("given", ["/home/me/a.jpg", "../a.jpg", "C:\\Users\\me\\a.jpg", "\\\\server\\share\\a.jpg"])
+def test_the_path_of_an_image_may_be_of_another_computer_if_it_lies_beside_its_json(tmp_path, given):
+    write(tmp_path / "in", [])
+    content = {"shapes": [shape([[1, 1], [9, 1], [5, 9]])], "imagePath": given}
+    (tmp_path / "in" / "b.json").write_text(json.dumps(content))
+    (tmp_path / "in" / "a.json").unlink()
+    assert convert(tmp_path / "in", tmp_path / "out") == {"train": (1, 1)}

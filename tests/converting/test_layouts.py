@@ -1,10 +1,12 @@
 """Every layout of another tool gives the dataset that it was made from."""
 
 import itertools
+import json
 import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from maskrcnn_jax.converting.convert import convert
 from maskrcnn_jax.data.dataset import load_coco
@@ -99,3 +101,37 @@ def test_what_has_to_be_converted_is_said_with_the_command(writer, shapes_parts,
     writer(tmp_path, shapes_parts)
     with pytest.raises(UserError, match=f"run maskrcnn-jax convert {tmp_path} OUT and set data.coco_dir=OUT"):
         load_coco(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [("images\\a b.jpg", "images/a b.jpg"), ("images/a%20b.jpg", "images/a b.jpg"), ("../a.jpg", "a.jpg")],
+)
+def test_images_that_are_listed_in_another_form_are_found(tmp_path, listed, found):
+    path, root = tmp_path / "in" / found, tmp_path / "in"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(path)
+    (root / "labels").mkdir()
+    content = {
+        "images": [{"id": 0, "file_name": listed, "width": 64, "height": 48}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [5, 5, 10, 10]}],
+        "categories": [{"id": 0, "name": "cat"}],
+    }
+    ((root / "labels" if listed.startswith("..") else root) / "result.json").write_text(json.dumps(content))
+    convert(root, tmp_path / "out")
+    for folder in (root, tmp_path / "out"):
+        assert len(load_coco(folder, "train").labels) == 1
+
+
+@pytest.mark.parametrize("line", ["my photo", '"my photo"', "my photo.jpg", "JPEGImages/my photo.jpg", "photo  1"])
+def test_names_in_vocs_lists_may_have_spaces(tmp_path, line):
+    stem = "my photo" if "my" in line else "photo"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(tmp_path / "in" / "JPEGImages" / f"{stem}.jpg")
+    corners = "<xmin>5</xmin><ymin>5</ymin><xmax>15</xmax><ymax>15</ymax>"
+    (tmp_path / "in" / "Annotations" / f"{stem}.xml").write_text(
+        f"<annotation><object><name>cat</name><bndbox>{corners}</bndbox></object></annotation>"
+    )
+    (tmp_path / "in" / "ImageSets" / "Main" / "train.txt").write_text(f"{line}\n")
+    assert convert(tmp_path / "in", tmp_path / "out") == {"train": (1, 1)}

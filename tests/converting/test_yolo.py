@@ -73,3 +73,38 @@ def test_images_may_be_in_a_list(tmp_path):
     (tmp_path / "in" / "train.txt").write_text("./images/a.png\n")
     (tmp_path / "in" / "data.yaml").write_text("path: /elsewhere/in\ntrain: train.txt\nnames: {0: cat}\n")
     assert converted(tmp_path / "in").file_names.tolist() == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "line", ["data/images/a.png", "/content/in/images/a.png", ".\\images\\a.png", "C:\\Users\\me\\in\\images\\a.png"]
+)
+def test_paths_may_be_those_of_another_computer(tmp_path, line):
+    write(tmp_path / "in", ["0 0.1 0.1 0.5 0.1 0.5 0.5"])
+    (tmp_path / "in" / "train.txt").write_text(line + "\r\n")
+    folder = line.removesuffix("a.png").rstrip("\\/")
+    (tmp_path / "in" / "data.yaml").write_text(f"train: train.txt\nval: {folder}\nnames: {{0: cat}}\n")
+    assert converted(tmp_path / "in").file_names.tolist() == ["a.png"]
+    assert len(load_coco(tmp_path / "out", "val").labels) == 1
+
+
+def test_a_test_split_that_is_only_named_is_left_out_with_a_warning(tmp_path, caplog):
+    write(tmp_path / "in", [])
+    with (tmp_path / "in" / "data.yaml").open("a") as file:
+        file.write("test: ../images/test\n")
+    assert convert(tmp_path / "in", tmp_path / "out") == {"train": (1, 0)}
+    assert "names ../images/test as its test split, which is not there" in caplog.text
+
+
+def test_marks_that_windows_and_macos_add_are_passed_over(tmp_path):
+    write(tmp_path / "in", [])
+    (tmp_path / "in" / "images" / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "in" / "data.yaml").write_text("\ufeffnames: [cat, dog]\r\ntrain: images\r\n")
+    assert converted(tmp_path / "in").file_names.tolist() == ["a.png"]
+
+
+@pytest.mark.parametrize(("image", "label"), [("a b", "a%20b"), ("caf\u00e9", "cafe\u0301"), ("a%20b%2F", "a b%2F")])
+def test_labels_are_found_whatever_the_form_of_their_name(tmp_path, image, label):
+    write(tmp_path / "in", ["0 0.1 0.1 0.5 0.1 0.5 0.5"])
+    (tmp_path / "in" / "images" / "a.png").rename(tmp_path / "in" / "images" / f"{image}.png")
+    (tmp_path / "in" / "labels" / "a.txt").rename(tmp_path / "in" / "labels" / f"{label}.txt")
+    assert len(converted(tmp_path / "in").labels) == 1

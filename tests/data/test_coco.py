@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -249,6 +250,13 @@ def test_a_mask_without_a_box_gets_the_box_around_it(dataset, segmentation):
     assert index.problems == {}
 
 
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_a_box_or_a_mask_may_be_empty(dataset, nothing):
+    entries = [annotation(1, 1) | {"segmentation": nothing}, annotation(2, 1) | {"bbox": nothing}]
+    index = load_coco(dataset.write([(20, 30)], entries), "train2017")
+    assert len(index.labels) == 2 and index.problems == {Kind.ONLY_BOX: 1}
+
+
 def test_objects_of_unlisted_categories_are_refused_or_kept_apart(dataset):
     objects = [annotation(1, image_id=1), annotation(2, image_id=1, category_id=77)]
     root = dataset.write([(20, 30)], objects)
@@ -318,6 +326,7 @@ def test_a_folder_in_another_layout_is_refused_with_the_layout_wanted(tmp_path, 
             r"expected '\[' at character 11, but there is an object; make \"images\" a list",
         ),
         ('{"images": [], "annotations": null}', 'there is null; make "annotations" a list'),
+        ('{"images": [], "info": {}, "images": []}', '"images" occurs more than once; join them or remove one'),
     ],
 )
 def test_json_of_another_structure_is_not_said_to_be_broken(dataset, text, told):
@@ -357,6 +366,16 @@ def test_text_that_is_not_utf_8_is_refused(dataset):
         load_coco(root, "train2017")
 
 
+@pytest.mark.parametrize(
+    ("pack", "told"), [(gzip.compress, "compressed by gzip"), (lambda text: text.decode().encode("utf-16"), "UTF-16")]
+)
+def test_compressed_json_and_utf_16_are_refused_as_what_they_are(dataset, pack, told):
+    root = dataset.write([(20, 30)])
+    dataset.json_path.write_bytes(pack(dataset.json_path.read_bytes()))
+    with pytest.raises(UserError, match=f"is not UTF-8 text: it is {told}"):
+        load_coco(root, "train2017")
+
+
 @pytest.mark.parametrize("section", ["images", "annotations", "categories"])
 def test_a_file_without_one_of_the_sections_is_refused(dataset, section):
     dataset.write([(20, 30)])
@@ -388,6 +407,10 @@ IMAGE = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 30}
         (
             {"annotations": [annotation(5, image_id=1) | {"segmentation": {"size": [1, 2]}}]},
             "missing required field `counts`",
+        ),
+        (
+            {"annotations": [annotation(5, image_id=1, segmentation=[{"size": [20, 30], "counts": [600]}])]},
+            r"annotation 5 .* malformed: .*`\$.segmentation\[0\]`",
         ),
         ({"annotations": [{"id": 5, "image_id": 1, "category_id": 1}]}, "none of the 1 annot.* neither box nor"),
     ],

@@ -19,7 +19,7 @@ def listed_as(dataset, name, *on_disk):
     content = dataset.image_path("1.jpg").read_bytes()
     for other in on_disk:
         path = dataset.image_path(other)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return root
 
@@ -34,6 +34,10 @@ def test_a_file_is_found_whatever_the_form_of_its_name(dataset, name, on_disk, f
     assert index.file_names.tolist() == [on_disk]
     assert index.problems == ({} if name == on_disk else {Kind.OTHER_FORM: 1})
     assert (Kind.OTHER_FORM in caplog.text) == (name != on_disk)
+
+
+def test_folders_may_be_divided_as_windows_does(dataset):
+    assert load_coco(listed_as(dataset, "a\\b c\\d.jpg", "a/b c/d.jpg"), "train2017").file_names == ["a/b c/d.jpg"]
 
 
 def test_a_name_that_is_there_is_taken_and_one_that_may_mean_two_files_is_not(dataset):

@@ -105,6 +105,23 @@ def test_frames_of_a_video_stay_together(dataset, tmp_path, group, name):
 
 
 @pytest.mark.parametrize(
+    "form",
+    [
+        lambda video: f"https://example.org/{'folder/' * 20}{video}.mp4",
+        lambda video: {"video": video},
+        lambda video: ["a", video],
+    ],
+)
+def test_a_field_that_groups_may_be_a_long_text_or_an_object(dataset, tmp_path, form):
+    images = [
+        {"id": i, "file_name": f"{i}.jpg", "height": 20, "width": 24, "source": form(i % 4)} for i in range(1, 13)
+    ]
+    index, path = load_coco(dataset.write([(20, 24)] * 12, images=images), "train2017"), tmp_path / "split.json"
+    record_held_out(path, index, share=0.25, group="source", seed=0)
+    assert len(take_part(index, path, held_out=True)) == 3
+
+
+@pytest.mark.parametrize(
     ("group", "told"),
     [
         ("folder", "all 5 are in one group"),
@@ -204,6 +221,14 @@ def test_a_resumed_run_keeps_its_choice_and_a_run_that_never_started_does_not(sh
     assert (run / "split.json").read_bytes() == before
     with pytest.raises(UserError, match="was started with data.val_share 0.25 and data.val_group"):
         hold_out(shapes, run)
+
+
+def test_a_run_that_trained_on_all_images_cannot_hold_out_some(shapes, tmp_path):
+    save_options(Options(data=DataOptions(coco_dir=str(shapes))), tmp_path)
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(UserError, match="was started with data.val_share 0.0"):
+        hold_out(shapes, tmp_path)
+    assert not (tmp_path / "split.json").exists()
 
 
 def test_a_share_without_a_record_is_refused(shapes):

@@ -152,5 +152,6 @@ def test_results_are_read_as_if_their_numbers_were_written_as_coco_does(dataset,
     expected = [result | {"segmentation": rle}]
     for segmentation in ({"size": [20, 30], "counts": COUNTS}, rle | {"counts": rle["counts"].decode()}):
         path = tmp_path / "results.json"
-        path.write_text(json.dumps(change([result | {"segmentation": segmentation}], convert)))
+        # With the mark that some editors put first.
+        path.write_text(json.dumps(change([result | {"segmentation": segmentation}], convert)), encoding="utf-8-sig")
         assert read_results(path, truth.imgs, truth.cats) == expected
