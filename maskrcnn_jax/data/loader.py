@@ -26,16 +26,21 @@ from maskrcnn_jax.structures import Batch, GroundTruth
 
 _log = logging.getLogger(__name__)
 
-# Of the canvas that holds the mask of one object, in pixels: COCO's images have no more. Of a larger mask, sampled at
-# so many lines, hardly a target of 28x28 cells changes.
-_MASK_SIDE = 640
+# The masks of an image may take so many bytes, or 640 pixels a side, which hold any mask of COCO.
+_MASK_BYTES, _MASK_SIDE = 1 << 24, 640
 # Objects in an image: more of them, and many times as many as most images have, are worth a warning.
 _MANY_OBJECTS, _MANY_TIMES = 100, 4
 
 
-def mask_side(options: DataOptions) -> int:
-    """Return the side of the canvas that holds the mask of one object, in pixels of the network input."""
-    return min(_MASK_SIDE, -(-options.long_side // 8) * 8)
+def mask_side(longest: int, num_objects: int) -> int:
+    """Return the side of the canvas that holds the mask of an object, in pixels, a multiple of 8.
+
+    Args:
+        longest: side of any mask of the dataset, in pixels. If that many cannot be afforded, such masks are sampled.
+        num_objects: that an image of every batch has room for.
+    """
+    affordable = max(_MASK_SIDE, int((8 * _MASK_BYTES / num_objects) ** 0.5) // 8 * 8)
+    return min(-(-longest // 8) * 8, affordable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,7 @@ class _BatchReader:
     augment: bool
     annotations: bool
     max_objects: int
+    mask_side: int
     process_rows: slice  # of every batch, those of this process
 
     def __call__(self, step: int) -> Batch | Exception:
@@ -70,7 +76,7 @@ class _BatchReader:
         return batch
 
     def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
-        objects, side = self.max_objects, mask_side(self.options)
+        objects, side = self.max_objects, self.mask_side
         gt = GroundTruth(
             boxes=np.zeros((rows, objects, 4), np.float32),
             labels=np.zeros((rows, objects), np.int32),
@@ -124,7 +130,7 @@ class _BatchReader:
         gt.labels[row, :num] = objects.labels[chosen]
         crops = self.index.crops(i, chosen, self.options.ignore_regions)
         gt.masks[row, :num], gt.mask_windows[row, :num], gt.mask_sizes[row] = transforms.pack_masks(
-            crops, (height, width), size, mask_side(self.options), flip=flip
+            crops, (height, width), size, self.mask_side, flip=flip
         )
         gt.valid[row, :num] = ~objects.crowd[chosen]
         if gt.has_mask is not None:
@@ -261,6 +267,7 @@ def make_loader(
         seed=seed,
     )
     share = batch_size // process_count
+    max_objects = _max_objects(index, options, train=train) if annotations else 0
     read = _BatchReader(
         index=index,
         plan=plan,
@@ -268,7 +275,8 @@ def make_loader(
         channels=channels,
         augment=train,
         annotations=annotations,
-        max_objects=_max_objects(index, options, train=train) if annotations else 0,
+        max_objects=max_objects,
+        mask_side=mask_side(_longest_mask(index, options), max_objects) if annotations else 0,
         process_rows=slice(process_index * share, (process_index + 1) * share) if train else slice(None),
     )
     num_steps = plan.steps_per_epoch if num_steps is None else num_steps
@@ -289,3 +297,11 @@ def _max_objects(index: CocoDataset, options: DataOptions, *, train: bool) -> in
             *(index.file_names[counts.argmax()], most, usual, most),
         )
     return max(8, -(-most // 8) * 8)
+
+
+def _longest_mask(index: CocoDataset, options: DataOptions) -> int:
+    """Return the longest side of the objects in pixels of the image or of the network input, whichever has fewer."""
+    sizes = transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize)
+    scales = np.minimum(sizes / index.sizes, 1)[index.image_rows]  # [K, 2] of height, width
+    sides = (index.boxes[:, 2:] - index.boxes[:, :2])[:, ::-1] * scales
+    return int(np.ceil(sides.max(initial=0))) + 2  # boxes lie between pixels

@@ -19,7 +19,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.ops.boxes import box_iou
-from maskrcnn_jax.options import DataOptions, ModelOptions
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
 from maskrcnn_jax.weights.convert import load_weights
 
@@ -168,7 +168,7 @@ def make_batch(photos: Sequence[np.ndarray], objects: Sequence[Objects]) -> Batc
     """Return the training batch of numpy arrays that our loader would make."""
     images, sizes = pad_images(photos)
     count = -(-max(len(o.labels) for o in objects) // 8) * 8
-    side = mask_side(DataOptions())
+    side = mask_side(640, count)  # COCO's images have 640 pixels
     packed = [
         pack_masks([cut_out(mask) for mask in o.masks], photo.shape[:2], photo.shape[:2], side)
         for photo, o in zip(photos, objects, strict=True)

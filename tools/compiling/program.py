@@ -73,6 +73,7 @@ def lower_detect(options: Options, num_classes: int, devices: Sequence) -> jax.s
 def _train_batch(options: Options, num_objects: int, mesh: Mesh) -> Batch:
     """Return the shapes of a batch as the loader makes it, of the largest images."""
     rows, data = options.batch_size, options.data
+    side = mask_side(min(data.long_side, 640), num_objects)  # COCO's images have 640 pixels
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -80,7 +81,7 @@ def _train_batch(options: Options, num_objects: int, mesh: Mesh) -> Batch:
     gt = GroundTruth(
         boxes=array(np.float32, num_objects, 4),
         labels=array(np.int32, num_objects),
-        masks=array(np.uint8, num_objects, mask_side(data), mask_side(data) // 8),
+        masks=array(np.uint8, num_objects, side, side // 8),
         mask_windows=array(np.int32, num_objects, 4),
         mask_sizes=array(np.int32, 2),
         valid=array(np.bool_, num_objects),
