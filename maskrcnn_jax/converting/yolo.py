@@ -65,7 +65,8 @@ def read_yolo(root: Path) -> Source:
             parts = _strings(given, split, path)
             if split != "train" and not any(_find(root, _base(root, content), part) for part in parts):
                 # Roboflow names a test split whether there is one or not.
-                _log.warning("%s names %s as its %s split, which is not there and is left out", path, parts[0], split)
+                shown = parts[0][:100]  # quoted, because the text of a file may have letters that no terminal shows
+                _log.warning("%s names %r as its %s split, which is not there and is left out", path, shown, split)
                 continue
             images = [image for part in parts for image in _images(root, content, part, path)]
             splits[split] = partial(_pictures, root, list(dict.fromkeys(images)), names, path)
