@@ -92,7 +92,7 @@ def test_a_test_split_that_is_only_named_is_left_out_with_a_warning(tmp_path, ca
     with (tmp_path / "in" / "data.yaml").open("a") as file:
         file.write("test: ../images/test\n")
     assert convert(tmp_path / "in", tmp_path / "out") == {"train": (1, 0)}
-    assert "names ../images/test as its test split, which is not there" in caplog.text
+    assert "names '../images/test' as its test split, which is not there" in caplog.text
 
 
 def test_marks_that_windows_and_macos_add_are_passed_over(tmp_path):
