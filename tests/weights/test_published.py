@@ -104,8 +104,9 @@ def test_others_can_read_a_downloaded_file(server):
 
 def test_a_path_is_returned_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("pooch.create", None)
-    for path in ("a.pth", "resnet18", "some:where/a.pth", "torchvision", tmp_path / "absent.pkl", "~/a.pth"):
+    for path in ("a.pth", "resnet18", "some:where/a.pth", "torchvision", tmp_path / "absent.pkl"):
         assert resolve(path) == Path(path)
+    assert resolve("~/a.pth") == Path.home() / "a.pth"
 
 
 @pytest.mark.parametrize(
