@@ -1,6 +1,7 @@
 """Options: allowed values, the config made of them, configuration files by name."""
 
 import dataclasses
+import json
 import typing
 
 import pytest
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from maskrcnn_jax.config import config_names, default_config, load_config, to_options
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions, ModelOptions, OptimOptions, Options
+from maskrcnn_jax.run_folder import load_options, save_options
 
 PARTS = (Options, ModelOptions, OptimOptions, DataOptions)
 CHOICES = [
@@ -109,3 +111,12 @@ def test_every_option_says_what_it_does(part):
     for field in dataclasses.fields(part):
         if not dataclasses.is_dataclass(hints[field.name]):
             assert len(field.metadata["meaning"]) > 10, field.name
+
+
+def test_options_of_runs_of_an_earlier_version_are_read(tmp_path):
+    save_options(Options(), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["data"]["mask_side"] = 640
+    content["model"]["box_iou_thresh"] = content["model"].pop("box_fg_iou_thresh")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_options(tmp_path) == Options()
