@@ -273,8 +273,8 @@ class DataOptions(Checked):
     )
     max_objects: int = option(
         0,
-        "objects in an image that training uses, rounded up to a multiple of 8; of an image with more, so many are "
-        "drawn anew in every epoch, and the others count as background. 0 uses all",
+        "largest number of objects of an image that training uses, rounded up to a multiple of 8. From an image with "
+        "more, every epoch draws a new random choice, and the others count as background. 0 uses all",
         low=0,
     )
     exclude_categories: tuple[int, ...] = option(

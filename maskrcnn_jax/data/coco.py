@@ -121,7 +121,9 @@ class CocoDataset:
     def crops(
         self, i: int, chosen: np.ndarray | slice = slice(None), with_crowd: bool = False
     ) -> Iterator[Crop | None]:
-        """Rasterise masks of image ``i`` one by one, each in its own box, which a cable or hair may span.
+        """Rasterise masks of image ``i``, each in its own box.
+
+        They come one at a time, because the box of a thin object, such as a cable, can cover the whole image.
 
         Args:
             i: row of the image.

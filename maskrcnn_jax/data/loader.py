@@ -26,9 +26,9 @@ from maskrcnn_jax.structures import Batch, GroundTruth
 
 _log = logging.getLogger(__name__)
 
-# The masks of an image may take so many bytes, or 640 pixels a side, which hold any mask of COCO.
+# The masks of an image may take this many bytes. 640 pixels a side, enough for any mask of COCO, are always allowed.
 _MASK_BYTES, _MASK_SIDE = 1 << 24, 640
-# Objects in an image: more of them, and many times as many as most images have, are worth a warning.
+# An image is named in a warning if it has more objects than this and so many times what most images have.
 _MANY_OBJECTS, _MANY_TIMES = 100, 4
 
 
@@ -36,8 +36,8 @@ def mask_side(longest: int, num_objects: int) -> int:
     """Return the side of the canvas that holds the mask of an object, in pixels, a multiple of 8.
 
     Args:
-        longest: side of any mask of the dataset, in pixels. If that many cannot be afforded, such masks are sampled.
-        num_objects: that an image of every batch has room for.
+        longest: The longest side of the masks of a dataset, in pixels. Masks that exceed the canvas are sampled.
+        num_objects: For how many objects a batch has room in each image.
     """
     affordable = max(_MASK_SIDE, int((8 * _MASK_BYTES / num_objects) ** 0.5) // 8 * 8)
     return min(-(-longest // 8) * 8, affordable)
@@ -285,15 +285,15 @@ def make_loader(
 
 
 def _max_objects(index: CocoDataset, options: DataOptions, *, train: bool) -> int:
-    """Return how many objects an image of every batch has room for; in training, warn if few images set it."""
+    """Return for how many objects a batch has room in each image; in training, warn if one has by far the most."""
     counts = np.diff(index.offsets) if options.ignore_regions else index.num_objects
     most, usual = int(counts.max()), int(np.percentile(counts, 95))
     if train and options.max_objects:
         most = min(most, options.max_objects)
     elif train and most > max(_MANY_OBJECTS, _MANY_TIMES * usual):
         _log.warning(
-            "%s has %d objects, but 95 %% of the images have at most %d; the memory and time of every step are those "
-            "of %d objects an image; set data.max_objects to limit them",
+            "%s has %d objects, while 95 %% of the images have at most %d. Every step takes the memory and time of %d "
+            "objects an image; set data.max_objects to limit their number",
             *(index.file_names[counts.argmax()], most, usual, most),
         )
     return max(8, -(-most // 8) * 8)
@@ -304,4 +304,4 @@ def _longest_mask(index: CocoDataset, options: DataOptions) -> int:
     sizes = transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize)
     scales = np.minimum(sizes / index.sizes, 1)[index.image_rows]  # [K, 2] of height, width
     sides = (index.boxes[:, 2:] - index.boxes[:, :2])[:, ::-1] * scales
-    return int(np.ceil(sides.max(initial=0))) + 2  # boxes lie between pixels
+    return int(np.ceil(sides.max(initial=0))) + 2  # a mask may reach into one more pixel on either side

@@ -1,7 +1,7 @@
 """Checks compressed run-length masks before pycocotools reads them, and decodes them in their own box only.
 
 pycocotools trusts its input: it reads past the end of text that ends within a number, and fills a mask of too few
-pixels with whatever lies in memory. It also decodes whole images, which takes 16 MB for a car seen from the air.
+pixels with whatever lies in memory. It also decodes whole images: for a car in an aerial photograph, 16 MB.
 """
 
 import re
