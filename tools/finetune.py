@@ -48,12 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_runs(*, seeds: int, search: bool) -> dict[Run, bool]:
     """Return the trainings in their order, each with whether it starts from the pretrained weights."""
-    runs = {}
-    if search:
-        runs = {finetuning_run(STARTS[n], 0, lr): STARTS[n].pretrained for lr in LEARNING_RATES for n in SEARCHED}
+    starts = [STARTS[name]._replace(lr=lr) for lr in LEARNING_RATES for name in SEARCHED] if search else []
+    runs = {finetuning_run(start, 0): start.pretrained for start in starts}
     # Seed after seed, so that what is interrupted has compared all starts with as many seeds as it came to.
-    runs |= {finetuning_run(start, seed): start.pretrained for seed in range(seeds) for start in STARTS.values()}
-    return runs
+    return runs | {finetuning_run(start, seed): start.pretrained for seed in range(seeds) for start in STARTS.values()}
 
 
 def main(options: argparse.Namespace) -> None:

@@ -26,13 +26,12 @@ STARTS = {
 SEARCHED = tuple(name for name, start in STARTS.items() if "optim.frozen_stages" not in start.overrides)
 
 
-def finetuning_run(start: Start, seed: int, lr: float | None = None) -> Run:
+def finetuning_run(start: Start, seed: int) -> Run:
     """Return a training.
 
     Args:
-        start: one of STARTS.
+        start: one of STARTS, or one with another learning rate.
         seed: of initial values, order and augmentation.
-        lr: learning rate other than that of the start.
     """
-    fields = {**start.overrides, "optim.lr": start.lr if lr is None else lr}
+    fields = {**start.overrides, "optim.lr": start.lr}
     return Run("configs/finetuning.py", tuple(sorted(fields.items())), seed)

@@ -17,6 +17,7 @@ from tools.paper.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = "result.json"
+_KEPT = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "segm_AP75")
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 
