@@ -1,7 +1,6 @@
 """Fine-tuning: the conversion of the weights, beside ONNX's own evaluator, and the tool with a tiny network."""
 
 import json
-import re
 
 import jax
 import numpy as np
@@ -15,9 +14,9 @@ from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights.convert import load_weights
 from tests.test_reproduce_paper import applied
 from tools import finetune
-from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, finetuning_run
+from tools.finetuning.experiments import LEARNING_RATES, STARTS, chosen_lr, finetuning_run
 from tools.finetuning.open_nsfw import find_onnx, read_backbone
-from tools.paper import running
+from tools.paper import results_page, running
 from tools.paper.results_page import load_results, write_report
 
 BGR_MEAN = (104, 117, 123)
@@ -130,27 +129,27 @@ def test_another_network_is_refused(tiny_onnx, tmp_path):
 
 
 def test_the_starts_differ_only_in_the_backbone_and_have_names_of_their_own():
-    configs = [applied(finetuning_run(start, 0)) for start in STARTS.values()]
+    runs = [finetuning_run(name, 1e-3, 0) for name in STARTS]
+    configs = [applied(run) for run in runs]
     assert [config.model.norm for config in configs] == ["batch", "frozen", "frozen"]
     assert [config.optim.frozen_stages for config in configs] == [0, 0, 2]
-    assert len({(config.epochs, config.batch_size, config.data.short_side) for config in configs}) == 1
+    assert [start.pretrained for start in STARTS.values()] == [False, True, True]
+    assert len({(config.epochs, config.batch_size, config.optim.lr) for config in configs}) == 1
     assert 1 not in configs[0].data.exclude_categories and len(configs[0].data.exclude_categories) == 79
-    runs = finetune.chosen_runs(seeds=3, search=True)
-    assert len({run.name for run in runs}) == len(runs)
-    assert list(finetune.chosen_runs(seeds=3, search=False))[:3] == [finetuning_run(s, 0) for s in STARTS.values()]
-    for name in SEARCHED:
-        assert STARTS[name].lr in LEARNING_RATES
-        assert runs[finetuning_run(STARTS[name], 0)] == STARTS[name].pretrained
+    assert len({run.name for run in runs}) == 3
 
 
-def test_finished_trainings_are_kept_and_the_page_says_what_was_not_run(tiny_onnx, tmp_path, monkeypatch, capsys):
-    done = []
+def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_all_seeds(
+    tiny_onnx, tmp_path, monkeypatch, capsys
+):
+    done, low, high = [], *LEARNING_RATES
+    random, pretrained, frozen = STARTS
 
     def train(run, output, *, coco_dir, weights):
-        done.append((run, weights))
-        if len(done) > 4:
-            raise UserError("interrupted")
-        value = (0.1, 0.3, 0.2, 0.12)[len(done) - 1]
+        done.append((run, weights != ""))
+        if len(done) == 4:
+            raise UserError("training was interrupted")
+        value = dict(run.overrides)["optim.lr"] * 100 * (-1 if weights else 1) + run.seed / 100 + 0.5
         point = {"epoch": 2.0, "bbox_AP": value, "bbox_AP50": 2 * value, "segm_AP": value, "segm_AP50": value}
         result = {"run": run.name, "commit": "abc", "date": "2026-01-01", "seconds": 60.0, "steps": 4}
         result |= {"hardware": {"cpu": "a processor"}, "losses": [2.0, 1.0], "curve": [point]}
@@ -159,25 +158,32 @@ def test_finished_trainings_are_kept_and_the_page_says_what_was_not_run(tiny_onn
         path.write_text(json.dumps(result))
 
     monkeypatch.setattr(finetune, "train", train)
+    monkeypatch.setattr(finetune.sys, "argv", ["tools/finetune.py", "--coco_dir=A B"])
     output, docs = tmp_path / "runs", tmp_path / "docs"
     docs.mkdir()
-    monkeypatch.setattr(finetune.sys, "argv", ["tools/finetune.py", "--coco_dir=A B"])
-    arguments = [f"--onnx={tiny_onnx}", "--coco_dir=A B", f"--output={output}", f"--docs={docs}"]
+    arguments = [f"--onnx={tiny_onnx}", "--coco_dir=A B", f"--output={output}", f"--docs={docs}", "--seeds=2"]
     with pytest.raises(SystemExit):
         run_command(finetune, arguments)
     said = capsys.readouterr()
-    assert "0 of 9 trainings are finished" in said.out and "python tools/finetune.py '--coco_dir=A B'" in said.out
-    weights = str(output / "open_nsfw.safetensors")
-    assert [start for _, start in done] == ["", weights, weights, "", weights]
+    assert "go on with\n  python tools/finetune.py '--coco_dir=A B'" in said.out
+    assert "error: training was interrupted" in said.err
+    assert chosen_lr(random, load_results(docs)) == high
+    assert chosen_lr(pretrained, load_results(docs)) is chosen_lr(frozen, load_results(docs)) is None
     text = (docs / "results.md").read_text()
-    assert re.search(r"\| random values \| \S+ \| 2 \| 0.110 ± 0.014 \| 0.220 ± 0.028 \|", text)
-    assert "4 steps; commit abc, 2026-01-01; one core of a processor" in text
-    assert "not run" in text.split("## Fine-tuning")[1]
-    assert (docs / "results_finetuning.png").stat().st_size > 1000
-    assert len(load_results(docs)) == 4
-    with pytest.raises(SystemExit):
+    assert f"| {random} | **{high:g}** | 1 | 0.700 | 1.400 | 0.700 | 0.700 |" in text
+    assert f"| {pretrained} | {high:g} | 0 | not run |" in text
+    assert f"| {frozen} | not run | 0 | not run |" in text
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results_page, "draw_curves", lambda *_: None)  # after each of them, in this one test
         run_command(finetune, arguments)
-    assert done[5] == done[4], "the four that are finished are not done again"
-    assert "4 of 9 trainings are finished" in capsys.readouterr().out
+    wanted = [(random, low, 0), (pretrained, low, 0), (random, high, 0), *[(pretrained, high, 0)] * 2]
+    wanted += [(frozen, low, 0), (random, high, 1), (pretrained, low, 1), (frozen, low, 1)]
+    assert done == [(finetuning_run(name, lr, seed), name != random) for name, lr, seed in wanted]
+    text = (docs / "results.md").read_text()
+    assert f"| {pretrained} | **{low:g}** | 2 | 0.455 ± 0.007 | 0.910 ± 0.014 |" in text
+    assert "4 steps; commit abc, 2026-01-01. A training took 1 minutes" in text
+    assert "one core of a processor" in text
     write_report(tmp_path / "nothing", docs)
-    assert (docs / "results.md").read_text() == text
+    assert (docs / "results_finetuning.png").stat().st_size > 1000
+    assert (docs / "results.md").read_text() == text, "the documents hold every result"

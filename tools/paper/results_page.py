@@ -9,14 +9,13 @@ import numpy as np
 from configs.paper import ROWS
 from maskrcnn_jax import page
 from maskrcnn_jax.writing import write_json
-from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, Start, finetuning_run
+from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, chosen_lr, finetuning_run
 from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Comparison, comparison_run, table_run
 from tools.paper.figures import draw_curves, keep_pictures
 from tools.paper.running import RESULT
 
 RESULTS = "results.json"
 PICTURE = "predictions.jpg"  # of an evaluation, in the folder of its run
-_MOST_SEEDS = 100
 IMAGES_PER_SECOND = 50  # for estimates of what has not been run
 _COLUMNS = {
     "box AP": "bbox_AP",
@@ -197,53 +196,47 @@ def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> tuple[boo
 
 def _finetuning(results: Mapping[str, dict], output: Path, docs: Path) -> dict:
     """Return the section on fine-tuning; draw its curves, and keep its pictures of seed 0."""
-    found = {name: _of_start(start, results, range(_MOST_SEEDS)) for name, start in STARTS.items()}
+    best = {name: chosen_lr(name, results) for name in STARTS}
+    tried = [(name, lr) for name in STARTS for lr in (LEARNING_RATES if name in SEARCHED else (best[name],))]
+    found = {(name, lr): _of_start(name, lr, results) for name, lr in tried}
     trained = [result for by_seed in found.values() for result in by_seed.values()]
     curves = {
-        name: (range(1, len(losses[0]) + 1), losses)
-        for name, by_seed in found.items()
+        f"{name}, {lr:g}": (range(1, len(losses[0]) + 1), losses)
+        for (name, lr), by_seed in found.items()
         if (losses := [result["losses"] for result in by_seed.values()])
     }
     if curves:
         draw_curves({"training loss": curves}, docs / "results_finetuning.png")
-    pictures = [output / finetuning_run(start, 0).name / PICTURE for start in STARTS.values()]
+    pictures = [output / finetuning_run(name, lr or 0, 0).name / PICTURE for name, lr in best.items()]
     kept = docs / "results_finetuning.jpg"
     if all(picture.is_file() for picture in pictures):
         keep_pictures(pictures, kept, share=1 / 3)  # four images of twelve
     columns = {"box AP": "bbox_AP", "box AP50": "bbox_AP50", "mask AP": "segm_AP", "mask AP50": "segm_AP50"}
-    searched = {
-        (lr, name): _of_start(STARTS[name]._replace(lr=lr), results, (0,))
-        for lr in LEARNING_RATES
-        for name in SEARCHED
-    }
     return {
-        "steps": _join(result["steps"] for result in trained),
-        "origins": _origins(found),
-        "hardware": " or ".join(sorted({result["hardware"]["cpu"] for result in trained})),
-        "minutes": max((result["seconds"] / 60 for result in trained), default=0),
         "columns": list(columns),
         "rows": [
-            (
-                name,
-                STARTS[name].lr,
-                len(by_seed),
-                [_mean(_at_end(by_seed, key)) for key in columns.values()],
-            )
-            for name, by_seed in found.items()
+            (name, lr, lr == best[name], len(by_seed), [_mean(_at_end(by_seed, key)) for key in columns.values()])
+            for (name, lr), by_seed in found.items()
         ],
-        "search": [
-            (lr, name, [_mean(_at_end(by_seed, key)) for key in columns.values()])
-            for (lr, name), by_seed in searched.items()
-        ],
+        "steps": _join(result["steps"] for result in trained),
+        "origins": _origins(found),
+        "processors": " or ".join(sorted({result["hardware"]["cpu"] for result in trained})),
+        "minutes": sorted(
+            {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
+        ),
         "has_curves": bool(curves),
         "pictured": list(STARTS) if kept.is_file() else [],
     }
 
 
-def _of_start(start: Start, results: Mapping[str, dict], seeds: Iterable[int]) -> dict[int, dict]:
-    """Return the results of the trainings from a start by seed."""
-    names = {seed: finetuning_run(start, seed).name for seed in seeds}
-    return {seed: results[name] for seed, name in names.items() if name in results}
+def _of_start(name: str, lr: float | None, results: Mapping[str, dict]) -> dict[int, dict]:
+    """Return the results of the trainings from a start with a learning rate by seed."""
+    by_seed = {}
+    for run, result in results.items():
+        seed = int(run.rpartition("/seed")[2])
+        if lr and finetuning_run(name, lr, seed).name == run:
+            by_seed[seed] = result
+    return by_seed
 
 
 def _at_end(by_seed: Mapping[int, dict], metric: str) -> list[float]:
