@@ -1,21 +1,28 @@
 """Fine-tuning: the conversion of the weights, beside ONNX's own evaluator, and the tool with a tiny network."""
 
 import json
+import sys
 
+import cv2
 import jax
 import numpy as np
 import pytest
+from pycocotools.mask import encode
 
 from maskrcnn_jax.commands.app import run_command
+from maskrcnn_jax.data.dataset import load_dataset
+from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.normalize import normalize_images
 from maskrcnn_jax.models.unfilled import make_unfilled
-from maskrcnn_jax.options import ModelOptions
+from maskrcnn_jax.options import DataOptions, ModelOptions, Options
+from maskrcnn_jax.run_folder import save_options
 from maskrcnn_jax.weights.convert import load_weights
 from tests.test_reproduce_paper import applied
 from tools import finetune
 from tools.finetuning.experiments import LEARNING_RATES, STARTS, chosen_lr, finetuning_run
 from tools.finetuning.open_nsfw import find_onnx, read_backbone
+from tools.finetuning.pictures import DETECTIONS, draw_predictions
 from tools.paper import results_page, running
 from tools.paper.results_page import load_results, write_report
 
@@ -112,7 +119,7 @@ def test_a_file_or_package_that_is_not_there_is_named(tmp_path, monkeypatch):
     assert find_onnx("") == package / "open-nsfw.onnx"
 
 
-def test_another_network_is_refused(tiny_onnx, tmp_path):
+def test_another_network_is_refused(tiny_onnx, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "other.onnx"
     path.write_bytes(b"not a network")
@@ -120,6 +127,9 @@ def test_another_network_is_refused(tiny_onnx, tmp_path):
         read_backbone(path)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="has no convolutions"):
+        read_backbone(path)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="not installed: pip install onnx"):
+        patched.setitem(sys.modules, "onnx", None)
         read_backbone(path)
     model = onnx.load(tiny_onnx)
     next(node for node in model.graph.node if node.op_type == "Conv").output[0] = "conv1"
@@ -187,3 +197,26 @@ def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_a
     write_report(tmp_path / "nothing", docs)
     assert (docs / "results_finetuning.png").stat().st_size > 1000
     assert (docs / "results.md").read_text() == text, "the documents hold every result"
+
+
+def test_predictions_of_trainings_are_drawn_beside_the_ground_truth(tmp_path):
+    write_dataset(tmp_path / "data", num_train=1, num_val=12, image_size=64, splits=("train2017", "val2017"))
+    options = Options(data=DataOptions(coco_dir=str(tmp_path / "data")))
+    dataset = load_dataset(options.data, "val2017")
+    whole = {"size": [64, 64], "counts": encode(np.ones((64, 64), np.uint8, "F"))["counts"].decode()}
+    detections = [
+        {"image_id": int(i), "category_id": dataset.categories.ids[0], "bbox": [0, 0, 64, 64], "score": 1.0}
+        | {"segmentation": whole}
+        for i in dataset.image_ids
+    ]
+    for name, found in {"first": [], "second": detections}.items():
+        (tmp_path / name).mkdir()
+        save_options(options, tmp_path / name)
+        dataset.categories.save(tmp_path / name / "categories.json")
+        (tmp_path / name / DETECTIONS).write_text(json.dumps(found))
+    draw_predictions([tmp_path / "first", tmp_path / "second"], tmp_path / "picture.png")
+    picture = cv2.imread(str(tmp_path / "picture.png")).astype(int)
+    truth, first, second = np.array_split(picture, 3, axis=1)
+    width = min(truth.shape[1], first.shape[1], second.shape[1])
+    different = [np.abs(other[:, :width] - first[:, :width]).max(axis=(1, 2)) > 40 for other in (truth, second)]
+    assert all(rows.mean() > 0.2 for rows in different)

@@ -6,7 +6,7 @@
 
 The weights are converted into OUTPUT/open_nsfw.safetensors. Without --coco_dir, nothing else is done. Train with them:
 
-    maskrcnn-jax train --config=finetuning --weights=runs/finetuning/open_nsfw.safetensors --workdir=runs/mine \
+    maskrcnn-jax train --config=finetuning --weights=runs/finetuning/open_nsfw.safetensors --workdir=runs/mine \\
         --config.data.coco_dir=MINE
 
 With --coco_dir, seed 0 is trained with each learning rate, and then all seeds with the best. Finished trainings are
@@ -28,7 +28,8 @@ from maskrcnn_jax.commands.app import at_least, run_command
 from maskrcnn_jax.weights.files import write_arrays
 from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, chosen_lr, finetuning_run
 from tools.finetuning.open_nsfw import find_onnx, read_backbone
-from tools.paper.results_page import load_results, write_report
+from tools.finetuning.pictures import DETECTIONS, draw_predictions
+from tools.paper.results_page import FINETUNING_PICTURE, load_results, write_report
 from tools.paper.running import train
 
 _log = logging.getLogger("maskrcnn_jax.finetune")  # below the package's, which the commands print
@@ -76,6 +77,9 @@ def main(options: argparse.Namespace) -> None:
     best = {name: lr for name in STARTS if (lr := chosen_lr(name, results)) is not None}  # of all starts by now
     # Seed after seed, so that what is interrupted has compared all starts with as many seeds as it came to.
     train_all([(name, lr, seed) for seed in range(options.seeds) for name, lr in best.items()])
+    workdirs = [output / finetuning_run(name, lr, 0).name for name, lr in best.items()]
+    if all((workdir / DETECTIONS).is_file() for workdir in workdirs):  # trained here
+        draw_predictions(workdirs, docs / FINETUNING_PICTURE)
     write_report(output, docs)
 
 

@@ -37,18 +37,9 @@ def draw_curves(panels: Mapping[str, Mapping[str, Line]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def keep_pictures(pictures: Sequence[Path], path: Path, *, share: float = 1.0) -> None:
-    """Write pictures, from top to bottom, as one of PICTURE_WIDTH.
-
-    Args:
-        pictures: image files of one width.
-        path: the JPEG file.
-        share: of the height of each picture that is kept, from the top.
-    """
-    shrunk = []
-    for picture in map(cv2.imread, map(str, pictures)):
-        height, width, _ = picture.shape
-        picture = picture[: round(height * share)]
-        size = (PICTURE_WIDTH, round(len(picture) * PICTURE_WIDTH / width))
-        shrunk.append(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
-    cv2.imwrite(str(path), cv2.vconcat(shrunk), [cv2.IMWRITE_JPEG_QUALITY, 85])
+def keep_picture(source: Path, path: Path) -> None:
+    """Write a picture as a JPEG of PICTURE_WIDTH."""
+    picture = cv2.imread(str(source))
+    height = round(picture.shape[0] * PICTURE_WIDTH / picture.shape[1])
+    picture = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, 85])

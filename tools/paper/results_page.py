@@ -11,11 +11,11 @@ from maskrcnn_jax import page
 from maskrcnn_jax.writing import write_json
 from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, chosen_lr, finetuning_run
 from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Comparison, comparison_run, table_run
-from tools.paper.figures import draw_curves, keep_pictures
+from tools.paper.figures import draw_curves, keep_picture
 from tools.paper.running import RESULT
 
 RESULTS = "results.json"
-PICTURE = "predictions.jpg"  # of an evaluation, in the folder of its run
+FINETUNING_PICTURE = "results_finetuning.jpg"
 IMAGES_PER_SECOND = 50  # for estimates of what has not been run
 _COLUMNS = {
     "box AP": "bbox_AP",
@@ -56,7 +56,7 @@ def write_report(output: Path, docs: Path) -> None:
         comparisons=[_comparison(comparison, results) for comparison in COMPARISONS.values()],
         has_curves=has_curves,
         has_predictions=has_predictions,
-        finetuning=_finetuning(results, output, docs),
+        finetuning=_finetuning(results, docs),
     )
 
 
@@ -188,14 +188,14 @@ def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> tuple[boo
         },
         docs / "results_curves.png",
     )
-    picture, kept = output / result["run"] / PICTURE, docs / "results_predictions.jpg"
+    picture, kept = output / result["run"] / "predictions.jpg", docs / "results_predictions.jpg"
     if picture.is_file():
-        keep_pictures([picture], kept)
+        keep_picture(picture, kept)
     return True, kept.is_file()
 
 
-def _finetuning(results: Mapping[str, dict], output: Path, docs: Path) -> dict:
-    """Return the section on fine-tuning; draw its curves, and keep its pictures of seed 0."""
+def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
+    """Return the section on fine-tuning, and draw its curves."""
     best = {name: chosen_lr(name, results) for name in STARTS}
     tried = [(name, lr) for name in STARTS for lr in (LEARNING_RATES if name in SEARCHED else (best[name],))]
     found = {(name, lr): _of_start(name, lr, results) for name, lr in tried}
@@ -207,10 +207,6 @@ def _finetuning(results: Mapping[str, dict], output: Path, docs: Path) -> dict:
     }
     if curves:
         draw_curves({"training loss": curves}, docs / "results_finetuning.png")
-    pictures = [output / finetuning_run(name, lr or 0, 0).name / PICTURE for name, lr in best.items()]
-    kept = docs / "results_finetuning.jpg"
-    if all(picture.is_file() for picture in pictures):
-        keep_pictures(pictures, kept, share=1 / 3)  # four images of twelve
     columns = {"box AP": "bbox_AP", "box AP50": "bbox_AP50", "mask AP": "segm_AP", "mask AP50": "segm_AP50"}
     return {
         "columns": list(columns),
@@ -225,7 +221,7 @@ def _finetuning(results: Mapping[str, dict], output: Path, docs: Path) -> dict:
             {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
         ),
         "has_curves": bool(curves),
-        "pictured": list(STARTS) if kept.is_file() else [],
+        "pictured": list(STARTS) if (docs / FINETUNING_PICTURE).is_file() else [],
     }
 
 
