@@ -12,7 +12,7 @@ from maskrcnn_jax.inference.draw import grid, shrink, write_picture
 from maskrcnn_jax.run_folder import load_options
 
 DETECTIONS = "detections.json"  # of the last evaluation, in the folder of a run
-_SIDE = 1600  # pixels of the longer side
+_SIDE = 320  # pixels of the longer side of each
 _NUM_IMAGES, _MOST_OBJECTS, _LEAST_SHARE = 4, 3, 0.1
 
 
@@ -32,7 +32,7 @@ def draw_predictions(workdirs: Sequence[Path], path: Path) -> None:
             middle = pairs[0].shape[1] // 2  # between ground truth and predictions
             panels += [pairs[0][:, :middle], *[pair[:, middle:] for pair in pairs]]
     if panels:
-        write_picture(path, shrink(grid(panels, 1 + len(workdirs)), _SIDE))
+        write_picture(path, grid([shrink(panel, _SIDE) for panel in panels], 1 + len(workdirs)))
 
 
 def _chosen_images(truth: COCO) -> list[int]:
