@@ -131,7 +131,7 @@ class MaskRCNN(nnx.Module):
     ) -> Anchors:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
-        levels = grid_anchors(
+        return grid_anchors(
             image_shape,
             shapes,
             sizes=self.options.anchor_sizes,
@@ -139,7 +139,6 @@ class MaskRCNN(nnx.Module):
             scales=self.options.anchor_scales,
             exact=self.options.exact_anchors,
         )
-        return [jnp.asarray(level) for level in levels]
 
     @jax.named_scope("propose")
     def propose(
