@@ -247,9 +247,10 @@ class OptimOptions(Checked):
         ascending = all(a < b for a, b in itertools.pairwise((0, *self.milestones)))
         if self.milestones and ascending and all(type(milestone) is int for milestone in self.milestones):
             return []
+        example = (16, 22) if self.milestone_unit == "epochs" else (60000, 80000)
         return [
             f"optim.milestones is {self.milestones} with optim.schedule multistep; use ascending positive whole "
-            f"numbers of {self.milestone_unit}, such as {(16, 22) if self.milestone_unit == 'epochs' else (60000, 80000)}"
+            f"numbers of {self.milestone_unit}, such as {example}"
         ]
 
 
