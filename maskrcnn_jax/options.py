@@ -8,6 +8,7 @@ To add an option, add one field here and use it where it acts.
 """
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
 from maskrcnn_jax.option_fields import Checked, option
@@ -159,12 +160,45 @@ class OptimOptions(Checked):
     lr_batch_size: int = option(
         0, "batch size that lr is meant for; lr is scaled in proportion to batch_size. 0 does not scale", low=0
     )
+    schedule: str = option(
+        "cosine",
+        "learning rate after warm-up: cosine falls to final_lr_fraction, multistep is multiplied by gamma at each of "
+        "milestones, constant stays",
+        choices=("cosine", "multistep", "constant"),
+    )
     warmup_steps: int = option(
-        500, "linear warm-up from lr / 1000, at most a tenth of the run", unit="steps", low=0, source=_TORCHVISION
+        500,
+        "linear warm-up from lr * warmup_factor, at most a tenth of the run",
+        unit="steps",
+        low=0,
+        source=_TORCHVISION,
+    )
+    warmup_factor: float = option(
+        1e-3, "learning rate of the first step, as a share of lr", low=0, high=1, source=_TORCHVISION
+    )
+    warmup_kind: str = option(
+        "sequential",
+        "how warm-up joins a cosine. sequential: the cosine starts after warm-up, as with torch's SequentialLR; "
+        "chained: it starts with the run and is multiplied by the warm-up, as with ChainedScheduler; detectron2: it "
+        "starts with the run, and warm-up is a straight line to it",
+        choices=("sequential", "chained", "detectron2"),
     )
     final_lr_fraction: float = option(0.0, "learning rate at the end of the cosine, as a share of lr", low=0, high=1)
+    milestones: tuple[float, ...] = option(
+        (), "when multistep lowers the learning rate, in milestone_unit from the start of the run, warm-up included"
+    )
+    milestone_unit: str = option(
+        "epochs", "unit of milestones: epochs, as torchvision, or steps, as detectron2", choices=("epochs", "steps")
+    )
+    gamma: float = option(
+        0.1, "factor of the learning rate at each of milestones", low=0, high=1, source="torchvision, detectron2"
+    )
     weight_decay: float = option(1e-4, "decoupled in AdamW, added to the gradient in SGD", low=0)
-    decay_norm_and_bias: bool = option(False, "also decay biases and the parameters of norms")
+    decay_norms: bool = option(False, "also decay the scales and biases of norms")
+    decay_biases: bool = option(False, "also decay the biases of all other layers")
+    backbone_lr_factor: float = option(
+        1.0, "learning rate of the backbone, without the FPN, as a share of that of the rest", low=0
+    )
     b1: float = option(0.9, "AdamW's decay of the first moment", low=0, high=1)
     b2: float = option(0.999, "AdamW's decay of the second moment", low=0, high=1)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
@@ -206,7 +240,18 @@ class OptimOptions(Checked):
             problems.append(f"optim.lr is {self.lr}; use a positive number such as 5e-4")
         if self.ema_decay >= 1:
             problems.append(f"optim.ema_decay is {self.ema_decay}; use a value below 1 such as 0.9998, or 0 for none")
+        problems += self._wrong_milestones() if self.schedule == "multistep" else []
         return problems
+
+    def _wrong_milestones(self) -> list[str]:
+        ascending = all(a < b for a, b in itertools.pairwise((0, *self.milestones)))
+        if self.milestones and ascending and all(type(milestone) is int for milestone in self.milestones):
+            return []
+        example = (16, 22) if self.milestone_unit == "epochs" else (60000, 80000)
+        return [
+            f"optim.milestones is {self.milestones} with optim.schedule multistep; use ascending positive whole "
+            f"numbers of {self.milestone_unit}, such as {example}"
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
