@@ -76,6 +76,11 @@ class ModelOptions(Checked):
     rpn_bg_iou_thresh: float = option(0.3, "IoU below which an anchor is background", low=0, high=1)
     rpn_batch_size_per_image: int = option(256, "anchors sampled for the RPN losses", low=1, source=_TORCHVISION)
     rpn_positive_fraction: float = option(0.5, "largest share of foreground among the sampled anchors", low=0, high=1)
+    rpn_fixed_normalizer: bool = option(
+        False,
+        "divide the RPN losses by rpn_batch_size_per_image times the number of images, as detectron2, instead of by "
+        "the number of sampled anchors, as torchvision",
+    )
     rpn_pre_nms_top_n_train: int = option(2000, "proposals per level before NMS, in training", low=1)
     rpn_pre_nms_top_n_test: int = option(1000, "proposals per level before NMS, in evaluation", low=1)
     rpn_post_nms_top_n_train: int = option(2000, "proposals per image after NMS, in training", low=1)
@@ -133,6 +138,13 @@ class ModelOptions(Checked):
     )
     box_loss: str = option(
         "smooth_l1", "box loss of the box head", choices=("smooth_l1", "iou", "giou"), source=_PAPER + "3.2"
+    )
+    smooth_l1_beta: float = option(
+        1 / 9,
+        "offset at which smooth L1 turns from quadratic to linear, in the RPN and the box head; 0 gives L1, as in "
+        "detectron2",
+        low=0,
+        source=_TORCHVISION,
     )
     mask_loss: str = option("bce", "loss of the mask head", choices=("bce", "dice"), source=_PAPER + "3.2")
     remat: bool = option(False, "recompute the backbone in the backward pass: less memory, more time")

@@ -1,7 +1,7 @@
 """The five losses of the paper and their alternatives, as masked sums over padded arrays.
 
-Every loss divides by the number of samples in the whole batch, as torchvision does; a batch without samples gives 0.
-All are computed in float32 or wider, whatever the compute dtype of the network.
+Every loss divides by the number of samples in the whole batch, as torchvision does, unless it is given another number.
+A batch without samples gives 0. All are computed in float32 or wider, whatever the compute dtype of the network.
 """
 
 import math
@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes, paired_giou, paired_iou
 from maskrcnn_jax.ops.devices import sum_over_devices
+from maskrcnn_jax.options import ModelOptions
 
-# Where smooth L1 turns from quadratic to linear, in units of weighted offsets.
-SMOOTH_L1_BETA = 1.0 / 9
 # Of the classes with a sigmoid: a prior probability of 0.01, without which the many absent ones would dominate the
 # loss at first. Sec. 4.1, Focal Loss for Dense Object Detection.
 FOCAL_BIAS = math.log(0.01 / (1 - 0.01))
@@ -36,14 +35,19 @@ def masked_mean(
 
 
 def smooth_l1(
-    predictions: Float[Array, "*shape"], targets: Float[Array, "*shape"], beta: float = SMOOTH_L1_BETA
+    predictions: Float[Array, "*shape"], targets: Float[Array, "*shape"], beta: float = ModelOptions.smooth_l1_beta
 ) -> Float[Array, "*shape"]:
-    """Return the elementwise smooth L1 distance: d^2 / (2 beta) below beta, |d| - beta / 2 above."""
+    """Return the elementwise smooth L1 distance: d^2 / (2 beta) below beta, |d| - beta / 2 above; L1 if beta is 0."""
+    if beta == 0:
+        return jnp.abs(predictions - targets)
     return optax.losses.huber_loss(predictions, targets, delta=beta) / beta
 
 
 def objectness_loss(
-    logits: Float[Array, "B S"], foreground: Bool[Array, "B S"], valid: Bool[Array, "B S"]
+    logits: Float[Array, "B S"],
+    foreground: Bool[Array, "B S"],
+    valid: Bool[Array, "B S"],
+    count: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Compute the binary cross-entropy of the sampled anchors.
 
@@ -51,11 +55,13 @@ def objectness_loss(
         logits: [B, S].
         foreground: [B, S] bool target.
         valid: [B, S] bool.
+        count: What the sum is divided by, of this device; by default the number of valid anchors.
 
     Returns:
         Scalar mean over the valid anchors. Source: Eqn. 1, Faster R-CNN.
     """
-    return masked_mean(optax.losses.sigmoid_binary_cross_entropy(logits, foreground.astype(logits.dtype)), valid)
+    values = optax.losses.sigmoid_binary_cross_entropy(logits, foreground.astype(logits.dtype))
+    return masked_mean(values, valid, count)
 
 
 def box_loss(
@@ -63,6 +69,9 @@ def box_loss(
     targets: Float[Array, "B S 4"],
     foreground: Bool[Array, "B S"],
     valid: Bool[Array, "B S"],
+    *,
+    beta: float = ModelOptions.smooth_l1_beta,
+    count: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Compute the smooth L1 of the box offsets of foreground samples, divided by the number of all samples.
 
@@ -71,11 +80,14 @@ def box_loss(
         targets: [B, S, 4].
         foreground: [B, S] bool.
         valid: [B, S] bool, foreground or background samples.
+        beta: Of smooth L1, in units of weighted offsets.
+        count: What the sum is divided by, of this device; by default the number of valid samples.
 
     Returns:
         Scalar. The same form serves the RPN and the box head, as in torchvision.
     """
-    return masked_mean(smooth_l1(deltas, targets), (foreground & valid)[..., None], jnp.sum(valid))
+    count = jnp.sum(valid) if count is None else count
+    return masked_mean(smooth_l1(deltas, targets, beta), (foreground & valid)[..., None], count)
 
 
 def classification_loss(
@@ -137,6 +149,8 @@ def roi_box_loss(
     targets: Float[Array, "B S 4"],
     foreground: Bool[Array, "B S"],
     valid: Bool[Array, "B S"],
+    *,
+    beta: float = ModelOptions.smooth_l1_beta,
 ) -> Float[Array, ""]:
     """Compute the loss of the box head.
 
@@ -147,9 +161,10 @@ def roi_box_loss(
         targets: [B, S, 4] boxes of the matched objects.
         foreground: [B, S] bool.
         valid: [B, S] bool.
+        beta: Of smooth L1.
     """
     if kind == "smooth_l1":
-        return box_loss(deltas, encode_boxes(targets, boxes, BOX_WEIGHTS), foreground, valid)
+        return box_loss(deltas, encode_boxes(targets, boxes, BOX_WEIGHTS), foreground, valid, beta=beta)
     loss = iou_loss if kind == "iou" else giou_loss
     return loss(decode_boxes(deltas, boxes, BOX_WEIGHTS), targets, foreground)
 

@@ -80,14 +80,10 @@ class MaskRCNN(nnx.Module):
                 f"model.anchor_sizes is {options.anchor_sizes}; use {num_maps + 1} sizes, one for each pyramid level: "
                 f"the backbone's {num_maps} maps and one coarser"
             )
-        channels = options.fpn_channels
+        channels, num_anchors = options.fpn_channels, len(options.aspect_ratios) * len(options.anchor_scales)
         self.fpn = FPN(self.backbone.out_channels, channels, norm=options.head_norm, **common)
         self.rpn = RPNHead(
-            channels,
-            options.rpn_channels or channels,
-            len(options.aspect_ratios) * len(options.anchor_scales),
-            depth=options.rpn_conv_depth,
-            **common,
+            channels, options.rpn_channels or channels, num_anchors, depth=options.rpn_conv_depth, **common
         )
         self.box_head = BoxHead(
             channels,
@@ -100,12 +96,7 @@ class MaskRCNN(nnx.Module):
             **common,
         )
         self.mask_head = MaskHead(
-            channels,
-            options.mask_channels,
-            num_classes,
-            deconv=options.mask_deconv,
-            norm=options.head_norm,
-            **common,
+            channels, options.mask_channels, num_classes, deconv=options.mask_deconv, norm=options.head_norm, **common
         )
 
     @property
@@ -290,7 +281,7 @@ class MaskRCNN(nnx.Module):
         matches = self.match_anchors(anchors, gt)
         sample = self.sample_anchors(rpn_key, matches)
         sample = sample._replace(valid=sample.valid & batch.valid[:, None])
-        terms = self.rpn_losses(objectness, deltas, anchors, matches, sample, gt)
+        terms = self.rpn_losses(objectness, deltas, anchors, matches, sample, gt, batch.valid)
 
         proposals = self.propose(objectness, deltas, anchors, batch.sizes, train=True)
         rois = self.sample_rois(roi_key, proposals, gt, proposals_from_rpn=proposals_from_rpn)
@@ -307,8 +298,12 @@ class MaskRCNN(nnx.Module):
         matches: Int[Array, "B A"],
         sample: Sample,
         gt: GroundTruth,
+        valid: Bool[Array | np.ndarray, " B"] | None = None,
     ) -> Scalars:
-        """Return the RPN's two losses over the sampled anchors; ``matches`` [B, A] as of :meth:`match_anchors`."""
+        """Return the RPN's two losses over the sampled anchors.
+
+        ``matches`` [B, A] are those of :meth:`match_anchors`. ``valid`` [B] are the images that count; all by default.
+        """
 
         def gather(objectness, deltas, matches, index, gt_boxes):
             targets = encode_boxes(
@@ -319,9 +314,14 @@ class MaskRCNN(nnx.Module):
         logits, predicted, targets = jax.vmap(gather)(
             jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1), matches, sample.index, gt.boxes
         )
+        count = None
+        if self.options.rpn_fixed_normalizer:
+            num_images = jnp.asarray(len(logits) if valid is None else jnp.sum(valid))
+            count = self.options.rpn_batch_size_per_image * num_images
+        beta, samples = self.options.smooth_l1_beta, (sample.foreground, sample.valid)
         return {
-            "loss_objectness": losses.objectness_loss(logits, sample.foreground, sample.valid),
-            "loss_rpn_box_reg": losses.box_loss(predicted, targets, sample.foreground, sample.valid),
+            "loss_objectness": losses.objectness_loss(logits, *samples, count),
+            "loss_rpn_box_reg": losses.box_loss(predicted, targets, *samples, beta=beta, count=count),
         }
 
     @jax.named_scope("head_losses")
@@ -336,7 +336,9 @@ class MaskRCNN(nnx.Module):
             logits, deltas = self.box_head(pooled, rois.valid)
         matched = jnp.take_along_axis(gt.boxes, rois.gt_index[..., None], axis=1)
         deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
-        box_term = losses.roi_box_loss(options.box_loss, deltas, rois.boxes, matched, foreground, rois.valid)
+        box_term = losses.roi_box_loss(
+            options.box_loss, deltas, rois.boxes, matched, foreground, rois.valid, beta=options.smooth_l1_beta
+        )
         if options.classification_loss == "focal":
             class_term = losses.focal_loss(logits, rois.labels, rois.valid)
             logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not

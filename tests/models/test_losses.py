@@ -14,6 +14,9 @@ def test_smooth_l1_is_quadratic_below_beta_and_linear_above():
     distance = losses.smooth_l1(jnp.array([0.0, 0.05, 1 / 9, 1.0, -1.0]), jnp.zeros(5))
     np.testing.assert_allclose(distance, [0, 0.05**2 * 4.5, 1 / 18, 1 - 1 / 18, 1 - 1 / 18], rtol=1e-5)
 
+    distance = losses.smooth_l1(jnp.array([0.0, 0.05, -1.0]), jnp.zeros(3), 0.0)
+    np.testing.assert_allclose(distance, [0, 0.05, 1], rtol=1e-6)
+
 
 def test_objectness_of_undecided_logits_is_log_two_over_the_valid_anchors():
     foreground = jnp.array([[True, False, True]])
