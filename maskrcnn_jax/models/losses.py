@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes, paired_giou, paired_iou
 from maskrcnn_jax.ops.devices import sum_over_devices
@@ -91,7 +92,10 @@ def box_loss(
 
 
 def classification_loss(
-    logits: Float[Array, "B R C1"], labels: Int[Array, "B R"], valid: Bool[Array, "B R"]
+    logits: Float[Array, "B R C1"],
+    labels: Int[Array, "B R"],
+    valid: Bool[Array, "B R"],
+    class_weights: tuple[float, ...] = (),
 ) -> Float[Array, ""]:
     """Compute the cross-entropy over the classes and background.
 
@@ -99,11 +103,26 @@ def classification_loss(
         logits: [B, R, C + 1].
         labels: [B, R] int32, 0 for background.
         valid: [B, R] bool.
+        class_weights: C + 1 numbers, or none for equal weights.
 
     Returns:
-        Scalar mean over the valid RoIs.
+        Scalar mean over the valid RoIs, weighted by the weights of their classes.
     """
-    return masked_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), valid)
+    values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not class_weights:
+        return masked_mean(values, valid)
+    weights = jnp.where(valid, jnp.asarray(class_weights, values.dtype)[labels], 0)
+    total = sum_over_devices(jnp.sum(weights))
+    return jnp.sum(jnp.where(valid, values, 0) * weights) / jnp.where(total > 0, total, 1)
+
+
+def check_class_weights(class_weights: tuple[float, ...], num_classes: int) -> None:
+    """Raise a UserError unless there is a weight for each of ``num_classes``, background included, or none at all."""
+    if class_weights and len(class_weights) != num_classes:
+        raise UserError(
+            f"model.class_weights has {len(class_weights)} numbers; use {num_classes}: the weight of the background, "
+            "then those of the classes in the order of their labels"
+        )
 
 
 def focal_loss(
@@ -123,6 +142,34 @@ def focal_loss(
     targets = jax.nn.one_hot(labels - 1, logits.shape[-1] - 1, dtype=logits.dtype)
     values = optax.losses.sigmoid_focal_loss(logits[..., 1:], targets, alpha=0.25, gamma=2.0)
     return masked_mean(jnp.sum(values, axis=-1), valid, jnp.sum(valid & (labels > 0)))
+
+
+def roi_class_loss(
+    kind: str,
+    logits: Float[Array, "B R C1"],
+    labels: Int[Array, "B R"],
+    valid: Bool[Array, "B R"],
+    class_weights: tuple[float, ...] = (),
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Compute the class loss of the box head, and the accuracy of all RoIs and of the foreground.
+
+    Args:
+        kind: "cross_entropy" or "focal".
+        logits: [B, R, C + 1].
+        labels: [B, R] int32, 0 for background.
+        valid: [B, R] bool.
+        class_weights: Of the cross entropy.
+    """
+    if kind == "focal":
+        loss = focal_loss(logits, labels, valid)
+        logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not
+    else:
+        loss = classification_loss(logits, labels, valid, class_weights)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
+    return loss, {
+        "accuracy": masked_mean(correct, valid),
+        "accuracy_foreground": masked_mean(correct, valid & (labels > 0)),
+    }
 
 
 def iou_loss(

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, Real
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
 from maskrcnn_jax.models.backbone import Backbone, check_backbone, feature_list, make_backbone
-from maskrcnn_jax.models.box_head import BoxHead
+from maskrcnn_jax.models.box_head import BoxHead, deltas_of
 from maskrcnn_jax.models.fpn import FPN
+from maskrcnn_jax.models.layers import BatchNorm
 from maskrcnn_jax.models.mask_head import MaskHead
 from maskrcnn_jax.models.normalize import normalize_images
 from maskrcnn_jax.models.postprocess import select_detections
@@ -68,9 +69,11 @@ class MaskRCNN(nnx.Module):
             rngs: For the initial values.
 
         Raises:
-            UserError: if there is no such backbone, or the number of anchor sizes does not fit it.
+            UserError: if there is no such backbone, the number of anchor sizes does not fit it, or that of class
+                weights the classes.
         """
         self.options = options = options or ModelOptions()
+        losses.check_class_weights(options.class_weights, num_classes)
         self.dtype = jnp.dtype(options.dtype)
         common: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
         self.backbone: Backbone = make_backbone(options, **common) if backbone is None else check_backbone(backbone)
@@ -93,11 +96,14 @@ class MaskRCNN(nnx.Module):
             fc_channels=options.box_fc_channels,
             norm=options.head_norm,
             class_bias=losses.FOCAL_BIAS if options.classification_loss == "focal" else 0.0,
+            class_agnostic=options.cls_agnostic_bbox_reg,
             **common,
         )
         self.mask_head = MaskHead(
             channels, options.mask_channels, num_classes, deconv=options.mask_deconv, norm=options.head_norm, **common
         )
+        if not options.sync_batch_norm:
+            self.set_attributes(BatchNorm, sync=False, raise_if_not_found=False)
 
     @property
     def mask_size(self) -> int:
@@ -165,7 +171,7 @@ class MaskRCNN(nnx.Module):
 
     @jax.named_scope("select")
     def select(
-        self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N C1 4"], proposals: Proposals, sizes: Sizes
+        self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N _ 4"], proposals: Proposals, sizes: Sizes
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         options = self.options
@@ -335,15 +341,13 @@ class MaskRCNN(nnx.Module):
         with jax.named_scope("box_head"):
             logits, deltas = self.box_head(pooled, rois.valid)
         matched = jnp.take_along_axis(gt.boxes, rois.gt_index[..., None], axis=1)
-        deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
+        deltas = deltas_of(rois.labels, deltas)
         box_term = losses.roi_box_loss(
             options.box_loss, deltas, rois.boxes, matched, foreground, rois.valid, beta=options.smooth_l1_beta
         )
-        if options.classification_loss == "focal":
-            class_term = losses.focal_loss(logits, rois.labels, rois.valid)
-            logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not
-        else:
-            class_term = losses.classification_loss(logits, rois.labels, rois.valid)
+        class_term, metrics = losses.roi_class_loss(
+            options.classification_loss, logits, rois.labels, rois.valid, options.class_weights
+        )
 
         # Foreground comes first, so these slots hold all of it.
         num_mask = int(options.box_batch_size_per_image * options.box_positive_fraction)
@@ -358,13 +362,8 @@ class MaskRCNN(nnx.Module):
             "loss_box_reg": box_term,
             "loss_mask": mask_loss(mask_logits, self.mask_targets(mask_rois, gt, batch), has_mask),
         }
-        correct = jnp.argmax(logits, axis=-1) == rois.labels
-        metrics = {
-            "num_foreground": jnp.sum(foreground) / jnp.maximum(sum_over_devices(jnp.sum(batch.valid)), 1),
-            "accuracy": losses.masked_mean(correct.astype(logits.dtype), rois.valid),
-            "accuracy_foreground": losses.masked_mean(correct.astype(logits.dtype), foreground),
-        }
-        return terms, metrics
+        num_foreground = jnp.sum(foreground) / jnp.maximum(sum_over_devices(jnp.sum(batch.valid)), 1)
+        return terms, {"num_foreground": num_foreground} | metrics
 
     @jax.named_scope("mask_targets")
     def mask_targets(self, rois: RoISamples, gt: GroundTruth, batch: Batch) -> Float[Array, "B F M M"]:
