@@ -9,6 +9,7 @@ To add an option, add one field here and use it where it acts.
 
 import dataclasses
 import itertools
+import math
 from typing import ClassVar
 
 from maskrcnn_jax.option_fields import Checked, option
@@ -30,7 +31,10 @@ class ModelOptions(Checked):
     prefix: ClassVar[str] = "model."
 
     backbone: str = option(
-        "resnet50", "backbone: resnet18, resnet34, resnet50, resnet101 or mobilenet_v3_large", source=_PAPER + "3.2"
+        "resnet50",
+        "backbone: resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large, convnext_tiny, convnext_small or "
+        "convnext_base; or a function of yours as module:function",
+        source=_PAPER + "3.2",
     )
     in_channels: int = option(
         3, "channels of the images: RGB, then others such as depth, which enter as (x / 255 - 0.5) / 0.25", low=3
@@ -48,8 +52,15 @@ class ModelOptions(Checked):
     norm: str = option(
         "batch",
         "normalisation of the backbone: batch is trained, with statistics of the whole batch; frozen keeps the "
-        "statistics of pretrained weights",
-        choices=("batch", "frozen"),
+        "statistics of pretrained weights; group has 32 groups of channels and statistics of each image. ConvNeXt "
+        "always has layer norms",
+        choices=("batch", "frozen", "group"),
+        source="group: Group Normalization (Wu and He, 2018)",
+    )
+    sync_batch_norm: bool = option(
+        True,
+        "batch norms use statistics of the batch on all devices, as torch's SyncBatchNorm; False: of the images on "
+        "each device. For evaluation, the mean over the devices is kept",
     )
     norm_eps: float = option(
         1e-5, "added to the variance by a ResNet's norms; 0 with torchvision's COCO_V1 weights", low=0
@@ -60,7 +71,7 @@ class ModelOptions(Checked):
     head_norm: str = option(
         "none",
         "normalisation of the FPN, the box head's convolutions and the mask head; torchvision's v2 has batch",
-        choices=("none", "batch", "frozen"),
+        choices=("none", "batch", "frozen", "group"),
     )
     fpn_channels: int = option(256, "channels of every pyramid level", low=1, source="FPN, Sec. 3")
     anchor_sizes: tuple[float, ...] = option(
@@ -77,6 +88,11 @@ class ModelOptions(Checked):
     rpn_bg_iou_thresh: float = option(0.3, "IoU below which an anchor is background", low=0, high=1)
     rpn_batch_size_per_image: int = option(256, "anchors sampled for the RPN losses", low=1, source=_TORCHVISION)
     rpn_positive_fraction: float = option(0.5, "largest share of foreground among the sampled anchors", low=0, high=1)
+    rpn_fixed_normalizer: bool = option(
+        False,
+        "divide the RPN losses by rpn_batch_size_per_image times the number of images, as detectron2, instead of by "
+        "the number of sampled anchors, as torchvision",
+    )
     rpn_pre_nms_top_n_train: int = option(2000, "proposals per level before NMS, in training", low=1)
     rpn_pre_nms_top_n_test: int = option(1000, "proposals per level before NMS, in evaluation", low=1)
     rpn_post_nms_top_n_train: int = option(2000, "proposals per image after NMS, in training", low=1)
@@ -106,6 +122,9 @@ class ModelOptions(Checked):
     box_fc_channels: tuple[int, ...] = option(
         (1024, 1024), "output features of each fully connected layer of the box head", source=_TORCHVISION
     )
+    cls_agnostic_bbox_reg: bool = option(
+        False, "the box head predicts one box for all classes, instead of one for each, as detectron2's option does"
+    )
     box_fg_iou_thresh: float = option(
         0.5, "IoU from which a RoI is foreground; below, it is background", low=0, high=1, source=_TORCHVISION
     )
@@ -132,8 +151,21 @@ class ModelOptions(Checked):
         choices=("cross_entropy", "focal"),
         source=_PAPER + "3.2",
     )
+    class_weights: tuple[float, ...] = option(
+        (),
+        "weights of the classes in the cross entropy: first the background's, then one for each class in the order of "
+        "the labels; the loss is divided by the sum of the RoIs' weights. Empty: all 1",
+        source="torch's CrossEntropyLoss(weight=...)",
+    )
     box_loss: str = option(
         "smooth_l1", "box loss of the box head", choices=("smooth_l1", "iou", "giou"), source=_PAPER + "3.2"
+    )
+    smooth_l1_beta: float = option(
+        1 / 9,
+        "offset at which smooth L1 turns from quadratic to linear, in the RPN and the box head; 0 gives L1, as in "
+        "detectron2",
+        low=0,
+        source=_TORCHVISION,
     )
     mask_loss: str = option("bce", "loss of the mask head", choices=("bce", "dice"), source=_PAPER + "3.2")
     remat: bool = option(False, "recompute the backbone in the backward pass: less memory, more time")
@@ -142,6 +174,14 @@ class ModelOptions(Checked):
         "dtype of convolutions and matrix products; parameters are at least float32. float16 scales the loss",
         choices=("float32", "bfloat16", "float16", "float64"),
     )
+
+    def _contradictions(self) -> list[str]:
+        weights = self.class_weights
+        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            return [f"model.class_weights is {weights}; use finite numbers from 0, not all of them 0"]
+        if weights and self.classification_loss == "focal":
+            return ["model.class_weights is for cross entropy; leave it empty with model.classification_loss=focal"]
+        return []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,17 @@ def test_a_choice_that_does_not_exist_is_named_with_those_that_do(part, name, ch
         (OptimOptions, {"gamma": 2.0}, "optim.gamma is 2.0; use a value from 0 to 1"),
         (ModelOptions, {"in_channels": "3"}, "model.in_channels is '3'; use a number"),
         (ModelOptions, {"anchor_sizes": 32}, "model.anchor_sizes is 32; use a tuple of numbers"),
+        (
+            ModelOptions,
+            {"class_weights": (1.0, -1.0)},
+            "class_weights is (1.0, -1.0); use finite numbers from 0",
+        ),
+        (ModelOptions, {"class_weights": (0, 0)}, "not all of them 0"),
+        (
+            ModelOptions,
+            {"class_weights": (1, 2), "classification_loss": "focal"},
+            "model.class_weights is for cross entropy; leave it empty with model.classification_loss=focal",
+        ),
         (ModelOptions, {"remat": 1}, "model.remat is 1; use True or False"),
         (Options, {"seed": -1}, "seed is -1; use at least 0"),
         (Options, {"batch_size": True}, "batch_size is True; use a number"),
