@@ -247,6 +247,12 @@ class DataOptions(Checked):
     short_side: int = option(
         800, "shorter side of an image after resizing (torchvision's min_size)", unit="pixels", low=1
     )
+    short_sides: tuple[int, ...] = option(
+        (),
+        "in training, the shorter side of each image is drawn from these, as detectron2 does from 640, 672, ..., 800. "
+        "() always uses short_side",
+        unit="pixels",
+    )
     long_side: int = option(
         1333, "longest side of an image after resizing (torchvision's max_size)", unit="pixels", low=1
     )
@@ -265,6 +271,38 @@ class DataOptions(Checked):
         False, "number COCO's categories 1..80, as detectron2, instead of by their ids, as torchvision"
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1, source=_TORCHVISION)
+    vflip: float = option(0.0, "probability of a vertical flip, in training", low=0, high=1)
+    rotate90: float = option(0.0, "probability of a turn by 90, 180 or 270 degrees, in training", low=0, high=1)
+    rotation: float = option(
+        0.0,
+        "largest angle of a random rotation about the centre, either way, in training; the size stays, so that corners "
+        "are cut off",
+        unit="degrees",
+        low=0,
+        high=180,
+    )
+    crop_size: int = option(
+        0,
+        "side of the square that training cuts at random from each resized image; smaller images are padded. All "
+        "batches then have this one size. 0 does not crop",
+        unit="pixels",
+        low=0,
+    )
+    scale_jitter: tuple[float, ...] = option(
+        (),
+        "large-scale jitter: smallest and largest factor, such as (0.1, 2.0). Training resizes images to fit crop_size "
+        "times a random factor, instead of by short_side. () does not",
+        source="Ghiasi et al., 2021",
+    )
+    copy_paste: float = option(
+        0.0,
+        "probability that objects of a second training image are pasted over an image, each with probability 1/2. The "
+        "second image is transformed likewise. Crowds and objects without masks are not pasted; objects of which "
+        "nothing is left in sight are dropped",
+        low=0,
+        high=1,
+        source="Ghiasi et al., 2021",
+    )
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation changes", low=0, high=1)
     ignore_regions: bool = option(
         False,
@@ -276,6 +314,14 @@ class DataOptions(Checked):
         "largest number of objects of an image that training uses, rounded up to a multiple of 8. From an image with "
         "more, every epoch draws a new random choice, and the others count as background. 0 uses all",
         low=0,
+    )
+    repeat_threshold: float = option(
+        0.0,
+        "repeat-factor sampling: images with a category in a share f < repeat_threshold of the training images appear "
+        "sqrt(repeat_threshold / f) times an epoch on average; LVIS uses 0.001. 0 shows each image once",
+        low=0,
+        high=1,
+        source="Gupta et al., 2019",
     )
     exclude_categories: tuple[int, ...] = option(
         (), "ids of categories to leave out; their objects are background, or ignored with data.ignore_regions"
@@ -294,6 +340,16 @@ class DataOptions(Checked):
         problems = []
         if self.short_side > self.long_side:
             problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
+        if self.short_sides and not 1 <= min(self.short_sides) <= max(self.short_sides) <= self.long_side:
+            problems.append(
+                f"data.short_sides is {self.short_sides}; use values from 1 to data.long_side, {self.long_side}"
+            )
+        if self.scale_jitter and not self.crop_size:
+            problems.append(f"data.scale_jitter is {self.scale_jitter}; set data.crop_size as well, such as 1024")
+        if self.scale_jitter and not (
+            len(self.scale_jitter) == 2 and 0 < self.scale_jitter[0] <= self.scale_jitter[1]
+        ):
+            problems.append(f"data.scale_jitter is {self.scale_jitter}; use two positive factors such as (0.1, 2.0)")
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(
                 f"data.eval_split is {self.eval_split} as data.train_split is; with data.val_share leave it as it was"
