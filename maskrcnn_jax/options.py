@@ -275,8 +275,8 @@ class DataOptions(Checked):
     rotate90: float = option(0.0, "probability of a turn by 90, 180 or 270 degrees, in training", low=0, high=1)
     rotation: float = option(
         0.0,
-        "largest angle of a random rotation about the centre, either way, in training; the size stays, so that corners "
-        "are cut off",
+        "largest angle of a random rotation about the centre, either way, in training; the image keeps its size, so "
+        "corners are cut off",
         unit="degrees",
         low=0,
         high=180,
@@ -290,8 +290,8 @@ class DataOptions(Checked):
     )
     scale_jitter: tuple[float, ...] = option(
         (),
-        "large-scale jitter: smallest and largest factor, such as (0.1, 2.0). Training resizes images to fit crop_size "
-        "times a random factor, instead of by short_side. () does not",
+        "large-scale jitter: smallest and largest factor, such as (0.1, 2.0). Training resizes images to fit a square "
+        "of crop_size times a random factor, instead of by short_side. () does not",
         source="Ghiasi et al., 2021",
     )
     copy_paste: float = option(
@@ -346,9 +346,7 @@ class DataOptions(Checked):
             )
         if self.scale_jitter and not self.crop_size:
             problems.append(f"data.scale_jitter is {self.scale_jitter}; set data.crop_size as well, such as 1024")
-        if self.scale_jitter and not (
-            len(self.scale_jitter) == 2 and 0 < self.scale_jitter[0] <= self.scale_jitter[1]
-        ):
+        if self.scale_jitter and (len(self.scale_jitter) != 2 or not 0 < self.scale_jitter[0] <= self.scale_jitter[1]):
             problems.append(f"data.scale_jitter is {self.scale_jitter}; use two positive factors such as (0.1, 2.0)")
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(

@@ -6,6 +6,7 @@ The edges are not blended, which the paper found to make no difference.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from maskrcnn_jax.data.augment import FILL, Layer, draw_layer
@@ -13,6 +14,8 @@ from maskrcnn_jax.data.coco import CocoDataset, ImageAnnotations
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.data.run_lengths import Crop, cut_out
 from maskrcnn_jax.options import DataOptions
+
+SHARE = 0.5  # probability that an object of the second image is pasted
 
 
 class Scene(NamedTuple):
@@ -70,8 +73,8 @@ def draw_scene(
 
 
 def _draw_objects(layer: Layer, room: int, rng: np.random.Generator) -> Layer:
-    """Choose each object with probability 1/2, among those with masks that are no crowds; ``room`` at most."""
-    drawn = rng.random(len(layer.places)) < 0.5
+    """Choose a random share of the objects that have masks and are no crowds, ``room`` at most."""
+    drawn = rng.random(len(layer.places)) < SHARE
     wanted = np.flatnonzero(drawn & layer.objects.has_mask & ~layer.objects.crowd)
     return layer.choose(np.sort(rng.choice(wanted, room, replace=False)) if len(wanted) > room else wanted)
 
@@ -87,12 +90,10 @@ def _paste(
     height, width = below.image.shape[:2]
     bottom = max([height, *(crop.y + crop.mask.shape[0] for crop in pasted)])
     right = max([width, *(crop.x + crop.mask.shape[1] for crop in pasted)])
-    image = np.empty((bottom, right, below.image.shape[2]), below.image.dtype)
-    image[:] = FILL[: image.shape[2]]
-    image[:height, :width] = below.image
-    for crop in pasted:
+    image = cv2.copyMakeBorder(below.image, 0, bottom - height, 0, right - width, cv2.BORDER_CONSTANT, value=FILL)
+    for crop in filter(lambda crop: crop.mask.size, pasted):
         window = _window(crop)
-        np.copyto(image[window], source[window], where=crop.mask.view(bool)[..., None])
+        image[window] = cv2.copyTo(source[window], crop.mask, image[window])
     boxes = below.objects.boxes.copy()
     for i in np.flatnonzero(~below.objects.has_mask):
         x1, y1, x2, y2 = boxes[i]
