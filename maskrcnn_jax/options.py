@@ -1,187 +1,22 @@
-"""Every option once: its default, meaning, unit, choices, range and source.
+"""Every option once: its default, meaning, unit, choices, range and source; those of the network in ``model_options``.
 
 The model, the loader, the optimizer and the training loop take these dataclasses. ``maskrcnn_jax.config`` turns them
 into the ``ConfigDict`` that configuration files change and the command line overrides, and back. The names of
 ``ModelOptions`` are those of torchvision's ``MaskRCNN`` wherever torchvision has the same option.
 
-To add an option, add one field here and use it where it acts.
+To add an option, add one field here or there and use it where it acts.
 """
 
 import dataclasses
 import itertools
-import math
 from typing import ClassVar
 
-from maskrcnn_jax.option_fields import Checked, option
+from maskrcnn_jax.model_options import ModelOptions as ModelOptions
+from maskrcnn_jax.option_fields import PAPER, TORCHVISION, Checked, option
 from maskrcnn_jax.paths import expand
 
 # Smallest dynamic loss scale, and the largest power of two in float32.
 MIN_LOSS_SCALE, MAX_LOSS_SCALE = 1.0, 2.0**127
-
-
-_TORCHVISION = "torchvision"
-_DETECTRON2 = "detectron2"
-_PAPER = "the paper, Sec. "
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions(Checked):
-    """The network and what happens between its stages."""
-
-    prefix: ClassVar[str] = "model."
-
-    backbone: str = option(
-        "resnet50",
-        "backbone: resnet18, resnet34, resnet50, resnet101, mobilenet_v3_large, convnext_tiny, convnext_small or "
-        "convnext_base; or a function of yours as module:function",
-        source=_PAPER + "3.2",
-    )
-    in_channels: int = option(
-        3, "channels of the images: RGB, then others such as depth, which enter as (x / 255 - 0.5) / 0.25", low=3
-    )
-    stem_channels: int = option(64, "output channels of a ResNet's 7x7 convolution", low=1)
-    stage_channels: int = option(
-        0,
-        "output channels of a ResNet's first stage, doubled from stage to stage; 0 means 256, or 64 in resnet18 and "
-        "resnet34",
-        low=0,
-    )
-    bottleneck_channels: int = option(
-        64, "channels inside the bottlenecks of a ResNet's first stage, doubled from stage to stage", low=1
-    )
-    norm: str = option(
-        "batch",
-        "normalisation of the backbone: batch is trained, with statistics of the whole batch; frozen keeps the "
-        "statistics of pretrained weights; group has 32 groups of channels and statistics of each image. ConvNeXt "
-        "always has layer norms",
-        choices=("batch", "frozen", "group"),
-        source="group: Group Normalization (Wu and He, 2018)",
-    )
-    sync_batch_norm: bool = option(
-        True,
-        "batch norms use statistics of the batch on all devices, as torch's SyncBatchNorm; False: of the images on "
-        "each device. For evaluation, the mean over the devices is kept",
-    )
-    norm_eps: float = option(
-        1e-5, "added to the variance by a ResNet's norms; 0 with torchvision's COCO_V1 weights", low=0
-    )
-    stride_in_1x1: bool = option(
-        False, "put the stride of a bottleneck into its 1x1 convolution, as detectron2's MSRA weights need"
-    )
-    head_norm: str = option(
-        "none",
-        "normalisation of the FPN, the box head's convolutions and the mask head; torchvision's v2 has batch",
-        choices=("none", "batch", "frozen", "group"),
-    )
-    fpn_channels: int = option(256, "channels of every pyramid level", low=1, source="FPN, Sec. 3")
-    anchor_sizes: tuple[float, ...] = option(
-        (32, 64, 128, 256, 512), "anchor size of each pyramid level, P2 to P6", unit="pixels", source=_TORCHVISION
-    )
-    aspect_ratios: tuple[float, ...] = option((0.5, 1.0, 2.0), "height / width of the anchors", source=_TORCHVISION)
-    anchor_scales: tuple[float, ...] = option((1.0,), "each level has anchors of its size times each factor")
-    exact_anchors: bool = option(
-        False, "exact anchors at strides of powers of two, as in detectron2, instead of torchvision's rounded ones"
-    )
-    rpn_channels: int = option(0, "channels of the RPN head's convolutions; 0 means fpn_channels", low=0)
-    rpn_conv_depth: int = option(1, "3x3 convolutions of the RPN head; torchvision's v2 has 2", low=1)
-    rpn_fg_iou_thresh: float = option(0.7, "IoU from which an anchor is foreground", low=0, high=1)
-    rpn_bg_iou_thresh: float = option(0.3, "IoU below which an anchor is background", low=0, high=1)
-    rpn_batch_size_per_image: int = option(256, "anchors sampled for the RPN losses", low=1, source=_TORCHVISION)
-    rpn_positive_fraction: float = option(0.5, "largest share of foreground among the sampled anchors", low=0, high=1)
-    rpn_fixed_normalizer: bool = option(
-        False,
-        "divide the RPN losses by rpn_batch_size_per_image times the number of images, as detectron2, instead of by "
-        "the number of sampled anchors, as torchvision",
-    )
-    rpn_pre_nms_top_n_train: int = option(2000, "proposals per level before NMS, in training", low=1)
-    rpn_pre_nms_top_n_test: int = option(1000, "proposals per level before NMS, in evaluation", low=1)
-    rpn_post_nms_top_n_train: int = option(2000, "proposals per image after NMS, in training", low=1)
-    rpn_post_nms_top_n_test: int = option(1000, "proposals per image after NMS, in evaluation", low=1)
-    rpn_nms_thresh: float = option(0.7, "IoU above which NMS drops the worse proposal", low=0, high=1)
-    rpn_min_size: float = option(1e-3, "proposals with a smaller side are dropped", unit="pixels", low=0)
-    train_proposals: str = option(
-        "rpn",
-        "what the heads are trained on besides the ground-truth boxes: rpn, all proposals; gt, nothing; gt_then_rpn, "
-        "the best proposals up to min_proposals boxes",
-        choices=("rpn", "gt", "gt_then_rpn"),
-        source=_PAPER + "2.2 describes gt_then_rpn",
-    )
-    min_proposals: int = option(
-        15, "ground-truth boxes and proposals together, with gt_then_rpn", low=0, source=_PAPER + "3.2"
-    )
-    roi_operator: str = option(
-        "align", "align: RoIAlign; pool: RoIPool, which rounds to whole cells", choices=("align", "pool")
-    )
-    roi_sampling_ratio: int = option(
-        2, "RoIAlign samples per bin and axis; 0 is adaptive, one per feature cell, as in detectron2", low=0
-    )
-    roi_aligned: bool = option(
-        False, "RoIAlign, mask targets and mask pasting without torchvision's half-pixel shift, as in detectron2"
-    )
-    box_conv_channels: tuple[int, ...] = option((), "output channels of each 3x3 convolution of the box head")
-    box_fc_channels: tuple[int, ...] = option(
-        (1024, 1024), "output features of each fully connected layer of the box head", source=_TORCHVISION
-    )
-    cls_agnostic_bbox_reg: bool = option(
-        False, "the box head predicts one box for all classes, instead of one for each, as detectron2's option does"
-    )
-    box_fg_iou_thresh: float = option(
-        0.5, "IoU from which a RoI is foreground; below, it is background", low=0, high=1, source=_TORCHVISION
-    )
-    box_batch_size_per_image: int = option(512, "RoIs sampled for the head losses", low=1, source=_TORCHVISION)
-    box_positive_fraction: float = option(0.25, "largest share of foreground among the sampled RoIs", low=0, high=1)
-    box_score_thresh: float = option(0.05, "score above which a detection is kept", low=0, high=1)
-    box_nms_thresh: float = option(0.5, "IoU above which NMS drops the worse detection of a class", low=0, high=1)
-    box_min_size: float = option(1e-2, "detections with a smaller side are dropped", unit="pixels", low=0)
-    box_detections_per_img: int = option(
-        100, "detections per image; above 100, COCO's metrics count as many", low=1, source=_TORCHVISION
-    )
-    mask_channels: int = option(256, "channels of the mask head", low=1)
-    mask_deconv: bool = option(
-        True,
-        "upsample masks to 28x28 with a deconvolution; False gives the paper's 14x14",
-        source=_PAPER + "2.5",
-    )
-    mask_targets_binary: bool = option(
-        False, "mask targets are 0 or 1, as in detectron2, or the covered share of each cell, as in torchvision"
-    )
-    classification_loss: str = option(
-        "cross_entropy",
-        "class loss of the box head: cross entropy or sigmoid focal loss",
-        choices=("cross_entropy", "focal"),
-        source=_PAPER + "3.2",
-    )
-    class_weights: tuple[float, ...] = option(
-        (),
-        "weights of the classes in the cross entropy: first the background's, then one for each class in the order of "
-        "the labels; the loss is divided by the sum of the RoIs' weights. Empty: all 1",
-        source="torch's CrossEntropyLoss(weight=...)",
-    )
-    box_loss: str = option(
-        "smooth_l1", "box loss of the box head", choices=("smooth_l1", "iou", "giou"), source=_PAPER + "3.2"
-    )
-    smooth_l1_beta: float = option(
-        1 / 9,
-        "offset at which smooth L1 turns from quadratic to linear, in the RPN and the box head; 0 gives L1, as in "
-        "detectron2",
-        low=0,
-        source=_TORCHVISION,
-    )
-    mask_loss: str = option("bce", "loss of the mask head", choices=("bce", "dice"), source=_PAPER + "3.2")
-    remat: bool = option(False, "recompute the backbone in the backward pass: less memory, more time")
-    dtype: str = option(
-        "float32",
-        "dtype of convolutions and matrix products; parameters are at least float32. float16 scales the loss",
-        choices=("float32", "bfloat16", "float16", "float64"),
-    )
-
-    def _contradictions(self) -> list[str]:
-        weights = self.class_weights
-        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            return [f"model.class_weights is {weights}; use finite numbers from 0, not all of them 0"]
-        if weights and self.classification_loss == "focal":
-            return ["model.class_weights is for cross entropy; leave it empty with model.classification_loss=focal"]
-        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +29,9 @@ class OptimOptions(Checked):
         "adamw",
         "optimizer: adamw, or sgd as in torchvision's and detectron2's recipes",
         choices=("adamw", "sgd"),
-        source=_PAPER + "3.2",
+        source=PAPER + "3.2",
     )
-    lr: float = option(5e-4, "peak learning rate", source=_PAPER + "3.2")
+    lr: float = option(5e-4, "peak learning rate", source=PAPER + "3.2")
     lr_batch_size: int = option(
         0, "batch size that lr is meant for; lr is scaled in proportion to batch_size. 0 does not scale", low=0
     )
@@ -211,10 +46,10 @@ class OptimOptions(Checked):
         "linear warm-up from lr * warmup_factor, at most a tenth of the run",
         unit="steps",
         low=0,
-        source=_TORCHVISION,
+        source=TORCHVISION,
     )
     warmup_factor: float = option(
-        1e-3, "learning rate of the first step, as a share of lr", low=0, high=1, source=_TORCHVISION
+        1e-3, "learning rate of the first step, as a share of lr", low=0, high=1, source=TORCHVISION
     )
     warmup_kind: str = option(
         "sequential",
@@ -332,6 +167,12 @@ class DataOptions(Checked):
     short_side: int = option(
         800, "shorter side of an image after resizing (torchvision's min_size)", unit="pixels", low=1
     )
+    short_sides: tuple[int, ...] = option(
+        (),
+        "in training, the shorter side of each image is drawn from these, as detectron2 does from 640, 672, ..., 800. "
+        "() always uses short_side",
+        unit="pixels",
+    )
     long_side: int = option(
         1333, "longest side of an image after resizing (torchvision's max_size)", unit="pixels", low=1
     )
@@ -349,7 +190,39 @@ class DataOptions(Checked):
     contiguous_labels: bool = option(
         False, "number COCO's categories 1..80, as detectron2, instead of by their ids, as torchvision"
     )
-    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1, source=_TORCHVISION)
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1, source=TORCHVISION)
+    vflip: float = option(0.0, "probability of a vertical flip, in training", low=0, high=1)
+    rotate90: float = option(0.0, "probability of a turn by 90, 180 or 270 degrees, in training", low=0, high=1)
+    rotation: float = option(
+        0.0,
+        "largest angle of a random rotation about the centre, either way, in training; the image keeps its size, so "
+        "corners are cut off",
+        unit="degrees",
+        low=0,
+        high=180,
+    )
+    crop_size: int = option(
+        0,
+        "side of the square that training cuts at random from each resized image; smaller images are padded. All "
+        "batches then have this one size. 0 does not crop",
+        unit="pixels",
+        low=0,
+    )
+    scale_jitter: tuple[float, ...] = option(
+        (),
+        "large-scale jitter: smallest and largest factor, such as (0.1, 2.0). Training resizes images to fit a square "
+        "of crop_size times a random factor, instead of by short_side. () does not",
+        source="Ghiasi et al., 2021",
+    )
+    copy_paste: float = option(
+        0.0,
+        "probability that objects of a second training image are pasted over an image, each with probability 1/2. The "
+        "second image is transformed likewise. Crowds and objects without masks are not pasted; objects of which "
+        "nothing is left in sight are dropped",
+        low=0,
+        high=1,
+        source="Ghiasi et al., 2021",
+    )
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation changes", low=0, high=1)
     ignore_regions: bool = option(
         False,
@@ -361,6 +234,14 @@ class DataOptions(Checked):
         "largest number of objects of an image that training uses, rounded up to a multiple of 8. From an image with "
         "more, every epoch draws a new random choice, and the others count as background. 0 uses all",
         low=0,
+    )
+    repeat_threshold: float = option(
+        0.0,
+        "repeat-factor sampling: images with a category in a share f < repeat_threshold of the training images appear "
+        "sqrt(repeat_threshold / f) times an epoch on average; LVIS uses 0.001. 0 shows each image once",
+        low=0,
+        high=1,
+        source="Gupta et al., 2019",
     )
     exclude_categories: tuple[int, ...] = option(
         (), "ids of categories to leave out; their objects are background, or ignored with data.ignore_regions"
@@ -379,6 +260,14 @@ class DataOptions(Checked):
         problems = []
         if self.short_side > self.long_side:
             problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
+        if self.short_sides and not 1 <= min(self.short_sides) <= max(self.short_sides) <= self.long_side:
+            problems.append(
+                f"data.short_sides is {self.short_sides}; use values from 1 to data.long_side, {self.long_side}"
+            )
+        if self.scale_jitter and not self.crop_size:
+            problems.append(f"data.scale_jitter is {self.scale_jitter}; set data.crop_size as well, such as 1024")
+        if self.scale_jitter and (len(self.scale_jitter) != 2 or not 0 < self.scale_jitter[0] <= self.scale_jitter[1]):
+            problems.append(f"data.scale_jitter is {self.scale_jitter}; use two positive factors such as (0.1, 2.0)")
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(
                 f"data.eval_split is {self.eval_split} as data.train_split is; with data.val_share leave it as it was"
@@ -392,7 +281,7 @@ class Options(Checked):
 
     seed: int = option(0, "seed of initialisation, sampling, shuffling and augmentation", low=0)
     batch_size: int = option(
-        16, "images per step, over all devices and accumulation steps", low=1, source=_PAPER + "3.2"
+        16, "images per step, over all devices and accumulation steps", low=1, source=PAPER + "3.2"
     )
     epochs: int = option(12, "epochs; 0 chooses 12 to 100 so that about images_to_see images are seen", low=0)
     images_to_see: int = option(
