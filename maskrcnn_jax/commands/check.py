@@ -2,16 +2,20 @@
 
     maskrcnn-jax check DIR [--config=r50_fpn] [--report=check.html] [--fix=cleaned.json]
     maskrcnn-jax check FILE.json --images=DIR
+    maskrcnn-jax check DIR --config=r50_fpn --augmented=sheet.jpg
 
 DIR holds train2017/, val2017/ and annotations/instances_{train,val}2017.json, or another layout that convert knows;
 --train_split and --val_split name other splits. Lists errors (training would stop, or learn something wrong) and
 warnings, and exits with status 1 if there are errors. --fix writes a cleaned copy of the annotations of the training
-split, or of FILE.
+split, or of FILE. --augmented draws what training sees: the first images with masks and boxes, augmented as the config
+says.
 """
 
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -21,6 +25,7 @@ from maskrcnn_jax.checking.mend import fix_dataset
 from maskrcnn_jax.config import default_config, to_options
 from maskrcnn_jax.converting.convert import in_coco_format
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
 
 
@@ -41,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--noopen_images", dest="open_images", action="store_false", help="only look whether the image files exist"
     )
     parser.add_argument("--report", metavar="FILE", help="HTML page to write, with pictures of examples")
+    parser.add_argument("--augmented", metavar="FILE", help="picture to write of images as training sees them")
     parser.add_argument("--fix", metavar="FILE", help="cleaned copy of the annotations to write")
 
 
@@ -58,6 +64,14 @@ def _print_findings(splits: list[Split]) -> None:
             if 0 < len(finding.examples) < len(finding.rows):
                 print(f"    and {len(finding.rows) - len(finding.examples)} more")
     print(summary(splits))
+
+
+def _draw_augmented(path: str, config: Options, folder: Path) -> None:
+    from maskrcnn_jax.checking.training_sheet import write_sheet  # imports Grain
+
+    if not folder.is_dir():
+        raise UserError(f"--augmented needs the folder of a dataset, not the file {folder}")
+    write_sheet(path, replace(config, data=replace(config.data, source="coco", coco_dir=str(folder))))
 
 
 def main(options: argparse.Namespace) -> None:
@@ -78,6 +92,8 @@ def main(options: argparse.Namespace) -> None:
         _print_findings(splits)
         if options.report:
             write_report(as_path(options.report), splits)
+        if options.augmented:
+            _draw_augmented(options.augmented, config, folder)
     if options.fix:
         cleaned, changes = fix_dataset(splits, options.fix, config, **how)
         print(plain(f"The cleaned copy {options.fix}:"))

@@ -16,10 +16,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from maskrcnn_jax.data import transforms
-from maskrcnn_jax.data.coco import CocoDataset
+from maskrcnn_jax.data import augment, transforms
+from maskrcnn_jax.data.coco import CocoDataset, ImageAnnotations
+from maskrcnn_jax.data.copy_paste import draw_scene
 from maskrcnn_jax.data.images import BrokenImageError
-from maskrcnn_jax.data.plan import Plan, buckets_for
+from maskrcnn_jax.data.plan import Plan, buckets_for, repeat_factors
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
@@ -51,10 +52,10 @@ class _BatchReader:
     plan: Plan
     options: DataOptions
     channels: int
-    augment: bool
     annotations: bool
     max_objects: int
     mask_side: int
+    image_indices: np.ndarray  # rows of the index that take part
     process_rows: slice  # of every batch, those of this process
 
     def __call__(self, step: int) -> Batch | Exception:
@@ -67,13 +68,15 @@ class _BatchReader:
                 sample = (self.plan.seed, epoch, step * len(images) + position + 1)
                 try:
                     self._fill(batch, row, int(images[position]), sample)
-                except BrokenImageError as error:
-                    if not self.options.skip_broken:
-                        return error
-                    _warn_once(str(error))
                 except UserError as error:
-                    return error
+                    if not self._skips(error):
+                        return error
         return batch
+
+    def _skips(self, error: UserError) -> bool:
+        if skipped := self.options.skip_broken and isinstance(error, BrokenImageError):
+            _warn_once(str(error))
+        return skipped
 
     def _empty(self, rows: int, padded_size: tuple[int, int]) -> Batch:
         objects, side = self.max_objects, self.mask_side
@@ -97,22 +100,54 @@ class _BatchReader:
         )
 
     def _fill(self, batch: Batch, row: int, i: int, sample: tuple[int, int, int]) -> None:
-        options, rng = self.options, np.random.default_rng(sample)
-        flip = self.augment and rng.random() < options.hflip
+        rng = np.random.default_rng(sample)
+        fill = self._fill_moved if augment.moves_images(self.options) else self._fill_resized
+        image = fill(batch, row, i, rng)
+        height, width, _ = image.shape
+        batch.images[row, :height, :width] = image
+        batch.sizes[row] = height, width
+        batch.original_sizes[row] = self.index.sizes[i]
+        batch.image_index[row] = i
+        batch.valid[row] = True
+
+    def _fill_resized(self, batch: Batch, row: int, i: int, rng: np.random.Generator) -> np.ndarray:
+        """Fill in the objects of an image that is resized, and mirrored now and then; returns the image."""
+        options = self.options
+        flip = rng.random() < options.hflip
         image = self.index.read_image(i, self.channels)
         height, width, _ = image.shape
-        size = transforms.resized_size(height, width, options.short_side, options.long_side, options.resize)
-        if self.augment and options.color_jitter:
+        short_side = augment.draw_short_side(options, rng)
+        size = transforms.resized_size(height, width, short_side, options.long_side, options.resize)
+        if options.color_jitter:
             image = transforms.color_jitter(image, options.color_jitter, rng)
         if flip:
             image = transforms.hflip_image(image)
         if batch.gt is not None:
             self._fill_objects(batch.gt, row, i, size, flip, rng)
-        batch.images[row, : size[0], : size[1]] = transforms.resize_image(image, size, options.resize)
-        batch.sizes[row] = size
-        batch.original_sizes[row] = height, width
-        batch.image_index[row] = i
-        batch.valid[row] = True
+        return transforms.resize_image(image, size, options.resize)
+
+    def _fill_moved(self, batch: Batch, row: int, i: int, rng: np.random.Generator) -> np.ndarray:
+        """Fill in the objects in sight of an image that is cropped, turned or pasted over; returns the image."""
+        crop = self.options.crop_size
+        scene = draw_scene(
+            *(self.index, i, self.options),
+            canvas=(crop, crop) if crop else (batch.images.shape[1], batch.images.shape[2]),
+            channels=self.channels,
+            max_objects=self.max_objects,
+            donors=self.image_indices,
+            skips=self._skips,
+            rng=rng,
+        )
+        if (gt := batch.gt) is None:
+            return scene.image
+        objects, size, num = scene.objects, scene.image.shape[:2], len(scene.objects.ids)
+        packed, windows, gt.mask_sizes[row] = transforms.pack_masks(scene.crops, size, size, self.mask_side)
+        gt.masks[row, :num], gt.mask_windows[row, :num] = packed, windows
+        y, x, height, width = windows.T
+        around = np.stack([x, y, x + width, y + height], axis=1)
+        gt.boxes[row, :num] = np.where(objects.has_mask[:, None], around, objects.boxes)
+        self._fill_columns(gt, row, objects)
+        return scene.image
 
     def _fill_objects(
         self, gt: GroundTruth, row: int, i: int, size: tuple[int, int], flip: bool, rng: np.random.Generator
@@ -127,16 +162,20 @@ class _BatchReader:
         if flip:
             boxes = transforms.hflip_boxes(boxes, width)
         gt.boxes[row, :num] = transforms.scale_boxes(boxes, (height, width), size)
-        gt.labels[row, :num] = objects.labels[chosen]
         crops = self.index.crops(i, chosen, self.options.ignore_regions)
         gt.masks[row, :num], gt.mask_windows[row, :num], gt.mask_sizes[row] = transforms.pack_masks(
             crops, (height, width), size, self.mask_side, flip=flip
         )
-        gt.valid[row, :num] = ~objects.crowd[chosen]
+        self._fill_columns(gt, row, ImageAnnotations(*(column[chosen] for column in objects)))
+
+    def _fill_columns(self, gt: GroundTruth, row: int, objects: ImageAnnotations) -> None:
+        num = len(objects.ids)
+        gt.labels[row, :num] = objects.labels
+        gt.valid[row, :num] = ~objects.crowd
         if gt.has_mask is not None:
-            gt.has_mask[row, :num] = objects.has_mask[chosen]
+            gt.has_mask[row, :num] = objects.has_mask
         if gt.ignored is not None:
-            gt.ignored[row, :num] = objects.crowd[chosen]
+            gt.ignored[row, :num] = objects.crowd
         # What has no area now overlaps all anchors alike, by nothing, and would be matched to each.
         gt.valid[row] &= (gt.boxes[row, :, 2:] > gt.boxes[row, :, :2]).all(axis=1)
 
@@ -258,13 +297,16 @@ def make_loader(
         raise UserError("no images to load; the dataset or the chosen part of it is empty")
     if train and batch_size % process_count:
         raise UserError(f"batch_size {batch_size} must be a multiple of {process_count} processes")
+    options = augment.planned(options) if train else augment.unaugmented(options)
+    sizes = transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize)
     plan = Plan(
-        transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize),
+        np.minimum(sizes, options.crop_size) if options.crop_size else sizes,
         image_indices,
         batch_size=batch_size,
         buckets=buckets_for(options),
         shuffle=train,
         seed=seed,
+        repeats=repeat_factors(index, image_indices, options.repeat_threshold) if options.repeat_threshold else None,
     )
     share = batch_size // process_count
     max_objects = _max_objects(index, options, train=train) if annotations else 0
@@ -273,10 +315,10 @@ def make_loader(
         plan=plan,
         options=options,
         channels=channels,
-        augment=train,
         annotations=annotations,
         max_objects=max_objects,
         mask_side=mask_side(_longest_mask(index, options), max_objects) if annotations else 0,
+        image_indices=image_indices,
         process_rows=slice(process_index * share, (process_index + 1) * share) if train else slice(None),
     )
     num_steps = plan.steps_per_epoch if num_steps is None else num_steps
@@ -288,20 +330,25 @@ def _max_objects(index: CocoDataset, options: DataOptions, *, train: bool) -> in
     """Return for how many objects a batch has room in each image; in training, warn if one has by far the most."""
     counts = np.diff(index.offsets) if options.ignore_regions else index.num_objects
     most, usual = int(counts.max()), int(np.percentile(counts, 95))
+    # For the objects that are pasted there is as much room as most images need.
+    room = most + usual if options.copy_paste else most
     if train and options.max_objects:
-        most = min(most, options.max_objects)
+        room = min(room, options.max_objects)
     elif train and most > max(_MANY_OBJECTS, _MANY_TIMES * usual):
         _log.warning(
             "%s has %d objects, while 95 %% of the images have at most %d. Every step takes the memory and time of %d "
             "objects an image; set data.max_objects to limit their number",
             *(index.file_names[counts.argmax()], most, usual, most),
         )
-    return max(8, -(-most // 8) * 8)
+    return max(8, -(-room // 8) * 8)
 
 
 def _longest_mask(index: CocoDataset, options: DataOptions) -> int:
     """Return the longest side of the objects in pixels of the image or of the network input, whichever has fewer."""
     sizes = transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize)
-    scales = np.minimum(sizes / index.sizes, 1)[index.image_rows]  # [K, 2] of height, width
+    # Scale jitter may leave an image as large as it is.
+    scales = np.ones_like(sizes) if options.scale_jitter else np.minimum(sizes / index.sizes, 1)
+    scales = scales[index.image_rows]  # [K, 2] of height, width
     sides = (index.boxes[:, 2:] - index.boxes[:, :2])[:, ::-1] * scales
-    return int(np.ceil(sides.max(initial=0))) + 2  # a mask may reach into one more pixel on either side
+    longest = int(np.ceil(sides.max(initial=0))) + 2  # a mask may reach into one more pixel on either side
+    return min(longest, options.crop_size) if options.crop_size else longest

@@ -20,11 +20,13 @@ def buckets_for(options: DataOptions) -> list[tuple[int, int]]:
 
     With ``buckets="auto"`` there are sizes for images up to 4:3 and for the longest ones, in both orientations:
     800/1333 gives 800x1088, 800x1344 and their transposes, which leave 7 % of COCO's pixels to padding. With "exact"
-    there are none in advance: each image is padded to its own multiple of 32.
+    there are none in advance: each image is padded to its own multiple of 32. With ``crop_size`` there is one.
 
     Returns:
         (height, width) pairs in pixels; empty for "exact".
     """
+    if options.crop_size:
+        return [(_round_up(options.crop_size),) * 2]
     if options.buckets == "exact":
         return []
     short = _round_up(options.short_side)
@@ -58,6 +60,45 @@ def training_subset(index: CocoDataset, limit: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(rows)[:limit]) if limit else rows
 
 
+def repeat_factors(index: CocoDataset, image_indices: np.ndarray, threshold: float) -> np.ndarray:
+    """Compute how often each image is to appear in an epoch, so that rare categories are seen more often.
+
+    A category in a share f of the images has the factor max(1, sqrt(threshold / f)); an image has the largest of its
+    categories. With a threshold of 0.5, and categories in 8, 2 and 1 of 8 images: 1, 1.41 and 2.
+
+    Args:
+        index: the dataset.
+        image_indices: [n] int, the images that take part.
+        threshold: share of the images below which a category counts as rare.
+
+    Returns:
+        [n] float64, at least 1; 1 for images without objects.
+
+    Source: Sec. 4.2, LVIS (Gupta et al., 2019).
+    """
+    places = np.full(len(index), -1)
+    places[image_indices] = np.arange(len(image_indices))
+    labels, places = index.labels[~index.crowd], places[index.image_rows][~index.crowd]
+    pairs = np.unique(np.stack([places, labels])[:, places >= 0], axis=1)
+    shares = np.bincount(pairs[1], minlength=1) / len(image_indices)
+    factors = np.ones(len(image_indices))
+    np.maximum.at(factors, pairs[0], np.sqrt(threshold / shares[pairs[1]]))
+    return factors
+
+
+def draw_repeats(factors: np.ndarray, offset: float) -> np.ndarray:
+    """Draw how often each image appears in one epoch, by systematic sampling.
+
+    Args:
+        factors: [n] float64, how often on average.
+        offset: 0..1, random.
+
+    Returns:
+        [n] int64, each factor rounded down or up; their sum is that of the factors, rounded down or up.
+    """
+    return np.diff(np.floor(np.cumsum(factors) + offset).astype(np.int64), prepend=0)
+
+
 class Plan:
     """Says which images every step of every epoch loads, and at what padded size."""
 
@@ -70,6 +111,7 @@ class Plan:
         buckets: list[tuple[int, int]],
         shuffle: bool,
         seed: int,
+        repeats: np.ndarray | None = None,
     ):
         """Assigns every image to the smallest bucket that holds it.
 
@@ -81,6 +123,7 @@ class Plan:
             shuffle: a new order every epoch, and partial batches filled by other images of the same bucket;
                 otherwise the given order within each bucket, and partial batches filled by -1.
             seed: of the shuffle.
+            repeats: [n] float64, how often each image appears in an epoch on average; None for once. Only in training.
         """
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self._images = np.asarray(image_indices, np.int64)
@@ -90,8 +133,11 @@ class Plan:
             self._bucket_of, self._buckets = fits.argmax(axis=1), np.array(buckets, np.int32)
         else:
             self._buckets, self._bucket_of = np.unique(_round_up(sizes), axis=0, return_inverse=True)
-        counts = np.bincount(self._bucket_of, minlength=len(self._buckets))
-        self.steps_per_epoch = int((-(-counts // batch_size)).sum())
+        self._repeats = repeats
+        counts = np.bincount(self._bucket_of, repeats, len(self._buckets))
+        counts = np.ceil(counts - 1e-9).astype(int)  # an epoch may draw so many; the difference is rounding of the sum
+        self._steps_of = -(-counts // batch_size)  # each bucket
+        self.steps_per_epoch = int(self._steps_of.sum())
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     def __getstate__(self) -> dict:
@@ -116,8 +162,10 @@ class Plan:
         by_bucket = order[np.argsort(self._bucket_of[order], kind="stable")]
         ends = np.cumsum(np.bincount(self._bucket_of, minlength=len(self._buckets)))
         image_parts, bucket_parts = [], []
-        for bucket, members in enumerate(np.split(self._images[by_bucket], ends[:-1])):
-            num_steps = -(-len(members) // self.batch_size)
+        for bucket, places in enumerate(np.split(by_bucket, ends[:-1])):
+            members, num_steps = self._images[places], int(self._steps_of[bucket])
+            if self._repeats is not None:
+                members = rng.permutation(np.repeat(members, draw_repeats(self._repeats[places], rng.random())))
             if self.shuffle:
                 rows = np.resize(members, num_steps * self.batch_size)  # wraps round to the first ones
             else:

@@ -142,10 +142,12 @@ def pack_masks(
             continue
         if flip:
             crop = Crop(crop.mask[:, ::-1], crop.y, image_size[1] - crop.x - crop.mask.shape[1])
-        mask, y, x = shrink_mask(crop, image_size, raster)
+        mask, y, x = crop if raster == image_size else shrink_mask(crop, image_size, raster)
         window[:] = y, x, *mask.shape
-        rows, columns = (_sources(length, min(length, side), centred=True) for length in mask.shape)
-        bits = np.packbits(mask[rows[:, None], columns], axis=1, bitorder="little")
+        if max(mask.shape) > side:
+            rows, columns = (_sources(length, min(length, side), centred=True) for length in mask.shape)
+            mask = mask[rows[:, None], columns]
+        bits = np.packbits(mask, axis=1, bitorder="little")
         canvas[: bits.shape[0], : bits.shape[1]] = bits
     return np.array(packed, np.uint8).reshape(-1, side, side // 8), np.array(windows, np.int32).reshape(-1, 4), raster
 

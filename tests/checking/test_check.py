@@ -16,6 +16,7 @@ from maskrcnn_jax.checking.annotations import check_index, stop_or_warn
 from maskrcnn_jax.checking.dataset import check_dataset, check_split
 from maskrcnn_jax.checking.dataset_page import write_report
 from maskrcnn_jax.checking.mend import fix_dataset, mend
+from maskrcnn_jax.checking.training_sheet import write_sheet
 from maskrcnn_jax.commands import check as command
 from maskrcnn_jax.config import load_config, to_options
 from maskrcnn_jax.data.dataset import load_coco, locate
@@ -371,3 +372,26 @@ def test_a_page_shows_images_that_are_a_few_pixels_thin(tmp_path):
     assert {Kind.CLIPPED_BOX} <= {finding.kind for finding in splits[0].findings}
     write_report(tmp_path / "page.html", splits)
     assert (tmp_path / "page.html").read_text().count("data:image/jpeg") >= 2
+
+
+def test_a_sheet_shows_images_as_training_sees_them(root, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    assert run_command(root, f"--augmented={sheet}") == 0
+    picture = cv2.imread(str(sheet))
+    assert picture.shape[0] > 3 * 480 and picture.shape[1] > 4 * 480
+    options = dataclasses.replace(OPTIONS, batch_size=12)
+    data = dataclasses.replace(options.data, coco_dir=str(root), hflip=0.0, ignore_regions=True)
+    shown = []
+    for factor in (0.5, 1.0):
+        jittered = dataclasses.replace(data, crop_size=96, scale_jitter=(factor, factor))
+        write_sheet(sheet, dataclasses.replace(options, data=jittered))
+        shown.append(cv2.imread(str(sheet)))
+    padding = [(abs(picture.astype(int) - [104, 116, 124]).max(axis=2) == 0).mean() for picture in shown]
+    assert 0.6 < padding[0] < 0.8, "three quarters of each image"
+    assert padding[1] < 0.02
+
+
+def test_a_sheet_of_a_file_alone_is_refused(root, tmp_path):
+    path = root / "annotations" / "instances_train2017.json"
+    with pytest.raises(UserError, match="--augmented needs the folder of a dataset"):
+        run_command(path, f"--images={root / 'train2017'}", f"--augmented={tmp_path / 'sheet.png'}")
