@@ -162,7 +162,7 @@ def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_a
         value = dict(run.overrides)["optim.lr"] * 100 * (-1 if weights else 1) + run.seed / 100 + 0.5
         point = {"epoch": 2.0, "bbox_AP": value, "bbox_AP50": 2 * value, "segm_AP": value, "segm_AP50": value}
         result = {"run": run.name, "commit": "abc", "date": "2026-01-01", "seconds": 60.0, "steps": 4}
-        result |= {"hardware": {"cpu": "a processor"}, "losses": [2.0, 1.0], "curve": [point]}
+        result |= {"hardware": {"cpu": "a processor", "cores": 2}, "losses": [2.0, 1.0], "curve": [point]}
         path = output / run.name / running.RESULT
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))
@@ -192,8 +192,8 @@ def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_a
     assert done == [(finetuning_run(name, lr, seed), name != random) for name, lr, seed in wanted]
     text = (docs / "results.md").read_text()
     assert f"| {pretrained} | **{low:g}** | 2 | 0.455 ± 0.007 | 0.910 ± 0.014 |" in text
-    assert "4 steps; commit abc, 2026-01-01. A training took 1 minutes" in text
-    assert "one core of a processor" in text
+    assert "4 steps; commit abc, 2026-01-01." in text
+    assert "1 minutes on 2 cores of a processor" in text
     write_report(tmp_path / "nothing", docs)
     assert (docs / "results_finetuning.png").stat().st_size > 1000
     assert (docs / "results.md").read_text() == text, "the documents hold every result"

@@ -23,7 +23,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Line]], path: Path) -> None:
         panels: title -> label -> line.
         path: the PNG file.
     """
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5), layout="constrained", squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, (epochs, values) in lines.items():
             (line,) = axis.plot(epochs, np.mean(values, axis=0), marker="o", markersize=3, label=label)

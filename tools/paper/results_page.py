@@ -216,7 +216,7 @@ def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
         ],
         "steps": _join(result["steps"] for result in trained),
         "origins": _origins(found),
-        "processors": " or ".join(sorted({result["hardware"]["cpu"] for result in trained})),
+        "hardware": " or ".join(sorted({"{cores} cores of {cpu}".format(**result["hardware"]) for result in trained})),
         "minutes": sorted(
             {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
         ),
