@@ -307,8 +307,15 @@ class Options(Checked):
         unit="steps",
         low=0,
     )
-    keep_checkpoints: int = option(
-        2, "newest checkpoints kept, besides the best by mask AP (box AP without masks)", low=1
+    keep_checkpoints: int = option(2, "newest checkpoints kept, besides the best by best_metric", low=1)
+    best_metric: str = option(
+        "segm_AP",
+        "metric of evaluations that chooses the best checkpoint and stops training early: mask AP (box AP without "
+        "masks) or box AP",
+        choices=("segm_AP", "bbox_AP"),
+    )
+    patience: int = option(
+        0, "training stops after so many evaluations without a better best_metric; 0 means never", low=0
     )
     shard_params: bool = option(
         False,
@@ -318,3 +325,8 @@ class Options(Checked):
     model: ModelOptions = ModelOptions()
     optim: OptimOptions = OptimOptions()
     data: DataOptions = DataOptions()
+
+    def _contradictions(self) -> list[str]:
+        if self.patience and not self.eval_every:
+            return [f"patience is {self.patience} with eval_every 0; use an eval_every of at least 1, or patience 0"]
+        return []

@@ -40,8 +40,7 @@ class MetricWriter:
         workdir = as_path(workdir)
         self._files = GrowingFiles(workdir)
         self._path, board = self._files.path / "metrics.jsonl", self._files.path / "tensorboard"
-        if (workdir / "metrics.jsonl").exists():
-            lines = read_bytes(workdir / "metrics.jsonl").decode().splitlines()
+        if lines := _read_lines(workdir):
             kept = [line for line in lines if _place_of(line) <= (first_step, evaluated)]
             replace_file(self._path, "".join(line + "\n" for line in kept))
         with writing(self._path):
@@ -87,6 +86,17 @@ class MetricWriter:
         with writing(self._path.with_name("tensorboard")):
             self._board.write_event(Event(wall_time=time.time(), step=step, **content))
             self._board.flush()
+
+
+def read_evaluations(workdir: Path, step: int) -> dict[int, dict]:
+    """Return the metrics of the evaluations of a run up to a step, by step and in their order."""
+    rows = [json.loads(line) for line in _read_lines(workdir) if _place_of(line) <= (step, True)]
+    return {row["step"]: row for row in rows if "segm_AP" in row}
+
+
+def _read_lines(workdir: Path) -> list[str]:
+    path = workdir / "metrics.jsonl"
+    return read_bytes(path).decode().splitlines() if path.exists() else []
 
 
 def _place_of(line: str) -> tuple[float, bool]:

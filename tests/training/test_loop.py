@@ -39,7 +39,7 @@ def config(config):
 
 
 _PROGRAMS = {}  # of each config, what its runs have compiled
-_NOT_COMPILED = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+_NOT_COMPILED = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "patience")
 
 
 def train(config, workdir, *, anew=False, **options):
@@ -230,6 +230,40 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
     load_run(tmp_path, checkpoint="best")
     with pytest.raises(UserError, match=r"no checkpoint '3'; there are: \[2, 4\]"):
         load_run(tmp_path, checkpoint="3")
+
+
+@pytest.mark.slow
+def test_a_run_stops_early_at_the_same_step_however_often_it_is_interrupted(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "maskrcnn_jax.training")
+    config.epochs, config.patience, config.keep_checkpoints = 6, 2, 1
+    measured = [0.1, 0.3, 0.2, 0.3]  # after steps 2, 4, 6 and 8
+    train(config, tmp_path / "whole", make_evaluate=scores(*measured))
+    told = "2 evaluations since that of step 4 have found no better segm_AP than 0.300 (patience 2)"
+    assert f"stopped early at step 8: {told}" in caplog.text
+
+    run = tmp_path / "interrupted"
+    for value in measured:  # killed in each evaluation
+        with pytest.raises(IndexError):
+            train(config, run, make_evaluate=scores())
+        if value != measured[-1]:
+            with pytest.raises(IndexError):
+                train(config, run, make_evaluate=scores(value))
+    train(config, run, make_evaluate=scores(measured[-1]))
+    whole, parts = (
+        [(line["step"], line.get("loss"), line.get("segm_AP")) for line in lines(folder)]
+        for folder in (tmp_path / "whole", run)
+    )
+    assert whole == parts
+    for whole, parts in zip(arrays(tmp_path / "whole"), arrays(run), strict=True):
+        np.testing.assert_array_equal(whole, parts)
+
+    before = contents(run)
+    train(config, run, make_evaluate=never)
+    assert contents(run) == before
+    assert f"nothing to do: {run} was stopped early at step 8: {told}" in caplog.text
+    config.patience = 3
+    train(config, run, make_evaluate=scores(0.1))
+    assert lines(run)[-1]["step"] == 10
 
 
 def test_batches_are_placed_while_a_step_runs(config, tmp_path, monkeypatch):
