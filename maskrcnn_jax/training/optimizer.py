@@ -57,8 +57,8 @@ def _make_decay(optim: OptimOptions, num_steps: int, steps_per_epoch: int, warmu
     milestones = [int(milestone) * unit for milestone in optim.milestones]
     if milestones[0] < warmup_steps:
         raise UserError(
-            f"optim.milestones {optim.milestones} in {optim.milestone_unit} begin at step {milestones[0]}; use milestones "
-            f"from {warmup_steps} on, the end of warm-up"
+            f"optim.milestones {optim.milestones} in {optim.milestone_unit} begin at step {milestones[0]}; use "
+            f"milestones from {warmup_steps} on, the end of warm-up"
         )
     if milestones[-1] >= num_steps:  # as in a trial run of a few steps
         _log.warning(
