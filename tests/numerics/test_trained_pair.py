@@ -189,16 +189,16 @@ def _halve_mask_loss(monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_sides_train_once_and_a_halved_loss_is_noticed(options, tmp_path, monkeypatch):
+def test_both_sides_train_once_and_a_halved_loss_shows(options, tmp_path, monkeypatch):
     sound, faulty = tmp_path / "sound", tmp_path / "faulty"
     with monkeypatch.context() as patch:
         patch.setattr(trained_pair, "train_torchvision", _stop)
         with pytest.raises(KeyboardInterrupt):
-            trained_pair.train_pairs(options, sound, 3)
+            trained_pair.train_pairs(options, sound, 1)
     interrupted = json.loads((sound / "seed0/maskrcnn_jax/result.json").read_text())
-    results = trained_pair.train_pairs(options, sound, 3)
+    results = trained_pair.train_pairs(options, sound, 1)
     assert results.ours[0] == interrupted, "what was finished is not repeated"
-    assert not results.differs, results.table()
+    assert "One seed says nothing" in results.table()
     ours, theirs = results.ours[0]["curve"], results.theirs[0]["curve"]
     assert [point["step"] for point in ours] == [point["step"] for point in theirs] == [1, 2, 3, 4]
     # The same weights: the first losses differ only by the order of the images and the samples.
@@ -208,11 +208,12 @@ def test_both_sides_train_once_and_a_halved_loss_is_noticed(options, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(trained_pair.mr, "train", _stop)
         patch.setattr(trained_pair, "train_torchvision", _stop)
-        assert trained_pair.train_pairs(options, sound, 3).table() == results.table()
+        assert trained_pair.train_pairs(options, sound, 1).table() == results.table()
     with pytest.raises(UserError, match="other options: batch_size 16"):
-        trained_pair.train_pairs(dataclasses.replace(options, batch_size=16), sound, 3)
+        trained_pair.train_pairs(dataclasses.replace(options, batch_size=16), sound, 1)
 
     shutil.copytree(sound, faulty, ignore=shutil.ignore_patterns("maskrcnn_jax"))
     _halve_mask_loss(monkeypatch)
-    results = trained_pair.train_pairs(options, faulty, 3)
-    assert {test.name for test in results.tests if test.differs} >= {"loss_mask"}, results.table()
+    tests = {test.name: test for test in trained_pair.train_pairs(options, faulty, 1).tests}
+    assert tests["loss_mask"].ours[0] == pytest.approx(tests["loss_mask"].theirs[0] / 2, rel=0.05)
+    assert tests["loss_objectness"].ours[0] == pytest.approx(tests["loss_objectness"].theirs[0], rel=0.05)
