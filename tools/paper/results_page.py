@@ -1,24 +1,21 @@
-"""docs/results.md: the paper's numbers beside ours, and its claims beside what the comparisons found."""
+"""docs/results.md: the paper's numbers beside ours, its claims beside what the comparisons found, and fine-tuning."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import cv2
-import matplotlib
 import numpy as np
 
 from configs.paper import ROWS
 from maskrcnn_jax import page
 from maskrcnn_jax.writing import write_json
+from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, chosen_lr, finetuning_run
 from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Comparison, comparison_run, table_run
+from tools.paper.figures import draw_curves, keep_picture
 from tools.paper.running import RESULT
 
-matplotlib.use("agg")
-from matplotlib import pyplot  # noqa: E402 the backend must be chosen first
-
 RESULTS = "results.json"
-PICTURE_WIDTH = 1200  # pixels
+FINETUNING_PICTURE = "results_finetuning.jpg"
 IMAGES_PER_SECOND = 50  # for estimates of what has not been run
 _COLUMNS = {
     "box AP": "bbox_AP",
@@ -28,6 +25,11 @@ _COLUMNS = {
     "foreground accuracy": "eval_accuracy_foreground",
     "train accuracy": "train_accuracy",
     "train mask AP": "train_segm_AP",
+}
+_CURVES = {  # title of a panel -> label of a line -> metric
+    "loss": {"training steps": "loss", "training images": "train_loss", "validation images": "eval_loss"},
+    "accuracy of RoIs": {"training images": "train_accuracy", "validation images": "eval_accuracy"},
+    "mask AP": {"training images": "train_segm_AP", "validation images": "segm_AP"},
 }
 
 
@@ -54,6 +56,7 @@ def write_report(output: Path, docs: Path) -> None:
         comparisons=[_comparison(comparison, results) for comparison in COMPARISONS.values()],
         has_curves=has_curves,
         has_predictions=has_predictions,
+        finetuning=_finetuning(results, docs),
     )
 
 
@@ -119,7 +122,7 @@ def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> dict:
         "steps": _join(result["steps"] for result in trained),
         "origins": _origins(found),
         "variants": [
-            (name, len(by_seed), [_mean([r["curve"][-1][key] for r in by_seed.values()]) for key in _COLUMNS.values()])
+            (name, len(by_seed), [_mean(_at_end(by_seed, key)) for key in _COLUMNS.values()])
             for name, by_seed in found.items()
         ],
         "claims": claims,
@@ -176,29 +179,61 @@ def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> tuple[boo
     if not found:
         return False, False
     result = next(iter(found["10 epochs"].values()))
-    _draw_curves(result["curve"], docs / "results_curves.png")
-    pictures, kept = output / result["run"] / "predictions.jpg", docs / "results_predictions.jpg"
-    if pictures.is_file():
-        picture = cv2.imread(str(pictures))
-        height = round(picture.shape[0] * PICTURE_WIDTH / picture.shape[1])
-        picture = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
-        cv2.imwrite(str(kept), picture, [cv2.IMWRITE_JPEG_QUALITY, 85])
+    curve = result["curve"]
+    epochs = [point["epoch"] for point in curve]
+    draw_curves(
+        {
+            title: {label: (epochs, [[point[key] for point in curve]]) for label, key in lines.items()}
+            for title, lines in _CURVES.items()
+        },
+        docs / "results_curves.png",
+    )
+    picture, kept = output / result["run"] / "predictions.jpg", docs / "results_predictions.jpg"
+    if picture.is_file():
+        keep_picture(picture, kept)
     return True, kept.is_file()
 
 
-def _draw_curves(curve: Sequence[Mapping[str, float]], path: Path) -> None:
-    panels = {
-        "loss": {"training steps": "loss", "training images": "train_loss", "validation images": "eval_loss"},
-        "accuracy of RoIs": {"training images": "train_accuracy", "validation images": "eval_accuracy"},
-        "mask AP": {"training images": "train_segm_AP", "validation images": "segm_AP"},
+def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
+    """Return the section on fine-tuning, and draw its curves."""
+    best = {name: chosen_lr(name, results) for name in STARTS}
+    tried = [(name, lr) for name in STARTS for lr in (LEARNING_RATES if name in SEARCHED else (best[name],))]
+    found = {(name, lr): _of_start(name, lr, results) for name, lr in tried}
+    trained = [result for by_seed in found.values() for result in by_seed.values()]
+    curves = {
+        f"{name}, {lr:g}": (range(1, len(losses[0]) + 1), losses)
+        for (name, lr), by_seed in found.items()
+        if (losses := [result["losses"] for result in by_seed.values()])
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5), layout="constrained")
-    epochs = [point["epoch"] for point in curve]
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for name, key in lines.items():
-            axis.plot(epochs, [point[key] for point in curve], marker="o", markersize=3, label=name)
-        axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    if curves:
+        draw_curves({"training loss": curves}, docs / "results_finetuning.png")
+    columns = {"box AP": "bbox_AP", "box AP50": "bbox_AP50", "mask AP": "segm_AP", "mask AP50": "segm_AP50"}
+    return {
+        "columns": list(columns),
+        "rows": [
+            (name, lr, lr == best[name], len(by_seed), [_mean(_at_end(by_seed, key)) for key in columns.values()])
+            for (name, lr), by_seed in found.items()
+        ],
+        "steps": _join(result["steps"] for result in trained),
+        "origins": _origins(found),
+        "processors": " or ".join(sorted({result["hardware"]["cpu"] for result in trained})),
+        "minutes": sorted(
+            {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
+        ),
+        "has_curves": bool(curves),
+        "pictured": list(STARTS) if (docs / FINETUNING_PICTURE).is_file() else [],
+    }
+
+
+def _of_start(name: str, lr: float | None, results: Mapping[str, dict]) -> dict[int, dict]:
+    """Return the results of the trainings from a start with a learning rate by seed."""
+    by_seed = {}
+    for run, result in results.items():
+        seed = int(run.rpartition("/seed")[2])
+        if lr and finetuning_run(name, lr, seed).name == run:
+            by_seed[seed] = result
+    return by_seed
+
+
+def _at_end(by_seed: Mapping[int, dict], metric: str) -> list[float]:
+    return [result["curve"][-1][metric] for result in by_seed.values()]

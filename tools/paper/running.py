@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tools.paper.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = "result.json"
+_KEPT = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "segm_AP75")
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 
@@ -77,7 +79,7 @@ def _run(command: list[str]) -> int:
 
 
 def _summarise(workdir: Path) -> dict:
-    """Return what training logged: a curve with a point for each evaluation, and the last values."""
+    """Return what training logged: the losses of the epochs, a curve with a point per evaluation, the last values."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     curve, since = [], 0
@@ -94,16 +96,24 @@ def _summarise(workdir: Path) -> dict:
             }
         )
         since = line["step"]
+    by_epoch: dict[int, list[float]] = {}
+    for step in steps:
+        by_epoch.setdefault(math.ceil(step["epoch"]), []).append(step["loss"])
     return {
         "steps": steps[-1]["step"],
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "lr": [steps[0]["lr"], max(s["lr"] for s in steps), steps[-1]["lr"]],
+        "losses": [sum(losses) / len(losses) for losses in by_epoch.values()],
         "curve": curve,
     }
 
 
 def _is_kept(name: str) -> bool:
-    return name.removeprefix("train_") in ("bbox_AP", "segm_AP", "segm_AP50", "segm_AP75") or name.endswith(
-        ("accuracy", "accuracy_foreground", "train_loss", "eval_loss")
-    )
+    return name.removeprefix("train_") in (
+        "bbox_AP",
+        "bbox_AP50",
+        "segm_AP",
+        "segm_AP50",
+        "segm_AP75",
+    ) or name.endswith(("accuracy", "accuracy_foreground", "train_loss", "eval_loss"))
