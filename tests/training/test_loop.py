@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import maskrcnn_jax as mr
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
@@ -82,6 +83,22 @@ def lines(workdir):
 def arrays(workdir):
     model, _, _ = load_run(workdir)
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_backbone_of_ones_own_is_loaded_and_exported_by_its_config(config, tmp_path, monkeypatch):
+    (tmp_path / "networks_of_ones_own.py").write_text(
+        "from tests.models.test_backbone import Strided\n\n\n"
+        "def strided(options, *, dtype, rngs):\n    return Strided(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config.model.backbone, config.model.anchor_sizes = "networks_of_ones_own:strided", (16, 32)
+    config.max_steps, config.eval_every = 1, 0
+    loop.train(to_options(config), tmp_path / "run", make_evaluate=never)
+    predictor = mr.load(tmp_path / "run")
+    assert type(predictor.network.backbone).__name__ == "Strided"
+    mr.export_model(predictor, tmp_path / "model.mrcnn", sizes=[(64, 64)])
+    assert (tmp_path / "model.mrcnn").stat().st_size > 0
 
 
 def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path, caplog):
