@@ -388,6 +388,11 @@ class Options(Checked):
     patience: int = option(
         0, "training stops after so many evaluations without a better best_metric; 0 means never", low=0
     )
+    tracker: str = option(
+        "none",
+        "experiment tracker beside metrics.jsonl and TensorBoard: Weights & Biases or MLflow",
+        choices=("none", "wandb", "mlflow"),
+    )
     shard_params: bool = option(
         False,
         "shard parameters, averages and optimizer state over the devices instead of replicating them: less memory, "
