@@ -129,4 +129,4 @@ class _MlflowRun:
         self._mlflow.end_run()
 
 
-_RUNS = {"wandb": _WandbRun, "mlflow": _MlflowRun}
+_RUNS: dict[str, Any] = {"wandb": _WandbRun, "mlflow": _MlflowRun}

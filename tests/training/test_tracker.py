@@ -164,10 +164,11 @@ def test_weights_and_biases_takes_a_run_offline(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_mlflow_keeps_a_run_in_a_local_store(tmp_path, monkeypatch):
+def test_mlflow_keeps_a_run_in_its_local_database(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # needs no database, unlike the default store
-    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.chdir(tmp_path)  # where it keeps pictures
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     write(tmp_path / "run", "mlflow", (1, 2))
     write(tmp_path / "run", "mlflow", (2, 3), first_step=1)
     identity = json.loads((tmp_path / "run" / "tracker.json").read_text())["mlflow"]
