@@ -80,18 +80,18 @@ def load_options(workdir: str | os.PathLike) -> Options:
 def changed_options(options: Options, workdir: str | os.PathLike) -> list[str]:
     """Return how options differ from those of a run's folder, such as ["batch_size 16 (8 before)"]."""
     try:
-        before = _flatten(dataclasses.asdict(load_options(workdir)))
+        before = flatten(dataclasses.asdict(load_options(workdir)))
     except UserError:
         return []
-    now = _flatten(dataclasses.asdict(options))
+    now = flatten(dataclasses.asdict(options))
     return [f"{name} {now[name]} ({before[name]} before)" for name in now if before[name] != now[name]]
 
 
-def _flatten(options: dict, prefix: str = "") -> dict:
+def flatten(options: dict, prefix: str = "") -> dict:
     """Return nested options by names such as "optim.lr"."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
