@@ -1,11 +1,11 @@
-"""detectron2's mask_rcnn_R_50_FPN, with its anchors, RoIAlign, mask targets, mask pasting and resizing.
+"""detectron2's mask_rcnn_R_50_FPN, with its anchors, RoIAlign, losses, mask targets, mask pasting and resizing.
 
 Command:
     maskrcnn-jax eval --config=detectron2_r50_fpn --weights=detectron2:mask_rcnn_R_50_FPN_3x \\
         --coco_dir=COCO --output=runs/detectron2_r50_fpn
 
 Published result on val2017: box AP 41.0, mask AP 37.2 (3x schedule); 38.6, 35.2 (1x).
-Result here: not run. Training uses torchvision's losses, see docs/numerics.md.
+Result here: not run.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     model.roi_sampling_ratio = 0
     model.box_min_size = 0.0
     model.mask_targets_binary = True
+    model.rpn_fixed_normalizer = True
+    model.smooth_l1_beta = 0.0  # L1
     config.data.resize = "pillow"
     config.data.buckets = "exact"
     config.data.contiguous_labels = True

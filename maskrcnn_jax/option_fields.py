@@ -5,6 +5,9 @@ from typing import Any, ClassVar
 
 from maskrcnn_jax.errors import UserError
 
+# Sources of many options.
+TORCHVISION, PAPER = "torchvision", "the paper, Sec. "
+
 
 def option(
     default: Any,

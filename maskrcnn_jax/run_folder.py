@@ -30,9 +30,12 @@ from maskrcnn_jax.writing import replace_file, writing
 
 SPLIT_FILE = "split.json"  # which images data.val_share holds out
 BEST_METRIC = "segm_AP"
-# Options that had another name in an earlier version, and those that are gone.
-_RENAMED = {"box_iou_thresh": "box_fg_iou_thresh"}
-_GONE = ("mask_side",)
+# Options by the names that they had in an earlier version, and what they are called now: several, or none at all.
+_FORMER: dict[str, dict[str, tuple[str, ...]]] = {
+    "model": {"box_iou_thresh": ("box_fg_iou_thresh",)},
+    "data": {"mask_side": ()},
+    "optim": {"decay_norm_and_bias": ("decay_norms", "decay_biases")},
+}
 # By default every device that holds a copy writes a slice of it, and a program is compiled for every slice.
 _ONE_WRITER = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
@@ -59,9 +62,11 @@ def load_options(workdir: str | os.PathLike) -> Options:
         raise UserError(f"{workdir} holds no trained model ({path} is missing); give the workdir of a training")
     try:
         found = json.loads(read_bytes(path).decode())
-        model = {_RENAMED.get(name, name): value for name, value in found["model"].items()}
-        data = {name: value for name, value in found["data"].items() if name not in _GONE}
-        options = to_options(ConfigDict(found | {"model": model, "data": data}))
+        parts = {
+            part: {now: value for name, value in found[part].items() for now in former.get(name, (name,))}
+            for part, former in _FORMER.items()
+        }
+        options = to_options(ConfigDict(found | parts))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None

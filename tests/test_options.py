@@ -42,8 +42,28 @@ def test_a_choice_that_does_not_exist_is_named_with_those_that_do(part, name, ch
         (OptimOptions, {"loss_scale": float("nan")}, "optim.loss_scale is nan; use a value from 1"),
         (OptimOptions, {"loss_scale": 2.0**128}, "optim.loss_scale is 3.4"),
         (OptimOptions, {"loss_scale_interval": 0}, "optim.loss_scale_interval is 0; use at least 1"),
+        (
+            OptimOptions,
+            {"schedule": "multistep"},
+            "optim.milestones is () with optim.schedule multistep; use ascending",
+        ),
+        (OptimOptions, {"schedule": "multistep", "milestones": (3, 3)}, "whole numbers of epochs, such as (16, 22)"),
+        (OptimOptions, {"schedule": "multistep", "milestones": (0, 3)}, "optim.milestones is (0, 3)"),
+        (OptimOptions, {"schedule": "multistep", "milestones": (1.5, 3)}, "optim.milestones is (1.5, 3)"),
+        (OptimOptions, {"gamma": 2.0}, "optim.gamma is 2.0; use a value from 0 to 1"),
         (ModelOptions, {"in_channels": "3"}, "model.in_channels is '3'; use a number"),
         (ModelOptions, {"anchor_sizes": 32}, "model.anchor_sizes is 32; use a tuple of numbers"),
+        (
+            ModelOptions,
+            {"class_weights": (1.0, -1.0)},
+            "class_weights is (1.0, -1.0); use finite numbers from 0",
+        ),
+        (ModelOptions, {"class_weights": (0, 0)}, "not all of them 0"),
+        (
+            ModelOptions,
+            {"class_weights": (1, 2), "classification_loss": "focal"},
+            "model.class_weights is for cross entropy; leave it empty with model.classification_loss=focal",
+        ),
         (ModelOptions, {"remat": 1}, "model.remat is 1; use True or False"),
         (Options, {"seed": -1}, "seed is -1; use at least 0"),
         (Options, {"batch_size": True}, "batch_size is True; use a number"),
@@ -118,5 +138,7 @@ def test_options_of_runs_of_an_earlier_version_are_read(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     content["data"]["mask_side"] = 640
     content["model"]["box_iou_thresh"] = content["model"].pop("box_fg_iou_thresh")
+    del content["optim"]["decay_norms"], content["optim"]["decay_biases"]
+    content["optim"]["decay_norm_and_bias"] = True
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert load_options(tmp_path) == Options()
+    assert load_options(tmp_path) == Options(optim=OptimOptions(decay_norms=True, decay_biases=True))

@@ -8,7 +8,7 @@ transcribed from torchvision's CPU kernels. On a normal install nothing is repla
 import functools
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from torch.library import Library
 
 from maskrcnn_jax.models.backbone import MOBILENET
+from maskrcnn_jax.models.convnext import ARCHITECTURES as CONVNEXTS
+from maskrcnn_jax.models.layers import NUM_GROUPS
 from maskrcnn_jax.models.resnet import ARCHITECTURES
 from maskrcnn_jax.options import ModelOptions
 
@@ -179,9 +181,10 @@ def build_reference(
     from torchvision.ops import MultiScaleRoIAlign
     from torchvision.ops.poolers import _setup_scales
 
-    body, layers, channels = _build_mobilenet(options) if options.backbone == MOBILENET else _build_resnet(options)
+    build = _build_convnext if options.backbone in CONVNEXTS else _build_resnet
+    body, layers, channels = _build_mobilenet(options) if options.backbone == MOBILENET else build(options)
     fpn, mask = options.fpn_channels, options.mask_channels
-    norm = torch.nn.BatchNorm2d if options.head_norm == "batch" else None
+    norm = _norm_layer(options.head_norm)
     backbone = BackboneWithFPN(
         body,
         {layer: str(i) for i, layer in enumerate(layers)},
@@ -224,6 +227,13 @@ def load_reference(reference: torch.nn.Module, arrays: Mapping[str, np.ndarray])
     reference.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()}, strict=True)
 
 
+def _norm_layer(kind: str) -> Callable[..., torch.nn.Module] | None:
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
+    group = functools.partial(torch.nn.GroupNorm, NUM_GROUPS)
+    return {"none": None, "batch": torch.nn.BatchNorm2d, "frozen": FrozenBatchNorm2d, "group": group}[kind]
+
+
 def _build_mobilenet(options: ModelOptions) -> tuple[torch.nn.Module, list[str], list[int]]:
     """Build a MobileNetV3-Large; return it, the layers whose outputs the pyramid takes, and their channels."""
     from torchvision.models import mobilenet_v3_large
@@ -234,10 +244,17 @@ def _build_mobilenet(options: ModelOptions) -> tuple[torch.nn.Module, list[str],
     return mobilenet_v3_large(norm_layer=norm).features, ["3", "6", "12", "16"], [24, 40, 112, 960]
 
 
+def _build_convnext(options: ModelOptions) -> tuple[torch.nn.Module, list[str], list[int]]:
+    """Build a ConvNeXt without stochastic depth, which ours lacks; return as for MobileNet."""
+    import torchvision
+
+    network = torchvision.models.get_model(options.backbone, stochastic_depth_prob=0.0)
+    return network.features, ["1", "3", "5", "7"], list(CONVNEXTS[options.backbone][1])
+
+
 def _build_resnet(options: ModelOptions) -> tuple[torch.nn.Module, list[str], list[int]]:
     """Build a ResNet whose stem, stages and bottlenecks are as wide as the options say; return as for MobileNet."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-    from torchvision.ops.misc import FrozenBatchNorm2d
 
     layers, bottleneck = ARCHITECTURES[options.backbone]
     block = Bottleneck if bottleneck else BasicBlock
@@ -256,9 +273,7 @@ def _build_resnet(options: ModelOptions) -> tuple[torch.nn.Module, list[str], li
         block,
         layers,
         width_per_group=64 * options.bottleneck_channels // first if bottleneck else 64,
-        norm_layer=functools.partial(
-            {"frozen": FrozenBatchNorm2d, "batch": torch.nn.BatchNorm2d}[options.norm], eps=options.norm_eps
-        ),
+        norm_layer=functools.partial(_norm_layer(options.norm), eps=options.norm_eps),
     )
     outer = first * block.expansion
     return resnet, [f"layer{i + 1}" for i in range(4)], [outer * 2**i for i in range(4)]

@@ -37,6 +37,8 @@ def prune_channels(network: MaskRCNN, fraction: float) -> MaskRCNN:
     network = nnx.clone(network)
     if not isinstance(network.backbone, ResNet):
         raise UserError(f"channels of a {type(network.backbone).__name__} cannot be pruned; use a ResNet")
+    if network.options.norm == "group":
+        raise UserError("channels that are normalised in groups cannot be pruned; use model.norm batch or frozen")
     chains = [block.convs for stage in network.backbone.stages for block in stage]
     for layers in (*chains, network.box_head.fcs):
         for layer, reader in zip(layers[:-1], layers[1:], strict=True):

@@ -9,6 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.convnext import ARCHITECTURES as CONVNEXTS
+from maskrcnn_jax.models.convnext import ConvNeXt
 from maskrcnn_jax.models.mobilenet import MobileNetV3
 from maskrcnn_jax.models.resnet import ARCHITECTURES, ResNet
 from maskrcnn_jax.options import ModelOptions
@@ -31,7 +33,7 @@ class Backbone(Protocol):
         ...
 
 
-def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) -> ResNet | MobileNetV3:
+def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Backbone:
     """Build the backbone that the options name.
 
     Args:
@@ -43,21 +45,23 @@ def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) ->
         UserError: if there is no backbone of this name.
     """
     name = options.backbone
-    common: dict[str, Any] = {"in_channels": options.in_channels, "norm": options.norm, "remat": options.remat}
-    common |= {"dtype": dtype, "rngs": rngs}
+    common: dict[str, Any] = {"in_channels": options.in_channels, "remat": options.remat, "dtype": dtype, "rngs": rngs}
+    if name in CONVNEXTS:
+        return ConvNeXt(name, **common)
     if name == MOBILENET:
-        return MobileNetV3(**common)
+        return MobileNetV3(norm=options.norm, **common)
     if name in ARCHITECTURES:
         return ResNet(
             name,
             stem_channels=options.stem_channels,
             stage_channels=options.stage_channels,
             bottleneck_channels=options.bottleneck_channels,
+            norm=options.norm,
             norm_eps=options.norm_eps,
             stride_in_1x1=options.stride_in_1x1,
             **common,
         )
-    raise UserError(f"model.backbone is {name!r}; use one of {', '.join((*ARCHITECTURES, MOBILENET))}")
+    raise UserError(f"model.backbone is {name!r}; use one of {', '.join((*ARCHITECTURES, MOBILENET, *CONVNEXTS))}")
 
 
 def check_backbone(backbone: object) -> Backbone:

@@ -1,8 +1,9 @@
 """Box head: class logits and box offsets of every RoI from its pooled 7x7 features."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from maskrcnn_jax.models.initializers import kaiming_normal, kaiming_uniform, normal
 from maskrcnn_jax.models.layers import ConvNorm, Linear, relu
@@ -12,7 +13,7 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # offsets of RoIs are small; this brings t
 
 
 class BoxHead(nnx.Module):
-    """3x3 convolutions, if any, fully connected layers, then class logits and offsets per class.
+    """3x3 convolutions, if any, fully connected layers, then class logits and offsets per class or for all classes.
 
     Source: Fig. 4 (right), Mask R-CNN, which has two fully connected layers and no convolutions; torchvision's second
     version has four and one.
@@ -28,6 +29,7 @@ class BoxHead(nnx.Module):
         fc_channels: tuple[int, ...] = (1024, 1024),
         norm: str = "none",
         class_bias: float = 0.0,
+        class_agnostic: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -62,12 +64,12 @@ class BoxHead(nnx.Module):
             features = out_features
         self.convs, self.fcs = nnx.List(convs), nnx.List(fcs)
         self.cls_score = linear(features, num_classes, normal(0.01), class_bias)
-        self.bbox_pred = linear(features, 4 * num_classes, normal(0.001))
+        self.bbox_pred = linear(features, 4 if class_agnostic else 4 * num_classes, normal(0.001))
 
     def __call__(
         self, pooled: Float[Array, "*B S S K"], valid: Bool[Array, "*B"] | None = None
-    ) -> tuple[Float[Array, "*B C1"], Float[Array, "*B C1 4"]]:
-        """Return class logits [..., C + 1] and offsets [..., C + 1, 4], float32 or wider.
+    ) -> tuple[Float[Array, "*B C1"], Float[Array, "*B _ 4"]]:
+        """Return class logits [..., C + 1] and offsets [..., C + 1, 4], or [..., 1, 4], float32 or wider.
 
         Args:
             pooled: [..., 7, 7, K].
@@ -81,5 +83,11 @@ class BoxHead(nnx.Module):
         for linear in self.fcs:
             x = relu(linear(x))
         wide = at_least_float32(x.dtype)
-        logits = self.cls_score(x).astype(wide)
-        return logits, self.bbox_pred(x).astype(wide).reshape(*logits.shape, 4)
+        logits, deltas = self.cls_score(x).astype(wide), self.bbox_pred(x).astype(wide)
+        return logits, deltas.reshape(*leading, deltas.shape[-1] // 4, 4)
+
+
+def deltas_of(labels: Int[Array, "B R"], deltas: Float[Array, "B R _ 4"]) -> Float[Array, "B R 4"]:
+    """Return the offsets of one class per RoI [B, R], of those of all classes, or of the only ones that there are."""
+    index = labels if deltas.shape[2] > 1 else jnp.zeros_like(labels)
+    return jnp.take_along_axis(deltas, index[..., None, None], axis=2)[:, :, 0]

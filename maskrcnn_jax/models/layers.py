@@ -10,11 +10,13 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 from maskrcnn_jax.ops.cpu.relu import relu as relu
+from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.ops.max_pool import max_pool as max_pool
-from maskrcnn_jax.ops.normalization import batch_norm, normalize
+from maskrcnn_jax.ops.normalization import batch_norm, group_norm, normalize
 from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 default_init = kaiming_uniform(1.0)
+NUM_GROUPS = 32  # Sec. 4.1, Group Normalization; detectron2's too
 
 
 def add_bias(x: Float[Array, "*shape K"], bias: Float[Array, " K"]) -> Float[Array, "*shape K"]:
@@ -89,7 +91,8 @@ class BatchNorm(nnx.Module):
     """Batch normalisation over batch, height and width.
 
     Differs from ``nnx.BatchNorm`` in that the running variance is the unbiased one, as PyTorch keeps it. Where devices
-    share a batch, the statistics are those of the whole batch.
+    share a batch, the statistics are those of the whole batch; with ``sync`` False each device uses its own, and their
+    mean is kept.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class BatchNorm(nnx.Module):
         self.var = BatchStatistics(jnp.ones(channels, kept))
         self.num_batches = BatchStatistics(jnp.zeros((), jnp.int32))  # as torch counts them, to give them back
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
+        self.sync = True
         self.use_running_average = False  # set by Module.train() and Module.eval()
 
     def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
@@ -110,8 +114,12 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             return normalize(x, self.mean[...], self.var[...], scale, bias, eps=self.eps, dtype=self.dtype)
         valid = jnp.ones(x.shape[0], bool) if valid is None else valid
-        y, (mean, var, count) = batch_norm(x, scale, bias, valid, self.mean[...], self.eps, self.dtype)
+        y, (mean, var, count) = batch_norm(x, scale, bias, valid, self.mean[...], self.eps, self.dtype, self.sync)
         unbiased = var * (count / jnp.maximum(count - 1, 1)).astype(var.dtype)
+        if not self.sync:  # all devices keep the same: the mean over those that have a valid row
+            share = (count > 0).astype(mean.dtype)
+            share = share / jnp.maximum(sum_over_devices(share), 1)
+            mean, unbiased, count = sum_over_devices((mean * share, unbiased * share, count))
         # Without a valid row there is nothing to learn about the statistics.
         momentum = jnp.where(count > 0, self.momentum, 0).astype(mean.dtype)
         self.mean[...] += momentum * (mean - self.mean[...])
@@ -137,13 +145,33 @@ class FrozenBatchNorm(nnx.Module):
         return normalize(x, *fixed, eps=self.eps, dtype=self.dtype)
 
 
+class GroupNorm(nnx.Module):
+    """Group normalisation of each row over height, width and the channels of each of 32 groups, as in detectron2."""
+
+    def __init__(self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5, gain: float = 1.0):
+        if channels % NUM_GROUPS:
+            raise UserError(
+                f"the norm 'group' divides channels into {NUM_GROUPS} groups, which {channels} channels do not allow; "
+                f"use multiples of {NUM_GROUPS} channels, or another norm"
+            )
+        kept = at_least_float32(dtype)
+        self.scale = nnx.Param(jnp.full(channels, gain, kept))
+        self.bias = nnx.Param(jnp.zeros(channels, kept))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "N H W K"], valid: Bool[Array, " N"] | None = None) -> Float[Array, "N H W K"]:
+        """Normalise x; ``valid`` has no effect, because rows are normalised one by one."""
+        scale, bias = self.scale[...], self.bias[...]
+        return group_norm(x, scale, bias, num_groups=NUM_GROUPS, eps=self.eps, dtype=self.dtype)
+
+
 def make_norm(
     kind: str, channels: int, *, eps: float, momentum: float, gain: float, dtype: DTypeLike
 ) -> nnx.Module | None:
     """Build a normalisation layer.
 
     Args:
-        kind: "batch", "frozen" or "none".
+        kind: "batch", "frozen", "group" or "none".
         channels: of its input.
         eps: added to the variance.
         momentum: weight of a batch in the running statistics.
@@ -151,7 +179,7 @@ def make_norm(
         dtype: of its output.
 
     Raises:
-        UserError: for another kind.
+        UserError: for another kind, or a number of channels that cannot be divided into groups.
     """
     if kind == "none":
         return None
@@ -159,7 +187,9 @@ def make_norm(
         return BatchNorm(channels, eps=eps, momentum=momentum, gain=gain, dtype=dtype)
     if kind == "frozen":
         return FrozenBatchNorm(channels, eps=eps, gain=gain, dtype=dtype)
-    raise UserError(f"norm is {kind!r}; use 'batch', 'frozen' or 'none'")
+    if kind == "group":
+        return GroupNorm(channels, eps=eps, gain=gain, dtype=dtype)
+    raise UserError(f"norm is {kind!r}; use 'batch', 'frozen', 'group' or 'none'")
 
 
 class ConvNorm(nnx.Module):

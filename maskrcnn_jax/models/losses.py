@@ -1,7 +1,7 @@
 """The five losses of the paper and their alternatives, as masked sums over padded arrays.
 
-Every loss divides by the number of samples in the whole batch, as torchvision does; a batch without samples gives 0.
-All are computed in float32 or wider, whatever the compute dtype of the network.
+Every loss divides by the number of samples in the whole batch, as torchvision does, unless it is given another number.
+A batch without samples gives 0. All are computed in float32 or wider, whatever the compute dtype of the network.
 """
 
 import math
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS
 from maskrcnn_jax.ops.boxes import decode_boxes, encode_boxes, paired_giou, paired_iou
 from maskrcnn_jax.ops.devices import sum_over_devices
+from maskrcnn_jax.options import ModelOptions
 
-# Where smooth L1 turns from quadratic to linear, in units of weighted offsets.
-SMOOTH_L1_BETA = 1.0 / 9
 # Of the classes with a sigmoid: a prior probability of 0.01, without which the many absent ones would dominate the
 # loss at first. Sec. 4.1, Focal Loss for Dense Object Detection.
 FOCAL_BIAS = math.log(0.01 / (1 - 0.01))
@@ -36,14 +36,19 @@ def masked_mean(
 
 
 def smooth_l1(
-    predictions: Float[Array, "*shape"], targets: Float[Array, "*shape"], beta: float = SMOOTH_L1_BETA
+    predictions: Float[Array, "*shape"], targets: Float[Array, "*shape"], beta: float = ModelOptions.smooth_l1_beta
 ) -> Float[Array, "*shape"]:
-    """Return the elementwise smooth L1 distance: d^2 / (2 beta) below beta, |d| - beta / 2 above."""
+    """Return the elementwise smooth L1 distance: d^2 / (2 beta) below beta, |d| - beta / 2 above; L1 if beta is 0."""
+    if beta == 0:
+        return jnp.abs(predictions - targets)
     return optax.losses.huber_loss(predictions, targets, delta=beta) / beta
 
 
 def objectness_loss(
-    logits: Float[Array, "B S"], foreground: Bool[Array, "B S"], valid: Bool[Array, "B S"]
+    logits: Float[Array, "B S"],
+    foreground: Bool[Array, "B S"],
+    valid: Bool[Array, "B S"],
+    count: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Compute the binary cross-entropy of the sampled anchors.
 
@@ -51,11 +56,13 @@ def objectness_loss(
         logits: [B, S].
         foreground: [B, S] bool target.
         valid: [B, S] bool.
+        count: What the sum is divided by, of this device; by default the number of valid anchors.
 
     Returns:
         Scalar mean over the valid anchors. Source: Eqn. 1, Faster R-CNN.
     """
-    return masked_mean(optax.losses.sigmoid_binary_cross_entropy(logits, foreground.astype(logits.dtype)), valid)
+    values = optax.losses.sigmoid_binary_cross_entropy(logits, foreground.astype(logits.dtype))
+    return masked_mean(values, valid, count)
 
 
 def box_loss(
@@ -63,6 +70,9 @@ def box_loss(
     targets: Float[Array, "B S 4"],
     foreground: Bool[Array, "B S"],
     valid: Bool[Array, "B S"],
+    *,
+    beta: float = ModelOptions.smooth_l1_beta,
+    count: Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Compute the smooth L1 of the box offsets of foreground samples, divided by the number of all samples.
 
@@ -71,15 +81,21 @@ def box_loss(
         targets: [B, S, 4].
         foreground: [B, S] bool.
         valid: [B, S] bool, foreground or background samples.
+        beta: Of smooth L1, in units of weighted offsets.
+        count: What the sum is divided by, of this device; by default the number of valid samples.
 
     Returns:
         Scalar. The same form serves the RPN and the box head, as in torchvision.
     """
-    return masked_mean(smooth_l1(deltas, targets), (foreground & valid)[..., None], jnp.sum(valid))
+    count = jnp.sum(valid) if count is None else count
+    return masked_mean(smooth_l1(deltas, targets, beta), (foreground & valid)[..., None], count)
 
 
 def classification_loss(
-    logits: Float[Array, "B R C1"], labels: Int[Array, "B R"], valid: Bool[Array, "B R"]
+    logits: Float[Array, "B R C1"],
+    labels: Int[Array, "B R"],
+    valid: Bool[Array, "B R"],
+    class_weights: tuple[float, ...] = (),
 ) -> Float[Array, ""]:
     """Compute the cross-entropy over the classes and background.
 
@@ -87,11 +103,26 @@ def classification_loss(
         logits: [B, R, C + 1].
         labels: [B, R] int32, 0 for background.
         valid: [B, R] bool.
+        class_weights: C + 1 numbers, or none for equal weights.
 
     Returns:
-        Scalar mean over the valid RoIs.
+        Scalar mean over the valid RoIs, weighted by the weights of their classes.
     """
-    return masked_mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), valid)
+    values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not class_weights:
+        return masked_mean(values, valid)
+    weights = jnp.where(valid, jnp.asarray(class_weights, values.dtype)[labels], 0)
+    total = sum_over_devices(jnp.sum(weights))
+    return jnp.sum(jnp.where(valid, values, 0) * weights) / jnp.where(total > 0, total, 1)
+
+
+def check_class_weights(class_weights: tuple[float, ...], num_classes: int) -> None:
+    """Raise a UserError unless there is a weight for each of ``num_classes``, background included, or none at all."""
+    if class_weights and len(class_weights) != num_classes:
+        raise UserError(
+            f"model.class_weights has {len(class_weights)} numbers; use {num_classes}: the weight of the background, "
+            "then those of the classes in the order of their labels"
+        )
 
 
 def focal_loss(
@@ -111,6 +142,34 @@ def focal_loss(
     targets = jax.nn.one_hot(labels - 1, logits.shape[-1] - 1, dtype=logits.dtype)
     values = optax.losses.sigmoid_focal_loss(logits[..., 1:], targets, alpha=0.25, gamma=2.0)
     return masked_mean(jnp.sum(values, axis=-1), valid, jnp.sum(valid & (labels > 0)))
+
+
+def roi_class_loss(
+    kind: str,
+    logits: Float[Array, "B R C1"],
+    labels: Int[Array, "B R"],
+    valid: Bool[Array, "B R"],
+    class_weights: tuple[float, ...] = (),
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Compute the class loss of the box head, and the accuracy of all RoIs and of the foreground.
+
+    Args:
+        kind: "cross_entropy" or "focal".
+        logits: [B, R, C + 1].
+        labels: [B, R] int32, 0 for background.
+        valid: [B, R] bool.
+        class_weights: Of the cross entropy.
+    """
+    if kind == "focal":
+        loss = focal_loss(logits, labels, valid)
+        logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not
+    else:
+        loss = classification_loss(logits, labels, valid, class_weights)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
+    return loss, {
+        "accuracy": masked_mean(correct, valid),
+        "accuracy_foreground": masked_mean(correct, valid & (labels > 0)),
+    }
 
 
 def iou_loss(
@@ -137,6 +196,8 @@ def roi_box_loss(
     targets: Float[Array, "B S 4"],
     foreground: Bool[Array, "B S"],
     valid: Bool[Array, "B S"],
+    *,
+    beta: float = ModelOptions.smooth_l1_beta,
 ) -> Float[Array, ""]:
     """Compute the loss of the box head.
 
@@ -147,9 +208,10 @@ def roi_box_loss(
         targets: [B, S, 4] boxes of the matched objects.
         foreground: [B, S] bool.
         valid: [B, S] bool.
+        beta: Of smooth L1.
     """
     if kind == "smooth_l1":
-        return box_loss(deltas, encode_boxes(targets, boxes, BOX_WEIGHTS), foreground, valid)
+        return box_loss(deltas, encode_boxes(targets, boxes, BOX_WEIGHTS), foreground, valid, beta=beta)
     loss = iou_loss if kind == "iou" else giou_loss
     return loss(decode_boxes(deltas, boxes, BOX_WEIGHTS), targets, foreground)
 

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, Real
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
 from maskrcnn_jax.models.backbone import Backbone, check_backbone, feature_list, make_backbone
-from maskrcnn_jax.models.box_head import BoxHead
+from maskrcnn_jax.models.box_head import BoxHead, deltas_of
 from maskrcnn_jax.models.fpn import FPN
+from maskrcnn_jax.models.layers import BatchNorm
 from maskrcnn_jax.models.mask_head import MaskHead
 from maskrcnn_jax.models.normalize import normalize_images
 from maskrcnn_jax.models.postprocess import select_detections
@@ -68,9 +69,11 @@ class MaskRCNN(nnx.Module):
             rngs: For the initial values.
 
         Raises:
-            UserError: if there is no such backbone, or the number of anchor sizes does not fit it.
+            UserError: if there is no such backbone, the number of anchor sizes does not fit it, or that of class
+                weights the classes.
         """
         self.options = options = options or ModelOptions()
+        losses.check_class_weights(options.class_weights, num_classes)
         self.dtype = jnp.dtype(options.dtype)
         common: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
         self.backbone: Backbone = make_backbone(options, **common) if backbone is None else check_backbone(backbone)
@@ -80,14 +83,10 @@ class MaskRCNN(nnx.Module):
                 f"model.anchor_sizes is {options.anchor_sizes}; use {num_maps + 1} sizes, one for each pyramid level: "
                 f"the backbone's {num_maps} maps and one coarser"
             )
-        channels = options.fpn_channels
+        channels, num_anchors = options.fpn_channels, len(options.aspect_ratios) * len(options.anchor_scales)
         self.fpn = FPN(self.backbone.out_channels, channels, norm=options.head_norm, **common)
         self.rpn = RPNHead(
-            channels,
-            options.rpn_channels or channels,
-            len(options.aspect_ratios) * len(options.anchor_scales),
-            depth=options.rpn_conv_depth,
-            **common,
+            channels, options.rpn_channels or channels, num_anchors, depth=options.rpn_conv_depth, **common
         )
         self.box_head = BoxHead(
             channels,
@@ -97,16 +96,14 @@ class MaskRCNN(nnx.Module):
             fc_channels=options.box_fc_channels,
             norm=options.head_norm,
             class_bias=losses.FOCAL_BIAS if options.classification_loss == "focal" else 0.0,
+            class_agnostic=options.cls_agnostic_bbox_reg,
             **common,
         )
         self.mask_head = MaskHead(
-            channels,
-            options.mask_channels,
-            num_classes,
-            deconv=options.mask_deconv,
-            norm=options.head_norm,
-            **common,
+            channels, options.mask_channels, num_classes, deconv=options.mask_deconv, norm=options.head_norm, **common
         )
+        if not options.sync_batch_norm:
+            self.set_attributes(BatchNorm, sync=False, raise_if_not_found=False)
 
     @property
     def mask_size(self) -> int:
@@ -131,7 +128,7 @@ class MaskRCNN(nnx.Module):
     ) -> Anchors:
         """Return the anchors [A_l, 4] of each level."""
         shapes = [feature.shape[1:3] for feature in features]
-        levels = grid_anchors(
+        return grid_anchors(
             image_shape,
             shapes,
             sizes=self.options.anchor_sizes,
@@ -139,7 +136,6 @@ class MaskRCNN(nnx.Module):
             scales=self.options.anchor_scales,
             exact=self.options.exact_anchors,
         )
-        return [jnp.asarray(level) for level in levels]
 
     @jax.named_scope("propose")
     def propose(
@@ -174,7 +170,7 @@ class MaskRCNN(nnx.Module):
 
     @jax.named_scope("select")
     def select(
-        self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N C1 4"], proposals: Proposals, sizes: Sizes
+        self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N _ 4"], proposals: Proposals, sizes: Sizes
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         options = self.options
@@ -290,7 +286,7 @@ class MaskRCNN(nnx.Module):
         matches = self.match_anchors(anchors, gt)
         sample = self.sample_anchors(rpn_key, matches)
         sample = sample._replace(valid=sample.valid & batch.valid[:, None])
-        terms = self.rpn_losses(objectness, deltas, anchors, matches, sample, gt)
+        terms = self.rpn_losses(objectness, deltas, anchors, matches, sample, gt, batch.valid)
 
         proposals = self.propose(objectness, deltas, anchors, batch.sizes, train=True)
         rois = self.sample_rois(roi_key, proposals, gt, proposals_from_rpn=proposals_from_rpn)
@@ -307,8 +303,12 @@ class MaskRCNN(nnx.Module):
         matches: Int[Array, "B A"],
         sample: Sample,
         gt: GroundTruth,
+        valid: Bool[Array | np.ndarray, " B"] | None = None,
     ) -> Scalars:
-        """Return the RPN's two losses over the sampled anchors; ``matches`` [B, A] as of :meth:`match_anchors`."""
+        """Return the RPN's two losses over the sampled anchors.
+
+        ``matches`` [B, A] are those of :meth:`match_anchors`. ``valid`` [B] are the images that count; all by default.
+        """
 
         def gather(objectness, deltas, matches, index, gt_boxes):
             targets = encode_boxes(
@@ -319,9 +319,14 @@ class MaskRCNN(nnx.Module):
         logits, predicted, targets = jax.vmap(gather)(
             jnp.concatenate(objectness, axis=1), jnp.concatenate(deltas, axis=1), matches, sample.index, gt.boxes
         )
+        count = None
+        if self.options.rpn_fixed_normalizer:
+            num_images = jnp.asarray(len(logits) if valid is None else jnp.sum(valid))
+            count = self.options.rpn_batch_size_per_image * num_images
+        beta, samples = self.options.smooth_l1_beta, (sample.foreground, sample.valid)
         return {
-            "loss_objectness": losses.objectness_loss(logits, sample.foreground, sample.valid),
-            "loss_rpn_box_reg": losses.box_loss(predicted, targets, sample.foreground, sample.valid),
+            "loss_objectness": losses.objectness_loss(logits, *samples, count),
+            "loss_rpn_box_reg": losses.box_loss(predicted, targets, *samples, beta=beta, count=count),
         }
 
     @jax.named_scope("head_losses")
@@ -335,13 +340,13 @@ class MaskRCNN(nnx.Module):
         with jax.named_scope("box_head"):
             logits, deltas = self.box_head(pooled, rois.valid)
         matched = jnp.take_along_axis(gt.boxes, rois.gt_index[..., None], axis=1)
-        deltas = jnp.take_along_axis(deltas, rois.labels[..., None, None], axis=2)[:, :, 0]
-        box_term = losses.roi_box_loss(options.box_loss, deltas, rois.boxes, matched, foreground, rois.valid)
-        if options.classification_loss == "focal":
-            class_term = losses.focal_loss(logits, rois.labels, rois.valid)
-            logits = logits.at[..., 0].set(0)  # background where no class is more likely present than not
-        else:
-            class_term = losses.classification_loss(logits, rois.labels, rois.valid)
+        deltas = deltas_of(rois.labels, deltas)
+        box_term = losses.roi_box_loss(
+            options.box_loss, deltas, rois.boxes, matched, foreground, rois.valid, beta=options.smooth_l1_beta
+        )
+        class_term, metrics = losses.roi_class_loss(
+            options.classification_loss, logits, rois.labels, rois.valid, options.class_weights
+        )
 
         # Foreground comes first, so these slots hold all of it.
         num_mask = int(options.box_batch_size_per_image * options.box_positive_fraction)
@@ -356,13 +361,8 @@ class MaskRCNN(nnx.Module):
             "loss_box_reg": box_term,
             "loss_mask": mask_loss(mask_logits, self.mask_targets(mask_rois, gt, batch), has_mask),
         }
-        correct = jnp.argmax(logits, axis=-1) == rois.labels
-        metrics = {
-            "num_foreground": jnp.sum(foreground) / jnp.maximum(sum_over_devices(jnp.sum(batch.valid)), 1),
-            "accuracy": losses.masked_mean(correct.astype(logits.dtype), rois.valid),
-            "accuracy_foreground": losses.masked_mean(correct.astype(logits.dtype), foreground),
-        }
-        return terms, metrics
+        num_foreground = jnp.sum(foreground) / jnp.maximum(sum_over_devices(jnp.sum(batch.valid)), 1)
+        return terms, {"num_foreground": num_foreground} | metrics
 
     @jax.named_scope("mask_targets")
     def mask_targets(self, rois: RoISamples, gt: GroundTruth, batch: Batch) -> Float[Array, "B F M M"]:

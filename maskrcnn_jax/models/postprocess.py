@@ -12,7 +12,7 @@ from maskrcnn_jax.structures import Proposals
 
 def select_detections(
     class_scores: Float[Array, "N C"],
-    deltas: Float[Array, "N C+1 4"],
+    deltas: Float[Array, "N _ 4"],
     proposals: Proposals,
     size: Int[Array | np.ndarray, "2"],
     *,
@@ -25,7 +25,7 @@ def select_detections(
 
     Args:
         class_scores: [N, C] probabilities, without background.
-        deltas: [N, C + 1, 4].
+        deltas: [N, C + 1, 4], or [N, 1, 4] for all classes.
         proposals: without batch axis.
         size: [2] (height, width) of the image inside the padding.
         score_thresh: probability at or below which nothing is detected.
@@ -36,7 +36,9 @@ def select_detections(
     Returns:
         boxes [D, 4], scores [D], labels [D] and valid [D], best first.
     """
-    boxes = clip_boxes(decode_boxes(deltas[:, 1:], proposals.boxes[:, None], BOX_WEIGHTS), size)  # [N, C, 4]
+    deltas = deltas[:, 1:] if deltas.shape[1] > 1 else deltas
+    boxes = clip_boxes(decode_boxes(deltas, proposals.boxes[:, None], BOX_WEIGHTS), size)
+    boxes = jnp.broadcast_to(boxes, (*class_scores.shape, 4))  # [N, C, 4]
     scores = jnp.where(proposals.valid[:, None] & is_large(boxes, min_size), class_scores, 0)
     picks = class_nms(
         boxes, scores, iou_threshold=nms_thresh, score_threshold=score_thresh, max_picks=detections_per_img

@@ -44,7 +44,7 @@ class Block(nnx.Module):
         convs, channels = [], in_channels
         for i, (kernel_size, out_channels, conv_stride) in enumerate(layers):
             # A trained norm that starts the residual branch at zero makes deep nets from scratch easier to train.
-            gain = 0.0 if i == len(layers) - 1 and norm == "batch" else 1.0
+            gain = 0.0 if i == len(layers) - 1 and norm != "frozen" else 1.0
             convs.append(ConvNorm(channels, out_channels, kernel_size, stride=conv_stride, norm_gain=gain, **options))
             channels = out_channels
         self.convs = nnx.List(convs)
@@ -99,7 +99,7 @@ class ResNet(nnx.Module):
             stage_channels: outputs of the first stage, twice as many in each later one; 0 selects 256 for networks
                 with bottlenecks and 64 for those without.
             bottleneck_channels: inside the bottlenecks of the first stage, likewise; unused where there are none.
-            norm: "batch" or "frozen".
+            norm: "batch", "frozen" or "group".
             norm_eps: added to its variance.
             stride_in_1x1: put the stride of a bottleneck in its first convolution (MSRA's original weights).
             remat: recompute each block in the gradient instead of keeping its activations.

@@ -1,4 +1,4 @@
-"""Anchor boxes of the feature pyramid, computed with numpy while the model is traced.
+"""Anchor boxes of the feature pyramid.
 
 As torchvision: the shapes around the origin are rounded to integers, and the stride is the padded image size divided
 by the grid size with the remainder dropped, so that P6 of an 800-pixel side (13 cells) has stride 61, not 64. As
@@ -8,8 +8,8 @@ detectron2 ("exact"): nothing is rounded and strides are powers of two.
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from jaxtyping import Float32
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from maskrcnn_jax.anchor_shapes import cell_anchors
 
@@ -21,7 +21,7 @@ def grid_anchors(
     aspect_ratios: Sequence[float],
     exact: bool = False,
     scales: Sequence[float] = (1.0,),
-) -> list[Float32[np.ndarray, "_ 4"]]:
+) -> list[Float32[Array, "_ 4"]]:
     """Place the cell anchors at every cell of every level.
 
     Args:
@@ -38,13 +38,12 @@ def grid_anchors(
     """
     anchors = []
     for (height, width), size in zip(feature_shapes, sizes, strict=True):
-        rows = np.arange(height, dtype=np.float32) * _stride(image_shape[0], height, exact)
-        columns = np.arange(width, dtype=np.float32) * _stride(image_shape[1], width, exact)
-        y, x = np.meshgrid(rows, columns, indexing="ij")
-        shifts = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
-        anchors.append(
-            (shifts + cell_anchors([size * scale for scale in scales], aspect_ratios, exact)).reshape(-1, 4)
-        )
+        rows = jnp.arange(height, dtype=jnp.float32) * _stride(image_shape[0], height, exact)
+        columns = jnp.arange(width, dtype=jnp.float32) * _stride(image_shape[1], width, exact)
+        y, x = jnp.meshgrid(rows, columns, indexing="ij")
+        shifts = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
+        cells = cell_anchors([size * scale for scale in scales], aspect_ratios, exact)
+        anchors.append((shifts + cells[None]).reshape(-1, 4))
     return anchors
 
 

@@ -122,6 +122,23 @@ def _suits_winograd(x, kernel, stride):
     return kernel.shape[0] == 3 and stride == 1 and large and precise and countable
 
 
+def patch_conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"]) -> Float[Array, "N _ _ C"]:
+    """Convolve with a stride of the window's side and no padding, as a product with each patch.
+
+    Args:
+        x: [N, H, W, K].
+        kernel: [S, S, K, C].
+
+    Returns:
+        [N, H // S, W // S, C]; rows and columns that fill no patch are left out.
+    """
+    side, channels = kernel.shape[0], x.shape[-1]
+    height, width = (size // side for size in x.shape[1:3])
+    patches = x[:, : height * side, : width * side].reshape(-1, height, side, width, side, channels)
+    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, side * side * channels)
+    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=PRECISION)
+
+
 def depthwise_conv2d(
     x: Float[Array, "N H W K"], kernel: Float[Array, "S S 1 K"], *, stride: int = 1
 ) -> Float[Array, "N _ _ K"]:

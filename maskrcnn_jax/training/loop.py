@@ -116,7 +116,7 @@ def train(
 
     # 2. Model and optimizer
     model = MaskRCNN(index.categories.num_classes, options.model, rngs=nnx.Rngs(options.seed))
-    schedule = make_schedule(options.optim, num_steps)
+    schedule = make_schedule(options.optim, num_steps, steps_per_epoch)
     optimizer = make_optimizer(options.optim, schedule)
 
     # 3. State: of the newest checkpoint in this folder, else with given weights, else with random values

@@ -1,6 +1,9 @@
-"""AdamW or SGD with linear warm-up, cosine decay and gradient clipping (the paper, Sec. 3.2, has AdamW)."""
+"""AdamW or SGD with warm-up, a schedule of the learning rate and gradient clipping (the paper, Sec. 3.2: AdamW)."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -8,33 +11,76 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import OptimOptions
 
 
-def make_schedule(optim: OptimOptions, num_steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step.
+def make_schedule(optim: OptimOptions, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step, from 0.
 
     The warm-up is cut to a tenth of a short run.
 
     Args:
         optim: Options of the optimizer.
         num_steps: Steps of the whole run.
+        steps_per_epoch: Steps of an epoch, for milestones in epochs.
 
     Raises:
-        UserError: if there are no steps.
+        UserError: if there are no steps, or a milestone is outside the run or in the warm-up.
     """
     if num_steps < 1:
         raise UserError(f"the run has {num_steps} steps; set epochs to at least 1")
     warmup_steps = min(optim.warmup_steps, num_steps // 10)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=optim.lr / 1000 if warmup_steps else optim.lr,
-        peak_value=optim.lr,
-        warmup_steps=warmup_steps,
-        decay_steps=num_steps,
-        end_value=optim.lr * optim.final_lr_fraction,
-    )
+    decay = _make_decay(optim, num_steps, steps_per_epoch, warmup_steps)
+
+    def schedule(step):
+        rate = decay(step)
+        first = last = optim.lr  # of the warm-up, but for warmup_factor
+        if optim.warmup_kind == "chained":
+            first = last = rate
+        elif optim.warmup_kind == "detectron2":
+            last = decay(warmup_steps)
+        warmup = optax.linear_schedule(first * optim.warmup_factor, last, warmup_steps)
+        return jnp.where(step < warmup_steps, warmup(step), rate)
+
+    return schedule
 
 
-def is_decayed(params: nnx.State) -> nnx.State:
-    """Return a tree of bool: True for kernels, False for biases and the scales of norms (arrays of one axis)."""
-    return jax.tree.map(lambda array: array.ndim > 1, params)
+def _make_decay(optim: OptimOptions, num_steps: int, steps_per_epoch: int, warmup_steps: int) -> optax.Schedule:
+    """Return the learning rate without warm-up."""
+    if optim.schedule == "constant":
+        return optax.constant_schedule(optim.lr)
+    if optim.schedule == "cosine":
+        start = warmup_steps if optim.warmup_kind == "sequential" else 0
+        cosine = optax.cosine_decay_schedule(optim.lr, num_steps - start, alpha=optim.final_lr_fraction)
+        return lambda step: cosine(step - start)
+    unit = steps_per_epoch if optim.milestone_unit == "epochs" else 1
+    milestones = [int(milestone) * unit for milestone in optim.milestones]
+    if not warmup_steps <= milestones[0] <= milestones[-1] < num_steps:
+        raise UserError(
+            f"optim.milestones {optim.milestones} in {optim.milestone_unit} are steps {milestones[0]} to "
+            f"{milestones[-1]}; use milestones from {warmup_steps}, the end of warm-up, to {num_steps - 1}, the last "
+            "step of the run"
+        )
+    rates = [optim.lr * optim.gamma**passed for passed in range(len(milestones) + 1)]
+    return lambda step: jnp.asarray(rates)[jnp.searchsorted(jnp.asarray(milestones), step, side="right")]
+
+
+def is_decayed(optim: OptimOptions, params: nnx.State) -> nnx.State:
+    """Return a tree of bool: which parameters have weight decay.
+
+    A norm is a module with a parameter ``scale``; a bias is a parameter whose name ends with ``bias``.
+    """
+    norms = {_names(path)[:-1] for path, _ in jax.tree.leaves_with_path(params) if _names(path)[-1] == "scale"}
+
+    def decayed(path, _):
+        *module, name = _names(path)
+        if tuple(module) in norms:
+            return optim.decay_norms
+        return optim.decay_biases or not name.endswith("bias")
+
+    return jax.tree.map_with_path(decayed, params)
+
+
+def _names(path: tuple) -> tuple:
+    """Return the names of modules, and of the parameter, on the path to an array."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def is_frozen(path: tuple[object, ...], frozen_stages: int) -> bool:
@@ -54,7 +100,8 @@ def make_optimizer(optim: OptimOptions, schedule: optax.Schedule) -> optax.Gradi
         optim: Its options.
         schedule: The learning rate as a function of the step.
     """
-    mask = None if optim.decay_norm_and_bias else is_decayed
+    # Without a mask the state has another structure, which checkpoints of runs that decay everything have.
+    mask = None if optim.decay_norms and optim.decay_biases else functools.partial(is_decayed, optim)
     if optim.kind == "adamw":
         optimizer = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask)
     else:
@@ -68,4 +115,21 @@ def make_optimizer(optim: OptimOptions, schedule: optax.Schedule) -> optax.Gradi
             return nnx.map_state(lambda path, _: is_frozen(path, optim.frozen_stages), params)
 
         optimizer = optax.partition({False: optimizer, True: optax.set_to_zero()}, labels)
-    return optimizer
+    return optimizer if optim.backbone_lr_factor == 1 else _scale_backbone(optimizer, optim.backbone_lr_factor)
+
+
+def _scale_backbone(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """Multiply the updates of the backbone, weight decay included, as a parameter group of its own in torch.
+
+    The state is that of the optimizer alone, so that a run may go on with another factor.
+    """
+
+    def update(gradients, state, params=None):
+        updates, state = optimizer.update(gradients, state, params)
+
+        def scale(path, update):
+            return update * factor if _names(path)[0] == "backbone" else update
+
+        return jax.tree.map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)

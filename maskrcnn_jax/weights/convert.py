@@ -18,8 +18,8 @@ IGNORED = (
     "*.num_batches_tracked",
     "fc.weight",
     "fc.bias",
-    "classifier.[03].weight",
-    "classifier.[03].bias",
+    "classifier.[023].weight",
+    "classifier.[023].bias",
     "pixel_mean",
     "pixel_std",
     "proposal_generator.anchor_generator.cell_anchors.*",
@@ -27,6 +27,7 @@ IGNORED = (
 BACKBONES = {  # families of backbones without a detector -> two arrays that identify them
     "a ResNet, for the backbone": {"conv1.weight", "layer1.0.conv1.weight"},
     "a MobileNetV3, for the backbone": {"features.0.0.weight", "features.1.block.0.0.weight"},
+    "a ConvNeXt, for the backbone": {"features.0.0.weight", "features.1.0.layer_scale"},
 }
 # The convolutions whose input is the image.
 _STEMS = {("backbone", "stem", "conv", "kernel"), ("backbone", "stem", 0, "conv", "kernel")}
@@ -66,8 +67,8 @@ def load_weights(
     Args:
         model: Changed in place, and only if everything fits.
         arrays: State dict of torchvision's Mask R-CNN (version 1, with old or new names, or version 2), of
-            detectron2's, or of a ResNet (torchvision's or timm's) or MobileNetV3 trained on ImageNet, which fills the
-            backbone only.
+            detectron2's, or of a ResNet (torchvision's or timm's), MobileNetV3 or ConvNeXt trained on ImageNet, which
+            fills the backbone only.
         source: What errors call the arrays.
         partial: For fine-tuning: accept a backbone alone, another number of classes, and RGB weights for a model with
             more channels. The rest of the model, or the predictors of classes, boxes and masks, then keep their
@@ -162,7 +163,7 @@ def _recognise(model, arrays, source) -> tuple[str, dict[str, np.ndarray], list[
         if known_by <= arrays.keys():
             return family, arrays, torchvision.backbone_entries(model)
     raise UserError(
-        f"{source} holds no Mask R-CNN of torchvision or detectron2, no ResNet and no MobileNetV3 (its arrays: "
+        f"{source} holds no Mask R-CNN of torchvision or detectron2, no ResNet, MobileNetV3 or ConvNeXt (its arrays: "
         f"{', '.join(list(arrays)[:3]) or 'none'}); give one of these"
     )
 

@@ -37,7 +37,7 @@ _PREDICTORS = {
 
 
 def entries(model: MaskRCNN) -> list[Entry]:
-    """Return the counterpart of every array of a model with frozen norms.
+    """Return the counterpart of every array of a model.
 
     Raises:
         UserError: The backbone is not a ResNet.
@@ -46,6 +46,9 @@ def entries(model: MaskRCNN) -> list[Entry]:
         raise UserError(
             f"the backbone {type(model.backbone).__name__} has no counterpart in detectron2's files; use a ResNet"
         )
+    predictors = dict(_PREDICTORS)
+    if model.options.cls_agnostic_bbox_reg:
+        del predictors["bbox_pred"]
     found = []
     for path, variable in flat_state(model).items():
         layout = module_layout(path, variable.ndim, BOX_POOL_SIZE)
@@ -53,8 +56,8 @@ def entries(model: MaskRCNN) -> list[Entry]:
             layout = then(_STEM, layout)
         rows_per_class = 0
         name = str(path[1]).removesuffix("_kernel").removesuffix("_bias")
-        if path[0] != "rpn" and name in _PREDICTORS:
-            rows_per_class, per_class = _PREDICTORS[name]
+        if path[0] != "rpn" and name in predictors:
+            rows_per_class, per_class = predictors[name]
             layout = then(per_class, layout)
         found.append(Entry(path, _key(path), layout, rows_per_class))
     return found

@@ -36,6 +36,7 @@ LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] to [in, out]
 CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW to HWIO
 DECONV = Layout(lambda x: x.transpose(0, 2, 3, 1), lambda x: x.transpose(0, 3, 1, 2))  # IOHW to IHWO
 POINTWISE = Layout(lambda x: x[:, :, 0, 0], lambda x: x[:, :, None, None])  # [out, in, 1, 1] to [out, in]
+CHANNELS = Layout(lambda x: x[:, 0, 0], lambda x: x[:, None, None])  # [K, 1, 1] to [K]
 
 
 def flattened_maps(side: int) -> Layout:
@@ -65,6 +66,8 @@ def module_layout(path: Path, ndim: int, pool_size: int) -> Layout:
     """
     if path == ("mask_head", "deconv", "kernel"):
         return DECONV
+    if path[-1] == "layer_scale":
+        return CHANNELS
     if path == ("mask_head", "logits_kernel"):
         return POINTWISE
     if path == ("box_head", "fcs", 0, "kernel"):
@@ -80,6 +83,7 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
     "num_batches": "num_batches_tracked",
+    "layer_scale": "layer_scale",
 }
 
 

@@ -52,6 +52,9 @@ PUBLISHED = {
     "torchvision:mobilenet_v3_large_v2": Published(
         _TORCHVISION + "mobilenet_v3_large-5c1a4163.pth", "sha256:5c1a4163"
     ),
+    "torchvision:convnext_tiny": Published(_TORCHVISION + "convnext_tiny-983f1562.pth", "sha256:983f1562"),
+    "torchvision:convnext_small": Published(_TORCHVISION + "convnext_small-0c510722.pth", "sha256:0c510722"),
+    "torchvision:convnext_base": Published(_TORCHVISION + "convnext_base-6075fbad.pth", "sha256:6075fbad"),
 }
 _FAMILIES = frozenset(name.partition(":")[0] for name in PUBLISHED)
 

@@ -1,4 +1,4 @@
-"""Maps names of torchvision's Mask R-CNN (both versions), ResNets and MobileNetV3, and of timm's ResNets to ours.
+"""Maps names of torchvision's Mask R-CNN (both versions) and backbones, and of timm's ResNets to ours.
 
 A model with ``head_norm="batch"`` has the names of maskrcnn_resnet50_fpn_v2, one without those of
 maskrcnn_resnet50_fpn. The published weights of the first version have older names, which are translated first.
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.convnext import ConvNeXt, Downsample
 from maskrcnn_jax.models.mask_rcnn import BOX_POOL_SIZE, MaskRCNN
 from maskrcnn_jax.models.mobilenet import InvertedResidual, MobileNetV3
 from maskrcnn_jax.models.resnet import ResNet
@@ -18,7 +19,7 @@ from maskrcnn_jax.weights.layouts import Entry, Path, flat_state, module_and_lea
 
 BACKBONE = "backbone.body."
 # The backbone of a detector is the part of a classifier called "features".
-_MOBILENET_FEATURES = "features."
+_FEATURES = "features."
 # Options of MaskRCNN that change the detections -> the only value that torchvision implements.
 _FIXED_OPTIONS = {
     "in_channels": 3,
@@ -29,6 +30,7 @@ _FIXED_OPTIONS = {
     "roi_operator": "align",
     "rpn_channels": 0,
     "mask_deconv": True,
+    "cls_agnostic_bbox_reg": False,
     "classification_loss": "cross_entropy",
     "box_min_size": 1e-2,
     "mask_targets_binary": False,
@@ -53,17 +55,20 @@ def entries(model: MaskRCNN) -> list[Entry]:
     Raises:
         UserError: torchvision has no such backbone.
     """
-    if not isinstance(model.backbone, ResNet | MobileNetV3):
+    if not isinstance(model.backbone, ResNet | MobileNetV3 | ConvNeXt):
         raise UserError(
-            f"the backbone {type(model.backbone).__name__} has no counterpart in torchvision's files; use a ResNet or "
-            "MobileNetV3"
+            f"the backbone {type(model.backbone).__name__} has no counterpart in torchvision's files; use a ResNet, "
+            "MobileNetV3 or ConvNeXt"
         )
+    per_class = dict(_ROWS_PER_CLASS)
+    if model.options.cls_agnostic_bbox_reg:
+        del per_class["bbox_pred"]
     return [
         Entry(
             path,
             _key(path, model),
             module_layout(path, variable.ndim, BOX_POOL_SIZE),
-            rows_per_class=0 if path[0] == "rpn" else _ROWS_PER_CLASS.get(str(path[1]), 0),
+            rows_per_class=0 if path[0] == "rpn" else per_class.get(str(path[1]), 0),
         )
         for path, variable in flat_state(model).items()
     ]
@@ -71,7 +76,7 @@ def entries(model: MaskRCNN) -> list[Entry]:
 
 def backbone_entries(model: MaskRCNN) -> list[Entry]:
     """Return the counterpart of every array of a model's backbone in a classifier trained on ImageNet."""
-    prefix = _MOBILENET_FEATURES if isinstance(model.backbone, MobileNetV3) else ""
+    prefix = "" if isinstance(model.backbone, ResNet) else _FEATURES
     return [
         entry._replace(key=prefix + entry.key.removeprefix(BACKBONE))
         for entry in entries(model)
@@ -110,6 +115,8 @@ def _module_name(module: list[str | int], model: MaskRCNN) -> str:
     match module:
         case ["backbone", *within] if isinstance(model.backbone, MobileNetV3):
             return BACKBONE + _mobilenet_name(within, model.backbone)
+        case ["backbone", *within] if isinstance(model.backbone, ConvNeXt):
+            return BACKBONE + _convnext_name(within, model.backbone)
         case ["backbone", "stem", str(part)]:
             return BACKBONE + {"conv": "conv1", "norm": "bn1"}[part]
         case ["backbone", "stages", int(stage), block, "convs", int(i), str(part)]:
@@ -151,6 +158,21 @@ def _mobilenet_name(module: list[str | int], backbone: MobileNetV3) -> str:
     part, name = map(str, within)
     parts = [part for part in ("expand", "depthwise", "squeeze", "project") if getattr(layer, part) is not None]
     return f"{place}.block.{parts.index(part)}.{name if part == 'squeeze' else _position(name)}"
+
+
+def _convnext_name(module: list[str | int], backbone: ConvNeXt) -> str:
+    """Return the name of a module by its place: the stem, then in turn a stage's blocks and what follows them."""
+    match module:
+        case ["stem", str(part)]:
+            return f"0.{_position(part)}"
+        case ["stages", int(stage), 0, str(part)] if isinstance(backbone.stages[stage][0], Downsample):
+            return f"{2 * stage}.{ {'norm': 0, 'conv': 1}[part] }"
+        case ["stages", int(stage), int(i), *within]:
+            block = f"{2 * stage + 1}.{i - isinstance(backbone.stages[stage][0], Downsample)}"
+            # Its layers stand between two that permute the axes and beside one without arrays, the GELU.
+            places = {"depthwise": 0, "norm": 2, "expand": 3, "project": 5}
+            return f"{block}.block.{places[str(within[0])]}" if within else block
+    raise ValueError(f"{module} has no counterpart in torchvision")
 
 
 def _position(part: str) -> int:

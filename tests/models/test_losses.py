@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models import losses
+from tests.models.tiny import tiny_model
 
 LOG2 = np.log(2)
 
@@ -13,6 +15,9 @@ LOG2 = np.log(2)
 def test_smooth_l1_is_quadratic_below_beta_and_linear_above():
     distance = losses.smooth_l1(jnp.array([0.0, 0.05, 1 / 9, 1.0, -1.0]), jnp.zeros(5))
     np.testing.assert_allclose(distance, [0, 0.05**2 * 4.5, 1 / 18, 1 - 1 / 18, 1 - 1 / 18], rtol=1e-5)
+
+    distance = losses.smooth_l1(jnp.array([0.0, 0.05, -1.0]), jnp.zeros(3), 0.0)
+    np.testing.assert_allclose(distance, [0, 0.05, 1], rtol=1e-6)
 
 
 def test_objectness_of_undecided_logits_is_log_two_over_the_valid_anchors():
@@ -39,6 +44,24 @@ def test_classification_of_equal_logits_is_the_log_of_the_number_of_classes():
     # The mean is over the RoIs of the whole batch, not over images: 2 of the first, 1 of the second.
     logits = jnp.zeros((2, 2, 5)).at[1, 1, 2].set(50.0)
     assert losses.classification_loss(logits, labels, valid) == pytest.approx(2 / 3 * np.log(5), rel=1e-6)
+
+
+def test_class_weights_weigh_the_mean_and_a_batch_without_weight_costs_nothing():
+    labels, valid = jnp.array([[0, 2, 1, 2]]), jnp.array([[True, True, True, False]])
+    logits = jnp.zeros((1, 4, 3)).at[0, 2, 1].set(jnp.log(4.0))  # 4 of 6: the others are undecided
+    loss = losses.classification_loss(logits, labels, valid, (0.1, 0.3, 0.2))
+    wanted = (0.1 * np.log(3) + 0.2 * np.log(3) + 0.3 * np.log(6 / 4)) / (0.1 + 0.2 + 0.3)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    function = jax.value_and_grad(losses.classification_loss)
+    value, gradient = function(logits, jnp.zeros((1, 4), jnp.int32), valid, (0.0, 1.0, 1.0))
+    assert value == 0 and not gradient.any()
+    equal = losses.classification_loss(logits, labels, valid, (5.0, 5.0, 5.0))
+    assert equal == pytest.approx(float(losses.classification_loss(logits, labels, valid)), rel=1e-6)
+
+
+def test_another_number_of_class_weights_than_of_classes_is_refused():
+    with pytest.raises(UserError, match="class_weights has 4 numbers; use 5: the weight of the background, then"):
+        tiny_model(class_weights=(1, 2, 3, 4))
 
 
 def test_mask_loss_is_the_mean_over_the_pixels_of_foreground_rois():

@@ -75,7 +75,7 @@ def test_every_stage_has_the_documented_shape():
 def test_an_unknown_backbone_or_norm_is_named_with_the_choices():
     with pytest.raises(ValueError, match="resnet7.*resnet50"):
         tiny_model(backbone="resnet7")
-    with pytest.raises(ValueError, match="norm is 'layer'; use one of batch, frozen"):
+    with pytest.raises(ValueError, match="norm is 'layer'; use one of batch, frozen, group"):
         tiny_model(norm="layer")
 
 
@@ -327,6 +327,26 @@ def test_proposals_fill_what_the_annotated_boxes_leave(source, num_gt, expected)
     gt = GroundTruth(jnp.ones((9, 4)), jnp.ones(9, int), None, None, None, jnp.arange(9) < num_gt)
     valid = limit_proposals(proposals, gt, source=source, min_proposals=5).valid
     np.testing.assert_array_equal(valid, np.arange(8) < expected)
+
+
+@pytest.mark.slow
+def test_one_box_for_all_classes_is_a_box_for_each_that_is_the_same(key):
+    """Losses, detections and gradients equal those of a network that predicts the one box for every class."""
+    agnostic, specific = tiny_model(cls_agnostic_bbox_reg=True), tiny_model()
+    nnx.update(specific, nnx.state(agnostic, lambda path, _: "bbox_pred" not in path or "rpn" in path))
+    one, each = agnostic.box_head.bbox_pred, specific.box_head.bbox_pred
+    assert one.kernel.shape == (32, 4)
+    each.kernel[...], each.bias[...] = jnp.tile(one.kernel[...], NUM_CLASSES), jnp.tile(one.bias[...], NUM_CLASSES)
+    batch, results = tiny_batch(), []
+    for model in (agnostic, specific):
+        losses, detect = compiled(model)[:2]
+        results.append((*losses(batch, key), detect(batch.images, batch.sizes)))
+    (ours, _, gradients, found), (theirs, _, of_each, wanted) = results
+    for a, b in zip(jax.tree.leaves((ours, found)), jax.tree.leaves((theirs, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    bias = of_each.box_head.bbox_pred.bias[...].reshape(NUM_CLASSES, 4).sum(axis=0)
+    np.testing.assert_allclose(gradients.box_head.bbox_pred.bias[...], bias, rtol=1e-4, atol=1e-7)
+    assert float(jnp.abs(bias).max()) > 0
 
 
 def test_the_focal_loss_starts_with_every_class_unlikely():

@@ -1,14 +1,18 @@
-"""Batch normalisation: only valid rows count, as torch's, and exact where the mean is large."""
+"""Batch normalisation: only valid rows count, as torch's, exact where the mean is large. Group normalisation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from maskrcnn_jax.distributed import make_mesh, on_each_device
-from maskrcnn_jax.models.layers import BatchNorm
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.models.layers import NUM_GROUPS, BatchNorm, BatchStatistics, GroupNorm, make_norm
 from maskrcnn_jax.ops.devices import sum_over_devices
-from maskrcnn_jax.ops.normalization import batch_norm
+from maskrcnn_jax.ops.normalization import batch_norm, group_norm
+from maskrcnn_jax.weights import torchvision
+from tests.models.tiny import tiny_model
 
 
 def rows(count: int, seed: int = 0, mean: float = 2.0) -> np.ndarray:
@@ -109,3 +113,128 @@ def test_of_half_precision_nothing_wider_is_kept_for_the_gradient():
     _, pull = jax.vjp(lambda x: batch_norm(x, *arguments, 1e-5, jnp.bfloat16)[0], x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= x.size]
     assert kept and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
+
+
+def group_norm_pair(channels, dtype):
+    """Return our group norm and torch's in float64, with the same scales and offsets."""
+    torch = pytest.importorskip("torch")
+    reference, norm = torch.nn.GroupNorm(NUM_GROUPS, channels).double(), GroupNorm(channels, dtype=dtype)
+    scale, bias = np.linspace(0.5, 2, channels), np.linspace(-1, 1, channels)
+    with torch.no_grad():
+        reference.weight.copy_(torch.tensor(scale))
+        reference.bias.copy_(torch.tensor(bias))
+    norm.scale[...], norm.bias[...] = (jnp.asarray(array, norm.scale.dtype) for array in (scale, bias))
+    return norm, reference
+
+
+@pytest.mark.parametrize("channels", [32, 64, 96])
+def test_values_and_gradients_of_group_norm_are_torchs(channels):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, direction = rng.normal(size=(2, 3, 5, 4, channels)) * 1.5 + np.array([2.0, 0]).reshape(2, 1, 1, 1, 1)
+    inputs = torch.tensor(x, requires_grad=True)
+    with jax.enable_x64(True):
+        norm, reference = group_norm_pair(channels, jnp.float64)
+        wanted = reference(inputs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        (wanted * torch.tensor(direction)).sum().backward()
+
+        @jax.jit
+        def run(x, scale, bias):
+            options = {"num_groups": NUM_GROUPS, "eps": norm.eps, "dtype": norm.dtype}
+            y, pull = jax.vjp(lambda *arrays: group_norm(*arrays, **options), x, scale, bias)
+            return y, *pull(jnp.asarray(direction))
+
+        y, *gradients = run(jnp.asarray(x), norm.scale[...], norm.bias[...])
+        np.testing.assert_allclose(norm(jnp.asarray(x)), y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(y, wanted.detach(), rtol=0, atol=1e-11)
+    for ours, theirs in zip(gradients, (inputs, reference.weight, reference.bias), strict=True):
+        np.testing.assert_allclose(ours, theirs.grad, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_group_norm_has_statistics_in_float32_where_the_network_computes_in_half_precision(dtype):
+    """Squares of 300 overflow in float16, and bfloat16 cannot tell 300 from 301."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 32)) * 300, dtype)
+    norm, reference = group_norm_pair(32, jnp.dtype(dtype))
+    torch = pytest.importorskip("torch")
+    wanted = reference(torch.tensor(np.asarray(x, np.float64)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach()
+    y = norm(x)
+    assert y.dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=float(jnp.finfo(dtype).eps), atol=1e-5)
+
+
+def test_rows_of_a_group_norm_do_not_depend_on_each_other_but_on_the_padding_of_their_own_image():
+    norm = GroupNorm(32, dtype=jnp.float32)
+    x = np.random.default_rng(0).normal(size=(3, 4, 5, 32)).astype(np.float32)
+    alone, together = norm(jnp.asarray(x[:1])), norm(jnp.asarray(x))
+    np.testing.assert_allclose(together[:1], alone, atol=1e-6)
+    padded = norm(jnp.pad(x[:1], ((0, 0), (0, 4), (0, 0), (0, 0))))[:, :4]
+    assert float(jnp.abs(padded - alone).max()) > 0.1, "as in detectron2, cells of the padding count"
+
+
+def test_channels_that_cannot_be_grouped_are_refused():
+    with pytest.raises(UserError, match="32 groups, which 48 channels do not allow; use multiples of 32"):
+        GroupNorm(48, dtype=jnp.float32)
+    with pytest.raises(UserError, match="use 'batch', 'frozen', 'group' or 'none'"):
+        make_norm("layer", 32, eps=1e-5, momentum=0.1, gain=1.0, dtype=jnp.float32)
+
+
+def test_group_norms_are_in_the_backbone_the_pyramid_and_the_heads_and_have_torchvisions_names():
+    wide = {"stem_channels": 32, "stage_channels": 32, "fpn_channels": 32, "mask_channels": 32}
+    model = tiny_model(norm="group", head_norm="group", box_conv_channels=(32,), **wide)
+    norms = {path[0] for path, module in nnx.iter_modules(model) if isinstance(module, GroupNorm)}
+    assert norms == {"backbone", "fpn", "box_head", "mask_head"}
+    keys = {entry.key for entry in torchvision.entries(model)}
+    assert {"backbone.body.bn1.weight", "backbone.fpn.inner_blocks.0.1.bias", "roi_heads.mask_head.0.1.weight"} <= keys
+    assert not any("running" in key for key in keys)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_with_statistics_of_each_device_the_result_is_that_of_independent_parts(num_devices):
+    """Outputs, gradients and statistics; on the last device no row is valid."""
+    x, direction = rows(8), np.random.default_rng(2).normal(size=(8, 3, 4, 5))
+    valid = np.arange(8) < 8 - 8 // num_devices
+    valid[1] = False
+    mesh = make_mesh(jax.devices()[:num_devices])
+
+    def step(norm, x, valid, direction):
+        graph, params, rest = nnx.split(norm, nnx.Param, ...)
+
+        def loss(params, x):
+            norm = nnx.merge(graph, params, rest, copy=True)
+            y = norm(x, valid)
+            return jnp.sum(y * direction), (y, nnx.state(norm, BatchStatistics))
+
+        (by_params, by_x), (y, statistics) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        return (y, by_x), sum_over_devices(by_params), statistics
+
+    def of_rows(_, rows):
+        outputs, gradients, statistics = step(norm, *rows)
+        # Of each device, to see that all have the same.
+        return outputs, jax.tree.map(lambda array: array[None], (gradients, statistics))
+
+    with jax.enable_x64(True):
+        norm = BatchNorm(5, dtype=jnp.float64)
+        norm.sync = False
+        norm.scale[...] = jnp.linspace(0.5, 2, 5)
+        arrays = [jnp.asarray(array) for array in (x, valid, direction)]
+        outputs, kept = jax.jit(on_each_device(of_rows, mesh, returns_rows=True))((), arrays)
+        parts = [step(norm, *part) for part in zip(*(jnp.split(array, num_devices) for array in arrays), strict=True)]
+        for ours, theirs in zip(outputs, zip(*(part[0] for part in parts), strict=True), strict=True):
+            np.testing.assert_allclose(ours, np.concatenate(theirs), atol=1e-12)
+        gradients, statistics = kept
+        for ours, *theirs in zip(*map(jax.tree.leaves, (gradients, *(part[1] for part in parts))), strict=True):
+            np.testing.assert_allclose(ours[0], sum(map(np.asarray, theirs)), atol=1e-12)
+        for name in ("mean", "var"):
+            ours, theirs = np.asarray(statistics[name][...]), [part[2][name][...] for part in parts[:-1]]
+            np.testing.assert_allclose(ours[0], np.mean(theirs, axis=0), atol=1e-12)
+            assert (ours == ours[0]).all(), "devices keep the same"
+        assert (np.asarray(statistics["num_batches"][...]) == 1).all()
+
+
+def test_the_option_reaches_every_batch_norm():
+    for sync in (True, False):
+        model = tiny_model(norm="batch", head_norm="batch", box_conv_channels=(16,), sync_batch_norm=sync)
+        norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
+        assert len(norms) > 20 and all(norm.sync is sync for norm in norms)
+    tiny_model(norm="frozen", sync_batch_norm=False)

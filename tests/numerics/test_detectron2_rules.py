@@ -13,11 +13,17 @@ import pytest
 from pycocotools import mask as coco_mask
 
 torch = pytest.importorskip("torch")
+from maskrcnn_jax.config import load_config  # noqa: E402
 from maskrcnn_jax.data.run_lengths import cut_out  # noqa: E402
 from maskrcnn_jax.data.transforms import pack_masks  # noqa: E402
+from maskrcnn_jax.distributed import make_mesh, on_each_device  # noqa: E402
+from maskrcnn_jax.models import losses  # noqa: E402
 from maskrcnn_jax.ops.anchors import grid_anchors  # noqa: E402
 from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
+from maskrcnn_jax.ops.matching import Sample  # noqa: E402
 from maskrcnn_jax.ops.pyramid import assign_levels  # noqa: E402
+from maskrcnn_jax.structures import GroundTruth  # noqa: E402
+from tests.models.tiny import tiny_model  # noqa: E402
 from tools.torchvision_reference import import_torchvision  # noqa: E402
 
 torchvision = import_torchvision()
@@ -240,3 +246,96 @@ def test_targets_of_annotated_objects_equal_both_of_detectron2s_rules(coco_dir, 
     assert len(equal) > 20
     print(f"equal cells: {np.mean(equal):.4f}, least in an object {min(equal):.4f}, {len(equal)} objects")
     assert np.mean(equal) > 0.97
+
+
+def sampled_anchors(rng, num_images=4, num_anchors=60, num_samples=24, num_gt=3):
+    """Return the RPN's outputs, anchors, matches, a sample with unused slots, and objects, of random images."""
+    corner = rng.uniform(0, 60, (num_anchors, 2))
+    anchors = np.concatenate([corner, corner + rng.uniform(4, 30, (num_anchors, 2))], axis=1)
+    matches = rng.integers(-2, num_gt, (num_images, num_anchors)).astype(np.int32)
+    index = np.stack([rng.permutation(num_anchors)[:num_samples] for _ in range(num_images)]).astype(np.int32)
+    valid = (rng.random(index.shape) < 0.7) & (np.arange(num_images) != 1)[:, None]  # the second image is a filler
+    foreground = valid & (np.take_along_axis(matches, index, axis=1) >= 0)
+    corner = rng.uniform(0, 50, (num_images, num_gt, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 40, corner.shape)], axis=-1)
+    outputs = rng.normal(size=(num_images, num_anchors)), rng.normal(size=(num_images, num_anchors, 4)) * 0.2
+    return outputs, anchors, matches, Sample(index, foreground, valid), boxes
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_rpn_losses_are_divided_by_256_for_each_image_and_boxes_have_an_l1_loss(num_devices):
+    """Values and gradients; the second of four images is no more than a filler of the batch."""
+    rng = np.random.default_rng(0)
+    (logits, deltas), anchors, matches, sample, boxes = sampled_anchors(rng)
+    present = np.arange(4) != 1
+    objectness, offsets = (torch.tensor(array, requires_grad=True) for array in (logits, deltas))
+    cross_entropy, distance = 0, 0
+    for i, slot in zip(*np.nonzero(sample.valid), strict=True):
+        anchor = sample.index[i, slot]
+        target = torch.tensor(float(sample.foreground[i, slot]), dtype=torch.float64)
+        cross_entropy += torch.nn.functional.binary_cross_entropy_with_logits(objectness[i, anchor], target)
+        if sample.foreground[i, slot]:
+            (x1, y1, x2, y2), (a1, b1, a2, b2) = boxes[i, matches[i, anchor]], anchors[anchor]
+            shift = ((x1 + x2 - a1 - a2) / 2 / (a2 - a1), (y1 + y2 - b1 - b2) / 2 / (b2 - b1))
+            scale = math.log((x2 - x1) / (a2 - a1)), math.log((y2 - y1) / (b2 - b1))
+            distance += (offsets[i, anchor] - torch.tensor([*shift, *scale])).abs().sum()
+    wanted = [cross_entropy / (256 * 3), distance / (256 * 3)]
+    sum(wanted).backward()
+
+    with jax.enable_x64(True):
+        model = tiny_model(rpn_fixed_normalizer=True, smooth_l1_beta=0.0, rpn_batch_size_per_image=256)
+
+        def shares(_, rows):
+            logits, deltas, matches, sample, boxes, present = rows
+            gt = GroundTruth(boxes, None, None, None, None, None)
+
+            def loss(logits, deltas):
+                terms = model.rpn_losses(
+                    [logits[:, :40], logits[:, 40:]],
+                    [deltas[:, :40], deltas[:, 40:]],
+                    [jnp.asarray(anchors[:40]), jnp.asarray(anchors[40:])],
+                    matches,
+                    sample,
+                    gt,
+                    present,
+                )
+                return sum(terms.values()), jnp.stack([terms["loss_objectness"], terms["loss_rpn_box_reg"]])
+
+            gradients, terms = jax.grad(loss, (0, 1), has_aux=True)(logits, deltas)
+            return terms[None], gradients
+
+        rows = (logits, deltas, matches, sample, boxes, present)
+        mesh = make_mesh(jax.devices()[:num_devices])
+        terms, gradients = jax.jit(on_each_device(shares, mesh, returns_rows=True))((), rows)
+    np.testing.assert_allclose(np.asarray(terms).sum(axis=0), [w.item() for w in wanted], rtol=1e-12)
+    for ours, theirs in zip(gradients, (objectness.grad, offsets.grad), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_the_box_head_has_an_l1_loss_divided_by_all_sampled_rois():
+    rng = np.random.default_rng(1)
+    corner = rng.uniform(0, 60, (2, 2, 10, 2))
+    rois, gt = np.concatenate([corner, corner + rng.uniform(4, 30, corner.shape)], axis=-1)
+    deltas, valid = rng.normal(size=(2, 10, 4)), rng.random((2, 10)) < 0.8
+    foreground = rng.random((2, 10)) < 0.5
+    center = [(b[..., :2] + b[..., 2:]) / 2 for b in (gt, rois)]
+    size = [b[..., 2:] - b[..., :2] for b in (gt, rois)]
+    targets = np.concatenate([(center[0] - center[1]) / size[1] * 10, np.log(size[0] / size[1]) * 5], axis=-1)
+    kept = foreground & valid
+    offsets = torch.tensor(deltas, requires_grad=True)
+    wanted = torch.nn.functional.l1_loss(offsets[kept], torch.tensor(targets[kept]), reduction="sum") / valid.sum()
+    wanted.backward()
+    with jax.enable_x64(True):
+        value, gradient = jax.value_and_grad(
+            lambda deltas: losses.roi_box_loss(
+                "smooth_l1", deltas, *map(jnp.asarray, (rois, gt, foreground, valid)), beta=0.0
+            )
+        )(jnp.asarray(deltas))
+    np.testing.assert_allclose(value, wanted.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, offsets.grad, rtol=1e-12)
+
+
+def test_the_configs_train_with_detectron2s_losses():
+    for name in ("detectron2_r50_fpn", "detectron2_r101_fpn"):
+        model = load_config(name).model
+        assert (model.rpn_fixed_normalizer, model.smooth_l1_beta) == (True, 0.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from maskrcnn_jax.distributed import make_mesh, on_each_device  # noqa: E402
 from maskrcnn_jax.models import losses  # noqa: E402
 from maskrcnn_jax.models.box_head import BOX_WEIGHTS  # noqa: E402
 from maskrcnn_jax.models.postprocess import select_detections  # noqa: E402
@@ -134,6 +135,30 @@ def test_classification_and_box_losses_equal_fastrcnn_loss(dtype):
         )
 
     assert_same_losses(ours, value_and_gradients(reference, [logits, deltas]), [logits, deltas], dtype)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_weighted_cross_entropy_equals_torchs(num_devices):
+    """Values and gradients in float64, and the same where devices share the batch."""
+    rng = np.random.default_rng(4)
+    weights = (0.25, 3.0, 0.0, 1.5, 0.7)
+    logits, labels = rng.normal(size=(4, 9, 5)) * 2, rng.integers(0, 5, (4, 9))
+    valid = rng.random((4, 9)) < 0.8
+    inputs = torch.tensor(logits, requires_grad=True)
+    loss = torch.nn.CrossEntropyLoss(weight=torch.tensor(weights, dtype=torch.float64))
+    wanted = loss(inputs[valid], torch.tensor(labels[valid]))
+    wanted.backward()
+
+    def share(_, rows):
+        logits, labels, valid = rows
+        value, gradient = jax.value_and_grad(losses.classification_loss)(logits, labels, valid, weights)
+        return value[None], gradient
+
+    with jax.enable_x64(True):
+        mesh = make_mesh(jax.devices()[:num_devices])
+        values, gradients = jax.jit(on_each_device(share, mesh, returns_rows=True))((), (logits, labels, valid))
+    np.testing.assert_allclose(np.asarray(values).sum(), wanted.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradients, inputs.grad, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

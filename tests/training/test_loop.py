@@ -116,6 +116,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(config, tmp_path, mixed, caplo
     if mixed:
         config.epochs, config.eval_every, config.batch_size, config.model.dtype = 4, 2, 16, "float16"
         config.optim.update(ema_decay=0.9, accumulate=2, loss_scale=2.0**18)
+        config.optim.update(backbone_lr_factor=0.5, schedule="multistep", milestones=(3,))
     train(config, tmp_path / "whole", make_evaluate=scores(0.1, 0.2))
 
     def stopping(categories):

@@ -82,7 +82,7 @@ def result(workdir):
 def run(config, tmp_path):
     def run(name, float64=False, processes=1, devices=1, **changes):
         config.max_steps, config.log_every, config.eval_every, config.epochs = STEPS, 1, 0, 10
-        config.optim.warmup_steps = 0
+        config.optim.warmup_steps, config.optim.backbone_lr_factor = 0, 0.5
         config.model.dtype = "float64" if float64 else "float32"
         config.update(changes)
         workdir = tmp_path / name

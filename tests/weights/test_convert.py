@@ -12,6 +12,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.weights import detectron2
 from maskrcnn_jax.weights.convert import load_weights, to_torchvision
+from maskrcnn_jax.weights.torchvision import without_counterpart
 from tests.models.tiny import tiny_batch, tiny_model
 
 NARROW = {
@@ -394,6 +395,23 @@ def test_the_background_comes_first_and_is_empty_where_detectron2_has_none():
     masks = arrays["roi_heads.mask_head.predictor.weight"][:, :, 0, 0]
     np.testing.assert_array_equal(model.mask_head.logits_kernel[...][1:], masks)
     assert not np.any(model.mask_head.logits_kernel[...][0])
+
+
+def test_class_agnostic_boxes_have_four_rows_in_files_whatever_the_classes():
+    model = narrow_model(cls_agnostic_bbox_reg=True)
+    arrays = other_values(detectron2_arrays(model))
+    key = "roi_heads.box_predictor.bbox_pred.weight"
+    assert arrays[key].shape == (4, 12)
+    load_weights(model, arrays)
+    np.testing.assert_array_equal(model.box_head.bbox_pred.kernel[...].T, arrays[key])
+    np.testing.assert_array_equal(detectron2_arrays(model)[key], arrays[key])
+    # To fine-tune for other classes, the boxes are kept.
+    report = load_weights(narrow_model(cls_agnostic_bbox_reg=True, num_classes=9), arrays, partial=True)
+    assert key in report.loaded and "roi_heads.box_predictor.cls_score.weight" in report.reinitialised
+    # torchvision has nothing like it, and its files do not fit.
+    assert without_counterpart(model.options) == ["cls_agnostic_bbox_reg=True"]
+    with pytest.raises(UserError, match=r"bbox_pred.weight has shape \(20, 12\) instead of \(4, 12\)"):
+        load_weights(model, to_torchvision(narrow_model()))
 
 
 def test_the_first_convolution_answers_to_bgr_less_its_mean_as_detectron2_feeds_it():

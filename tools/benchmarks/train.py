@@ -114,7 +114,7 @@ class OurTraining:
 
     def __init__(self, model: MaskRCNN, batch: Batch):
         mesh = mesh_for(len(batch.images))
-        optim = OptimOptions(kind="sgd", decay_norm_and_bias=True, clip_norm=0.0)
+        optim = OptimOptions(kind="sgd", decay_norms=True, decay_biases=True, clip_norm=0.0)
         optimizer = make_optimizer(optim, lambda _: LEARNING_RATE)
         graphdef, self.state = create_train_state(model, optimizer, mesh, optim)
         self._mesh, self.key = mesh, jax.device_put(jax.random.key(0), replicated(mesh))

@@ -101,7 +101,7 @@ def compare_steps(
         pair.reference.load_state_dict(start)
         pair.model.train()
         _, params, variables = nnx.split(pair.model, nnx.Param, ...)
-        optim = OptimOptions(decay_norm_and_bias=True, clip_norm=0.0, **options)
+        optim = OptimOptions(decay_norms=True, decay_biases=True, clip_norm=0.0, **options)
         optimizer = make_optimizer(optim, lambda _, rate=rate: rate)
         opt_state = optimizer.init(params)
 

@@ -20,8 +20,6 @@ from maskrcnn_jax.structures import Batch, GroundTruth
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.step import TrainStep, split_train_state
 
-_NUM_STEPS = 1000  # of the learning rate's schedule, which changes a constant of the program
-
 
 def image_size(options: DataOptions, *, train: bool) -> tuple[int, int]:
     """Return the (height, width) of the largest padded images: of the longest ones, in landscape format."""
@@ -39,7 +37,9 @@ def lower_train_step(options: Options, num_classes: int, num_objects: int, devic
         devices: To compile for.
     """
     mesh = make_mesh(devices)
-    optimizer = make_optimizer(options.optim, make_schedule(options.optim, _NUM_STEPS))
+    # Milestones would have to fit the length of the run; the program is nearly that of a cosine over any steps.
+    schedule = make_schedule(dataclasses.replace(options.optim, schedule="cosine"), 1000, 1)
+    optimizer = make_optimizer(options.optim, schedule)
     structure: list[nnx.GraphDef] = []
 
     def make_state():
