@@ -134,6 +134,10 @@ def compare_training(options: argparse.Namespace) -> None:
     """Train both sides and compare them."""
     if options.config is None or not options.workdir:
         raise UserError("--train needs --config, such as --config=shapes, and --workdir, a folder for its runs")
+    if options.weights or options.images:
+        raise UserError(
+            "--train starts from random weights and trains on --coco_dir; leave out --weights and --images"
+        )
     if options.coco_dir:
         options.config.data.coco_dir = options.coco_dir
     result = train_pairs(find_options(options.config), Path(options.workdir), options.seeds)

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 torch = pytest.importorskip("torch")
 import tools.comparison.trained_pair as trained_pair  # noqa: E402
+from maskrcnn_jax.commands.app import parse  # noqa: E402
 from maskrcnn_jax.config import load_config, to_options  # noqa: E402
 from maskrcnn_jax.data.dataset import load_coco  # noqa: E402
 from maskrcnn_jax.data.shapes import write_dataset  # noqa: E402
@@ -20,6 +21,7 @@ from maskrcnn_jax.errors import UserError  # noqa: E402
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN  # noqa: E402
 from maskrcnn_jax.options import OptimOptions, Options  # noqa: E402
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule  # noqa: E402
+from tools import compare_torch  # noqa: E402
 from tools.comparison.paired_results import TERMS, PairedResults, adjust, late_mean, paired_test  # noqa: E402
 from tools.comparison.torch_training import TorchImages, make_torch_optimizer, make_torch_schedule  # noqa: E402
 
@@ -123,9 +125,10 @@ def test_torchs_pipeline_gives_the_images_and_objects_that_ours_reads(shapes_dir
 def test_options_that_torchvision_lacks_are_refused_by_name(options):
     trained_pair.check_options(options)
     optim = dataclasses.replace(options.optim, ema_decay=0.9)
-    model = dataclasses.replace(options.model, mask_loss="dice", head_norm="frozen")
-    with pytest.raises(UserError, match=r"head_norm=frozen, model\.mask_loss=dice .*, optim\.ema_decay=0\.9"):
-        trained_pair.check_options(dataclasses.replace(options, optim=optim, model=model))
+    model = dataclasses.replace(options.model, mask_loss="dice")
+    data = dataclasses.replace(options.data, resize="pillow")
+    with pytest.raises(UserError, match=r"model\.mask_loss=dice .*, optim\.ema_decay=0\.9 .*, data\.resize=pillow"):
+        trained_pair.check_options(dataclasses.replace(options, optim=optim, model=model, data=data))
 
 
 def test_every_option_that_is_followed_exists():
@@ -196,6 +199,20 @@ def _halve_mask_loss(monkeypatch):
         return terms | {"loss_mask": terms["loss_mask"] / 2}, metrics
 
     monkeypatch.setattr(MaskRCNN, "losses", halved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --images"),
+        (["--train"], "--train needs --config"),
+        (["--train", "--config=shapes", "--workdir=x", "--images=y"], "leave out --weights and --images"),
+        (["--train", "--config=shapes", "--workdir=x"], r"lacks model\.roi_aligned=True \(set it to False\)"),
+    ],
+)
+def test_the_tool_says_what_is_missing_or_of_no_use(arguments, message):
+    with pytest.raises(UserError, match=message):
+        compare_torch.main(parse(compare_torch, arguments))
 
 
 @pytest.mark.slow

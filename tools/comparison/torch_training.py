@@ -122,7 +122,12 @@ def make_torch_schedule(
 
 
 def train_torchvision(
-    options: Options, dataset: CocoDataset, rows: np.ndarray, initial: Mapping[str, np.ndarray], num_steps: int
+    options: Options,
+    dataset: CocoDataset,
+    rows: np.ndarray,
+    initial: Mapping[str, np.ndarray],
+    num_steps: int,
+    steps_per_epoch: int,
 ) -> tuple[dict[str, np.ndarray], Curve]:
     """Train torchvision's model.
 
@@ -132,6 +137,7 @@ def train_torchvision(
       rows: of the images of the dataset that take part.
       initial: state dict to start from.
       num_steps: of the training.
+      steps_per_epoch: for milestones in epochs; incomplete batches count.
 
     Returns:
       The state dict after training, and the curve: means over the steps since the point before.
@@ -159,7 +165,7 @@ def train_torchvision(
     load_reference(model, initial)
     model.train()
     optimizer = make_torch_optimizer(model, optim)
-    schedule = make_torch_schedule(optimizer, optim, num_steps, len(loader))
+    schedule = make_torch_schedule(optimizer, optim, num_steps, steps_per_epoch)
     curve, since = [], []
     progress = tqdm(range(1, num_steps + 1), desc="torchvision", unit="step", leave=False)
     for step, (batch, targets) in zip(progress, _epochs(loader), strict=False):

@@ -44,12 +44,7 @@ FOLLOWED = {
     "data.": """coco_dir train_split eval_split train_limit eval_limit short_side long_side buckets resize
         contiguous_labels hflip threads workers prefetch""",
 }
-CHOICES = {  # of an option that is obeyed -> its values that torchvision's side has
-    "model.norm": ("batch", "frozen"),
-    "model.head_norm": ("none", "batch"),
-    "optim.kind": ("adamw", "sgd"),
-    "data.resize": ("uint8", "float32"),
-}
+CHOICES = {"data.resize": ("uint8", "float32")}  # of an option that is obeyed -> what torchvision's side has of it
 METRICS = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50")
 RESULT = "result.json"
 
@@ -119,7 +114,9 @@ def _train_pair(options: Options, dataset: CocoDataset, folder: Path) -> tuple[d
         start = time.perf_counter()
         rows = training_subset(dataset, options.data.train_limit, options.seed)
         derived = derive_options(options, len(rows))
-        arrays, curve = train_torchvision(derived, dataset, rows, read_arrays(initial), result["curve"][-1]["step"])
+        last = result["curve"][-1]
+        steps = last["step"], round(last["step"] / last["epoch"])  # as many as ours took, in all and in an epoch
+        arrays, curve = train_torchvision(derived, dataset, rows, read_arrays(initial), *steps)
         write_arrays(trained, arrays)
         _finish(theirs, options, trained, curve, time.perf_counter() - start, dataset)
     return result, json.loads((theirs / RESULT).read_text())
@@ -144,4 +141,4 @@ def _finish(folder: Path, options: Options, model: Path, curve: Curve, seconds: 
 
 def _logged_curve(workdir: Path) -> Curve:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in ("step", *TERMS)} for line in lines if "loss" in line]
+    return [{name: line[name] for name in ("step", "epoch", *TERMS)} for line in lines if "loss" in line]
