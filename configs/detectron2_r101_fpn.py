@@ -1,11 +1,13 @@
-"""detectron2's mask_rcnn_R_101_FPN.
+"""detectron2's mask_rcnn_R_101_FPN; with ":3x", its training recipe.
 
-Command:
+Commands:
     maskrcnn-jax eval --config=detectron2_r101_fpn --weights=detectron2:mask_rcnn_R_101_FPN_3x \\
         --coco_dir=COCO --output=runs/detectron2_r101_fpn
+    maskrcnn-jax train --config=detectron2_r101_fpn:3x --weights=torchvision:resnet101 \\
+        --config.model.stride_in_1x1=False --workdir=runs/detectron2_r101_fpn_3x --config.data.coco_dir=COCO
 
-Published result on val2017: box AP 42.9, mask AP 38.6 (3x schedule).
-Result here: not run.
+Published result on val2017: box AP 42.9, mask AP 38.6 (3x schedule). Result here: not run.
+detectron2_r50_fpn says where the recipe comes from.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from maskrcnn_jax.config import load_config
 
 
-def get_config() -> ConfigDict:
-    config = load_config("detectron2_r50_fpn")
+def get_config(schedule: str = "") -> ConfigDict:
+    config = load_config(f"detectron2_r50_fpn:{schedule}")
     config.model.backbone = "resnet101"
     return config

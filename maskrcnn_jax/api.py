@@ -49,7 +49,7 @@ def load(
             which are downloaded once; or a file of weights, .pth, .safetensors or .pkl.
         config: What the weights of a file belong to: the folder of a run, the name or path of a configuration file,
             such as "torchvision_r50_fpn_v2", or a config. Runs and published weights have their own.
-        checkpoint: Of a run: "latest", "best" (by mask AP) or a step.
+        checkpoint: Of a run: "latest", "best" (by the option ``best_metric``) or a step.
         categories: What the labels of the weights mean, or a categories.json. Defaults to those of ``config`` if it is
             the folder of a run, else to COCO's.
 

@@ -42,11 +42,7 @@ class OptimOptions(Checked):
         choices=("cosine", "multistep", "constant"),
     )
     warmup_steps: int = option(
-        500,
-        "linear warm-up from lr * warmup_factor, at most a tenth of the run",
-        unit="steps",
-        low=0,
-        source=TORCHVISION,
+        500, "linear warm-up from lr * warmup_factor, at most a tenth of the run", unit="steps", low=0
     )
     warmup_factor: float = option(
         1e-3, "learning rate of the first step, as a share of lr", low=0, high=1, source=TORCHVISION
@@ -307,9 +303,16 @@ class Options(Checked):
         unit="steps",
         low=0,
     )
-    keep_checkpoints: int = option(
-        2, "newest checkpoints kept, besides the best by mask AP (box AP without masks)", low=1
+    keep_checkpoints: int = option(2, "newest checkpoints kept, besides the best by best_metric", low=1)
+    best_metric: str = option(
+        "segm_AP",
+        "metric that chooses the best checkpoint and stops training early: mask AP (box AP without masks) or box AP",
+        choices=("segm_AP", "bbox_AP"),
     )
+    patience: int = option(
+        0, "training stops after so many evaluations without a better best_metric; 0 means never", low=0
+    )
+    tracker: str = option("none", "also log to Weights & Biases or MLflow", choices=("none", "wandb", "mlflow"))
     shard_params: bool = option(
         False,
         "shard parameters, averages and optimizer state over the devices instead of replicating them: less memory, "
@@ -318,3 +321,8 @@ class Options(Checked):
     model: ModelOptions = ModelOptions()
     optim: OptimOptions = OptimOptions()
     data: DataOptions = DataOptions()
+
+    def _contradictions(self) -> list[str]:
+        if self.patience and not self.eval_every:
+            return [f"patience is {self.patience} with eval_every 0; use an eval_every of at least 1, or patience 0"]
+        return []

@@ -7,8 +7,10 @@ writes the checkpoints through ``training.checkpoint``; code that only loads a m
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from maskrcnn_jax.paths import absolute, as_path, in_bucket, read_bytes
 from maskrcnn_jax.writing import replace_file, writing
 
 SPLIT_FILE = "split.json"  # which images data.val_share holds out
-BEST_METRIC = "segm_AP"
 # Options by the names that they had in an earlier version, and what they are called now: several, or none at all.
 _FORMER: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {"box_iou_thresh": ("box_fg_iou_thresh",)},
@@ -79,18 +80,18 @@ def load_options(workdir: str | os.PathLike) -> Options:
 def changed_options(options: Options, workdir: str | os.PathLike) -> list[str]:
     """Return how options differ from those of a run's folder, such as ["batch_size 16 (8 before)"]."""
     try:
-        before = _flatten(dataclasses.asdict(load_options(workdir)))
+        before = flatten(dataclasses.asdict(load_options(workdir)))
     except UserError:
         return []
-    now = _flatten(dataclasses.asdict(options))
+    now = flatten(dataclasses.asdict(options))
     return [f"{name} {now[name]} ({before[name]} before)" for name in now if before[name] != now[name]]
 
 
-def _flatten(options: dict, prefix: str = "") -> dict:
+def flatten(options: dict, prefix: str = "") -> dict:
     """Return nested options by names such as "optim.lr"."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
@@ -131,7 +132,7 @@ def load_run(workdir: str | os.PathLike, *, checkpoint: str = "latest") -> tuple
 
     Args:
         workdir: Folder of the run.
-        checkpoint: "latest", "best" (by mask AP, or box AP without masks) or a step.
+        checkpoint: "latest", "best" (by the option ``best_metric``) or a step.
 
     Returns:
         The model in evaluation mode, the categories that it was trained on, and the options of the run.
@@ -149,7 +150,7 @@ def load_model(
 ) -> tuple[MaskRCNN, Categories]:
     """Load the model of a run with other options than those that it was trained with; otherwise as ``load_run``."""
     categories = Categories.load(as_path(workdir) / "categories.json")
-    reader = CheckpointReader(workdir)
+    reader = CheckpointReader(workdir, best_metric=options.best_metric)
     try:
         model = make_unfilled(categories.num_classes, options.model)
         reader.restore_model(reader.find(checkpoint), model)
@@ -162,12 +163,15 @@ def load_model(
 class CheckpointReader:
     """Reads the checkpoints in ``<workdir>/checkpoints``, named by step, and changes nothing."""
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, writes: bool = False):
+    def __init__(
+        self, workdir: str | os.PathLike, *, keep: int = 2, best_metric: str = "segm_AP", writes: bool = False
+    ):
         """Open the folder.
 
         Args:
             workdir: Folder of the run.
             keep: How many of the newest a writer keeps, besides the best.
+            best_metric: Which metric decides on the best: "segm_AP" or "bbox_AP".
             writes: Create the folder if it does not exist, and delete what an interrupted training left unfinished.
 
         Raises:
@@ -175,8 +179,9 @@ class CheckpointReader:
         """
         folder = absolute(as_path(workdir)) / "checkpoints"
         _check_metrics(folder)
+        metric = functools.partial(value_of_best, metric=best_metric)
         policy = AnyPreservationPolicy(
-            [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
+            [LatestN(keep), BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)]
         )
         with writing(folder):
             self._manager = ocp.CheckpointManager(
@@ -188,7 +193,7 @@ class CheckpointReader:
                 },
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
-                    best_fn=_metric,
+                    best_fn=metric,
                     # Not Orbax's own read_only, which warns of each option that it sets.
                     cleanup_tmp_directories=writes,
                     create=writes,
@@ -214,7 +219,7 @@ class CheckpointReader:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best checkpoint by mask AP, the newest if none was evaluated."""
+        """Step of the best checkpoint, the newest if none was evaluated."""
         return self._manager.best_step() or self.latest_step
 
     def find(self, which: str) -> int:
@@ -287,8 +292,15 @@ class CheckpointReader:
             self._manager.close()
 
 
-def _metric(metrics: dict) -> float:
-    return metrics[BEST_METRIC]
+def value_of_best(metrics: Mapping[str, float], metric: str) -> float:
+    """Return the value by which an evaluation is better than others.
+
+    Args:
+        metrics: Of the evaluation.
+        metric: "segm_AP" or "bbox_AP", which also takes the place of COCO's mask AP of -1, where no object has a mask.
+    """
+    box_ap = metrics.get("bbox_AP", metrics["segm_AP"])  # of checkpoints of earlier versions, the value is under this
+    return box_ap if metric == "bbox_AP" or metrics["segm_AP"] < 0 else metrics["segm_AP"]
 
 
 def _check_metrics(folder: Path) -> None:

@@ -2,10 +2,14 @@
 
     python tools/compare_torch.py --model=maskrcnn_resnet50_fpn --images=DIR [--weights=FILE] [--dtype=float64]
     python tools/compare_torch.py --workdir=runs/r50 --images=DIR [--dtype=float64]
+    python tools/compare_torch.py --train --config=shapes --workdir=runs/pairs [--config.FIELD=VALUE] [--seeds=3]
 
 Both sides get the same weights (seeded random ones if none are given) and the same images. Of a run of train.py its
 AP is compared too. Prints a table, writes it as --json and --html, and exits with status 1 if something is further
 away than its tolerance.
+
+With --train both sides are trained, and losses and AP are compared over several seeds. The status is 1 if something
+differs beyond chance. Interrupted, the same command continues with the runs that are not finished.
 """
 
 import argparse
@@ -34,6 +38,7 @@ from tools.comparison.comparison_page import Comparison
 from tools.comparison.detections import compare_detections
 from tools.comparison.pair import TOLERANCES, Pair, make_targets, read_images, to_torch
 from tools.comparison.stages import compare_stages
+from tools.comparison.trained_pair import train_pairs
 from tools.comparison.training import compare_losses_and_gradients, compare_steps, make_gradient
 from tools.torchvision_reference import build_reference, load_reference, randomise
 
@@ -98,8 +103,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="FILE|NAME", help="state dict (.pth, .safetensors); seeded random weights if not given"
     )
-    parser.add_argument("--workdir", metavar="DIR", help="compare the model of this training run instead, and its AP")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="compare the model of this training run instead, and its AP; with --train, the folder for its runs",
+    )
+    parser.add_argument("--images", metavar="DIR", help="folder of images; needed without --train")
     parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32", help="of both sides")
     numbers = {  # name -> default, lowest value, meaning
         "num_images": (2, 1, "images to compare on"),
@@ -107,16 +116,53 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "min_size": (256, 32, "shorter side after resizing, pixels; a run has its own"),
         "max_size": (416, 32, "longest side after resizing, pixels; a run has its own"),
         "steps": (10, 0, "of SGD and AdamW (float64); 0 also leaves out losses and gradients"),
-        "seed": (0, 0, "of weights, objects and sampling"),
+        "seed": (0, 0, "of weights, objects and sampling; with --train, see --config.seed"),
+        "seeds": (3, 1, "runs of each side, with --train; the first has the seed --config.seed"),
     }
     for name, (default, low, meaning) in numbers.items():
         parser.add_argument(f"--{name}", type=at_least(low), default=default, metavar="N", help=meaning)
     parser.add_argument("--json", metavar="FILE", help="file for all rows")
     parser.add_argument("--html", metavar="FILE", help="file for a page with plots")
+    group = parser.add_argument_group("training side by side")
+    group.add_argument("--train", action="store_true", help="train both sides instead, and compare losses and AP")
+    group.add_argument("--config", help="name or file of a config; --config.FIELD=VALUE changes it")
+    group.add_argument("--coco_dir", metavar="DIR", help="dataset in COCO's layout, instead of the config's")
+    group.add_argument("--plot", metavar="FILE", help="file for the plot, .svg or .png")
+
+
+def compare_training(options: argparse.Namespace) -> None:
+    """Train both sides and compare them."""
+    if options.config is None or not options.workdir:
+        raise UserError("--train needs --config, such as --config=shapes, and --workdir, a folder for its runs")
+    if options.weights or options.images:
+        raise UserError(
+            "--train starts from random weights and trains on --coco_dir; leave out --weights and --images"
+        )
+    if options.coco_dir:
+        options.config.data.coco_dir = options.coco_dir
+    result = train_pairs(find_options(options.config), Path(options.workdir), options.seeds)
+    print(result.table())
+    if options.json:
+        result.write_json(options.json)
+    if options.html:
+        result.write_html(options.html, f"maskrcnn_jax and torchvision, trained side by side ({_versions()})")
+    if options.plot:
+        result.write_plot(options.plot)
+    if result.differs:
+        sys.exit(1)
+
+
+def _versions() -> str:
+    return f"jax {jax.__version__}, torch {torch.__version__}"
 
 
 def main(options: argparse.Namespace) -> None:
     """Compare."""
+    if options.train:
+        compare_training(options)
+        return
+    if not options.images:
+        raise UserError("give --images, a folder of images, or --train")
     jax.config.update("jax_enable_x64", options.dtype == "float64")
     images = read_images(options.images, options.num_images)
     common = {
@@ -153,9 +199,8 @@ def main(options: argparse.Namespace) -> None:
     if options.json:
         result.write_json(options.json)
     if options.html:
-        versions = f"jax {jax.__version__}, torch {torch.__version__}"
         name = options.workdir or options.model
-        result.write_html(options.html, f"{name}, {options.dtype}: maskrcnn_jax beside torchvision ({versions})")
+        result.write_html(options.html, f"{name}, {options.dtype}: maskrcnn_jax beside torchvision ({_versions()})")
     if not result.ok:
         sys.exit(1)
 

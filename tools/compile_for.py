@@ -107,7 +107,7 @@ def make_settings(options: argparse.Namespace, target: Target) -> dict:
         "what": options.what,
         "num_classes": options.num_classes,
         "num_objects": options.num_objects,
-        "image_size": image_size(checked.data),
+        "image_size": image_size(checked.data, train=options.what == "train"),
     }
 
 

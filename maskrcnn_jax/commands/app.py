@@ -147,7 +147,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, required: bool = False) 
     parser.add_argument(
         "--checkpoint",
         default="latest",
-        help="checkpoint of the run: latest, best (by mask AP, or box AP without masks) or a step",
+        help="checkpoint of the run: latest, best (by best_metric of its options, mask AP by default) or a step",
     )
 
 

@@ -90,11 +90,6 @@ def unaugmented(options: DataOptions) -> DataOptions:
     )
 
 
-def planned(options: DataOptions) -> DataOptions:
-    """Return the options as the plan of a training takes them: each image has the largest size that it may get."""
-    return dataclasses.replace(options, short_side=max(options.short_sides, default=options.short_side))
-
-
 def draw_short_side(options: DataOptions, rng: np.random.Generator) -> int:
     """Draw the shorter side of an image after resizing; nothing is drawn if there is but one."""
     return int(rng.choice(options.short_sides)) if options.short_sides else options.short_side

@@ -20,7 +20,7 @@ from maskrcnn_jax.data import augment, transforms
 from maskrcnn_jax.data.coco import CocoDataset, ImageAnnotations
 from maskrcnn_jax.data.copy_paste import draw_scene
 from maskrcnn_jax.data.images import BrokenImageError
-from maskrcnn_jax.data.plan import Plan, buckets_for, repeat_factors
+from maskrcnn_jax.data.plan import Plan, planned, repeat_factors, training_buckets
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.structures import Batch, GroundTruth
@@ -297,13 +297,13 @@ def make_loader(
         raise UserError("no images to load; the dataset or the chosen part of it is empty")
     if train and batch_size % process_count:
         raise UserError(f"batch_size {batch_size} must be a multiple of {process_count} processes")
-    options = augment.planned(options) if train else augment.unaugmented(options)
+    options = planned(options) if train else augment.unaugmented(options)
     sizes = transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize)
     plan = Plan(
         np.minimum(sizes, options.crop_size) if options.crop_size else sizes,
         image_indices,
         batch_size=batch_size,
-        buckets=buckets_for(options),
+        buckets=training_buckets(options),
         shuffle=train,
         seed=seed,
         repeats=repeat_factors(index, image_indices, options.repeat_threshold) if options.repeat_threshold else None,

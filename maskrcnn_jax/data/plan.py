@@ -4,6 +4,7 @@ Every batch has one of a few padded sizes (buckets), so that the compiled steps 
 pads each batch to its own largest image instead. Which images a step sees is a pure function of (seed, epoch).
 """
 
+import dataclasses
 import functools
 from typing import overload
 
@@ -20,19 +21,29 @@ def buckets_for(options: DataOptions) -> list[tuple[int, int]]:
 
     With ``buckets="auto"`` there are sizes for images up to 4:3 and for the longest ones, in both orientations:
     800/1333 gives 800x1088, 800x1344 and their transposes, which leave 7 % of COCO's pixels to padding. With "exact"
-    there are none in advance: each image is padded to its own multiple of 32. With ``crop_size`` there is one.
+    there are none in advance: each image is padded to its own multiple of 32.
 
     Returns:
         (height, width) pairs in pixels; empty for "exact".
     """
-    if options.crop_size:
-        return [(_round_up(options.crop_size),) * 2]
     if options.buckets == "exact":
         return []
     short = _round_up(options.short_side)
     longer = {_round_up(min(options.short_side * 4 / 3, options.long_side)), _round_up(options.long_side)}
     sizes = {size for side in longer for size in ((short, side), (side, short))}
     return sorted(sizes, key=lambda size: (size[0] * size[1], size))
+
+
+def planned(options: DataOptions) -> DataOptions:
+    """Return the options as the plan of a training takes them: each image has the largest size that it may get."""
+    return dataclasses.replace(options, short_side=max(options.short_sides, default=options.short_side))
+
+
+def training_buckets(options: DataOptions) -> list[tuple[int, int]]:
+    """Return the padded sizes of training: those of the longest of ``short_sides``, or one if images are cropped."""
+    if options.crop_size:
+        return [(_round_up(options.crop_size), _round_up(options.crop_size))]
+    return buckets_for(planned(options))
 
 
 def padded_size(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Named and custom backbones, and the forms of their outputs."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -34,7 +35,7 @@ class Backbone(Protocol):
 
 
 def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Backbone:
-    """Build the backbone that the options name.
+    """Build the backbone that the options name, by calling a function of the user's if they name one.
 
     Args:
         options: Of the network.
@@ -42,9 +43,11 @@ def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) ->
         rngs: For the initial values.
 
     Raises:
-        UserError: if there is no backbone of this name.
+        UserError: if there is no backbone of this name, or what the function returns is no backbone.
     """
     name = options.backbone
+    if ":" in name:
+        return check_backbone(_named_function(name)(options, dtype=dtype, rngs=rngs))
     common: dict[str, Any] = {"in_channels": options.in_channels, "remat": options.remat, "dtype": dtype, "rngs": rngs}
     if name in CONVNEXTS:
         return ConvNeXt(name, **common)
@@ -61,7 +64,26 @@ def make_backbone(options: ModelOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) ->
             stride_in_1x1=options.stride_in_1x1,
             **common,
         )
-    raise UserError(f"model.backbone is {name!r}; use one of {', '.join((*ARCHITECTURES, MOBILENET, *CONVNEXTS))}")
+    names = ", ".join((*ARCHITECTURES, MOBILENET, *CONVNEXTS))
+    raise UserError(f"model.backbone is {name!r}; use one of {names}, or a function of yours as module:function")
+
+
+def _named_function(name: str) -> Callable[..., object]:
+    """Import the function that ``name`` means, as module:function."""
+    module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+        raise UserError(f"model.backbone is {name!r}; name a function as module:function, such as my_networks:swin")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"model.backbone is {name!r}, and {module_name} cannot be imported: {error}; install it, or put its "
+            "folder into PYTHONPATH"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"model.backbone is {name!r}, but {module.__file__} has no function {function_name}; add it")
+    return function
 
 
 def check_backbone(backbone: object) -> Backbone:

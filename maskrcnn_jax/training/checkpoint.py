@@ -10,7 +10,7 @@ from etils import epath
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import absolute, as_path
-from maskrcnn_jax.run_folder import BEST_METRIC, CheckpointReader, UnreadableCheckpoint, lock
+from maskrcnn_jax.run_folder import CheckpointReader, UnreadableCheckpoint, lock
 from maskrcnn_jax.training.step import TrainState
 from maskrcnn_jax.writing import replace_file, writing
 
@@ -20,19 +20,20 @@ _log = logging.getLogger(__name__)
 class Checkpoints(CheckpointReader):
     """Writes and restores checkpoints of the training state; other trainings are locked out of the folder."""
 
-    def __init__(self, workdir: str | Path, *, keep: int = 2):
+    def __init__(self, workdir: str | Path, *, keep: int = 2, best_metric: str = "segm_AP"):
         """Open the folder of a run.
 
         Args:
             workdir: Created if it does not exist. What an interrupted training left unfinished is deleted.
-            keep: How many of the newest checkpoints are kept, besides the best by mask AP.
+            keep: How many of the newest checkpoints are kept, besides the best.
+            best_metric: Which metric decides on the best: "segm_AP" or "bbox_AP".
 
         Raises:
             UserError: if the folder cannot be created, another process writes into it, or metrics in it are truncated.
         """
         if is_first():
             lock(absolute(as_path(workdir)))
-        super().__init__(workdir, keep=keep, writes=True)
+        super().__init__(workdir, keep=keep, best_metric=best_metric, writes=True)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint in the background; the memory of the state may be reused as soon as this returns.
@@ -59,7 +60,8 @@ class Checkpoints(CheckpointReader):
         """
         self.wait()
         if is_first():
-            replace_file(self._metrics_path(step), json.dumps({BEST_METRIC: _best_metric(metrics)}))
+            chosen = {name: metrics[name] for name in ("segm_AP", "bbox_AP") if name in metrics}
+            replace_file(self._metrics_path(step), json.dumps(chosen))
         gather(None)  # all processes wait for the file
         self._manager.reload()
 
@@ -129,11 +131,6 @@ class Checkpoints(CheckpointReader):
         items = self.restore_items(step, _items(like))
         averaged = None if like.averaged is None else items["model"]["params"]
         return TrainState(**(items["model"] | items["training"]), averaged=averaged)
-
-
-def _best_metric(metrics: dict) -> float:
-    """Return the mask AP, or the box AP where no object has a mask and COCO's mask AP is -1."""
-    return metrics[BEST_METRIC] if metrics[BEST_METRIC] >= 0 else metrics.get("bbox_AP", metrics[BEST_METRIC])
 
 
 def _items(state: TrainState) -> dict:

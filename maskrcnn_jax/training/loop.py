@@ -30,6 +30,7 @@ from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.run_folder import changed_options, has_checkpoint, load_options, save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.derive import derive_options
+from maskrcnn_jax.training.early_stopping import reason_to_stop
 from maskrcnn_jax.training.log import StepLog
 from maskrcnn_jax.training.metrics import MetricWriter
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
@@ -80,6 +81,10 @@ class _Run(NamedTuple):
     def evaluation_is_owed(self, step: int) -> bool:
         """Return whether the run was interrupted before or in the evaluation after a step."""
         return step > 0 and self.evaluation_is_due(step) and not self.checkpoints.is_evaluated(step)
+
+    def reason_to_stop(self, step: int) -> str:
+        """Return why the run ends early after a step, an empty string if it does not."""
+        return "" if self.evaluation_is_owed(step) else reason_to_stop(self.options, self.workdir, step)
 
 
 def train(
@@ -132,7 +137,9 @@ def train(
         )
     graphdef, state = create_train_state(model, optimizer, mesh, options.optim, shard=options.shard_params)
     train_step = TrainStep(graphdef, optimizer, mesh, options.optim)
-    with contextlib.closing(Checkpoints(workdir, keep=options.keep_checkpoints)) as checkpoints:
+    with contextlib.closing(
+        Checkpoints(workdir, keep=options.keep_checkpoints, best_metric=options.best_metric)
+    ) as checkpoints:
         restored = checkpoints.restore_newest(state)
         state = state if restored is None else restored
         changes = [] if restored is None else changed_options(options, workdir)
@@ -149,8 +156,9 @@ def train(
             num_steps,
             profile_steps,
         )
-        if restored is not None and _is_finished(run, int(state.step)):
-            _log_finished(run, int(state.step), changes)
+        reason = "" if restored is None else run.reason_to_stop(int(state.step))
+        if reason or (restored is not None and _is_finished(run, int(state.step))):
+            _log_finished(run, int(state.step), changes, reason)
             return
         _log_start(run, state, random=restored is None and initialize is None)
         if changes:
@@ -173,7 +181,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
     batches = iter(_make_loader(options, run.dataset, start, run.num_steps))
     with (
         contextlib.closing(
-            MetricWriter(run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first())
+            MetricWriter(run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first(), options=options)
         ) as writer,
         contextlib.closing(batches),
         contextlib.closing(Profiler(run.workdir, run.profile_steps, run.train_step)) as profiler,
@@ -181,9 +189,11 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
         ThreadPoolExecutor(1) as watcher,
         tqdm(total=run.num_steps, initial=start, unit="step", desc="train", disable=not is_first()) as progress,
     ):
+        reason_to_stop = ""
         if to_evaluate:
             _measure(run, state, start, writer)
             _save_options(run)
+            reason_to_stop = run.reason_to_stop(start)
         log = StepLog(
             writer,
             run.dataset,
@@ -194,6 +204,9 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
             watcher=watcher,
         )
         for step in range(start + 1, run.num_steps + 1):
+            if reason_to_stop:
+                _log.info("stopped early at step %d: %s", step - 1, reason_to_stop)
+                break
             wanted = time.perf_counter()
             batch = next(batches)
             came = time.perf_counter()
@@ -224,6 +237,7 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
                 checkpoints.save(state)
                 if evaluating:
                     _measure(run, state, step, writer)
+                    reason_to_stop = run.reason_to_stop(step)
                 log.restart_clock()
             if (
                 saving and stop.requested
@@ -255,13 +269,17 @@ def _is_finished(run: _Run, step: int) -> bool:
     return step >= num_steps and not (before.eval_every and run.evaluation_is_owed(step))
 
 
-def _log_finished(run: _Run, step: int, changes: list[str]) -> None:
-    _log.info("nothing to do: %s has been trained for all of its %d steps", run.workdir, step)
+def _log_finished(run: _Run, step: int, changes: list[str], reason: str) -> None:
+    if reason:
+        _log.info("nothing to do: %s was stopped early at step %d: %s", run.workdir, step, reason)
+    else:
+        _log.info("nothing to do: %s has been trained for all of its %d steps", run.workdir, step)
     if changes:
         _log.warning(
-            "%s is finished, so these options are ignored: %s; use another workdir, or more epochs to go on from here",
+            "%s is finished, so these options are ignored: %s; use another workdir, or more %s to go on from here",
             run.workdir,
             ", ".join(changes),
+            "patience" if reason else "epochs",
         )
 
 

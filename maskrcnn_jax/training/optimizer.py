@@ -1,6 +1,7 @@
 """AdamW or SGD with warm-up, a schedule of the learning rate and gradient clipping (the paper, Sec. 3.2: AdamW)."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from flax import nnx
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import OptimOptions
+
+_log = logging.getLogger(__name__)
 
 
 def make_schedule(optim: OptimOptions, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -22,7 +25,7 @@ def make_schedule(optim: OptimOptions, num_steps: int, steps_per_epoch: int) -> 
         steps_per_epoch: Steps of an epoch, for milestones in epochs.
 
     Raises:
-        UserError: if there are no steps, or a milestone is outside the run or in the warm-up.
+        UserError: if there are no steps, or a milestone is in the warm-up.
     """
     if num_steps < 1:
         raise UserError(f"the run has {num_steps} steps; set epochs to at least 1")
@@ -52,11 +55,15 @@ def _make_decay(optim: OptimOptions, num_steps: int, steps_per_epoch: int, warmu
         return lambda step: cosine(step - start)
     unit = steps_per_epoch if optim.milestone_unit == "epochs" else 1
     milestones = [int(milestone) * unit for milestone in optim.milestones]
-    if not warmup_steps <= milestones[0] <= milestones[-1] < num_steps:
+    if milestones[0] < warmup_steps:
         raise UserError(
-            f"optim.milestones {optim.milestones} in {optim.milestone_unit} are steps {milestones[0]} to "
-            f"{milestones[-1]}; use milestones from {warmup_steps}, the end of warm-up, to {num_steps - 1}, the last "
-            "step of the run"
+            f"optim.milestones {optim.milestones} in {optim.milestone_unit} begin at step {milestones[0]}; use "
+            f"milestones from {warmup_steps} on, the end of warm-up"
+        )
+    if milestones[-1] >= num_steps:  # as in a trial run of a few steps
+        _log.warning(
+            "optim.milestones %s in %s reach to step %d, but the run has %d steps: the learning rate falls less often",
+            *(optim.milestones, optim.milestone_unit, milestones[-1], num_steps),
         )
     rates = [optim.lr * optim.gamma**passed for passed in range(len(milestones) + 1)]
     return lambda step: jnp.asarray(rates)[jnp.searchsorted(jnp.asarray(milestones), step, side="right")]

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskrcnn_jax.distributed import on_each_device, place_state, replicated
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.options import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimOptions
@@ -87,11 +88,20 @@ def create_train_state(
 def split_train_state(
     model: MaskRCNN, optimizer: optax.GradientTransformation, optim: OptimOptions
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Return what create_train_state returns before it is placed on devices; ``jax.eval_shape`` can call this."""
+    """Return what create_train_state returns before it is placed on devices; ``jax.eval_shape`` can call this.
+
+    Raises:
+        UserError: if stages are to be frozen that the backbone does not have.
+    """
     model.train()
-    for path, module in nnx.iter_modules(model):
-        if is_frozen(path, optim.frozen_stages):
-            module.eval()
+    frozen = [module for path, module in nnx.iter_modules(model) if is_frozen(path, optim.frozen_stages)]
+    if optim.frozen_stages and not frozen:
+        raise UserError(
+            f"optim.frozen_stages is {optim.frozen_stages}, but the backbone {type(model.backbone).__name__} has "
+            "neither stem nor stages; name them so, or set it to 0"
+        )
+    for module in frozen:
+        module.eval()
     graphdef, params, variables = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(params))
     if model.dtype == jnp.float16:

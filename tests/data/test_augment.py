@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.data import augment
 from maskrcnn_jax.data.augment import Placement, draw_placement, move_boxes, move_image, move_mask
 from maskrcnn_jax.data.dataset import load_coco
-from maskrcnn_jax.data.plan import buckets_for
+from maskrcnn_jax.data.plan import buckets_for, training_buckets
 from maskrcnn_jax.data.run_lengths import cut_out, decode_crop
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
@@ -300,7 +300,9 @@ def test_crops_alone_are_parts_of_the_resized_image(index):
         windows = np.lib.stride_tricks.sliding_window_view(whole, (40, 40, 3))[:, :, 0]
         assert (windows == batch.images[row, :40, :40]).all(axis=(2, 3, 4)).any()
         assert not batch.images[row, 40:].any()
-    assert buckets_for(DataOptions(crop_size=40)) == [(64, 64)]
+    options = DataOptions(crop_size=40, short_side=800, short_sides=(640, 900), long_side=1333)
+    assert training_buckets(options) == [(64, 64)]
+    assert buckets_for(options)[0] == (800, 1088), "evaluation and prediction see whole images"
 
 
 def test_objects_without_masks_get_the_box_around_their_turned_corners(dataset):

@@ -122,6 +122,9 @@ def test_the_samples_are_those_of_shapes(tmp_path):
         expected = load_coco(tmp_path / "shapes", split)
         found = load_tfds(tmp_path / "tfds", split)
         assert_same_samples(expected, found, batch_size=2, resize="float32")
+    augmented = {"crop_size": 64, "scale_jitter": (0.1, 2.0), "copy_paste": 1.0, "rotation": 10.0}
+    expected, found = load_coco(tmp_path / "shapes", "train2017"), load_tfds(tmp_path / "tfds", "train2017")
+    assert_same_samples(expected, found, **augmented)
 
 
 @pytest.mark.parametrize("ignore_regions", [False, True])

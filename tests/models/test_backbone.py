@@ -1,5 +1,7 @@
 """Networks of one's own as the backbone: one to four maps, in whatever container."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,9 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.backbone import check_backbone, feature_list
 from maskrcnn_jax.models.layers import Conv
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import OptimOptions
-from maskrcnn_jax.training.step import TrainStep, create_train_state
+from maskrcnn_jax.training.step import TrainStep, create_train_state, split_train_state
 from maskrcnn_jax.weights.convert import to_torchvision
 from tests.models.tiny import NUM_CLASSES, all_finite, tiny_batch, tiny_options
 
@@ -156,6 +159,52 @@ def test_another_kind_of_backbone_or_number_of_sizes_is_refused():
         check_backbone(50)
     with pytest.raises(UserError, match="use 3 sizes, .* 2 maps and one coarser"):
         model_with(Strided(2), (8, 16, 24, 32, 48))
+
+
+@pytest.fixture
+def my_networks(tmp_path, monkeypatch):
+    """Write a module my_networks with functions that return a backbone of one map, or no backbone."""
+    (tmp_path / "my_networks.py").write_text(
+        "from tests.models.test_backbone import Strided\n"
+        "def small(options, *, dtype, rngs):\n"
+        "    assert options.in_channels == 3 and dtype == 'float32' and rngs is not None\n"
+        "    return Strided(1)\n"
+        "def number(options, *, dtype, rngs):\n"
+        "    return 50\n"
+        "nothing = None\n"
+    )
+    (tmp_path / "broken_networks.py").write_text("import a_module_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("my_networks", "broken_networks"):
+        sys.modules.pop(name, None)
+
+
+def test_a_config_names_a_function_that_builds_the_backbone(my_networks):
+    options = tiny_options(backbone="my_networks:small", anchor_sizes=(16, 32))
+    for model in (MaskRCNN(NUM_CLASSES, options, rngs=nnx.Rngs(0)), make_unfilled(NUM_CLASSES, options)):
+        assert isinstance(model.backbone, Strided) and model.backbone.out_channels == (6,)
+    with pytest.raises(UserError, match="frozen_stages is 2, but the backbone Strided has neither stem nor stages"):
+        split_train_state(model, optax.sgd(1e-2), OptimOptions(frozen_stages=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (":small", "name a function as module:function, such as my_networks:swin"),
+        ("my_networks:", "name a function as module:function"),
+        ("my networks:small", "name a function as module:function"),
+        ("no_networks:small", "no_networks cannot be imported: No module named 'no_networks'; install it, or put"),
+        ("broken_networks:small", "No module named 'a_module_that_is_not_installed'"),
+        ("my_networks:large", "my_networks.py has no function large; add it"),
+        ("my_networks:nothing", "my_networks.py has no function nothing"),
+        ("my_networks:number", "the backbone is of type int; give an nnx.Module"),
+        ("small", "or a function of yours as module:function"),
+    ],
+)
+def test_what_names_no_function_that_builds_a_backbone_is_told(my_networks, name, message):
+    with pytest.raises(UserError, match=message):
+        MaskRCNN(NUM_CLASSES, tiny_options(backbone=name), rngs=nnx.Rngs(0))
 
 
 def test_weights_of_a_network_of_ones_own_have_no_foreign_names():

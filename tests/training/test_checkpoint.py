@@ -63,6 +63,23 @@ def test_without_any_mask_the_best_checkpoint_is_that_of_the_best_boxes(tmp_path
         assert (checkpoints.best_step, checkpoints.latest_step) == (1, 2)
 
 
+def test_the_metric_of_the_best_checkpoint_is_an_option(tmp_path):
+    training = Training("float32")
+    for best_metric, best in (("bbox_AP", 1), ("segm_AP", 2)):
+        with contextlib.closing(Checkpoints(tmp_path, best_metric=best_metric)) as checkpoints:
+            for step, (box_ap, mask_ap) in enumerate([(0.5, 0.3), (0.4, 0.4)], start=1):
+                if best_metric == "bbox_AP":
+                    training.step(points())
+                    checkpoints.save(training.state)
+                    checkpoints.add_metrics(step, {"segm_AP": mask_ap, "bbox_AP": box_ap, "segm_AR1": 0.1})
+            assert checkpoints.best_step == best
+    # Earlier versions wrote one value.
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text('{"segm_AP": 0.9}')
+    for best_metric in ("bbox_AP", "segm_AP"):
+        with contextlib.closing(CheckpointReader(tmp_path, best_metric=best_metric)) as checkpoints:
+            assert checkpoints.best_step == 1
+
+
 def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
     holding = "import fcntl; f = open('.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     other = subprocess.Popen(

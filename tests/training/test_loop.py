@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import maskrcnn_jax as mr
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.errors import UserError
@@ -39,7 +40,7 @@ def config(config):
 
 
 _PROGRAMS = {}  # of each config, what its runs have compiled
-_NOT_COMPILED = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+_NOT_COMPILED = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "patience")
 
 
 def train(config, workdir, *, anew=False, **options):
@@ -82,6 +83,22 @@ def lines(workdir):
 def arrays(workdir):
     model, _, _ = load_run(workdir)
     return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_backbone_of_ones_own_is_loaded_and_exported_by_its_config(config, tmp_path, monkeypatch):
+    (tmp_path / "networks_of_ones_own.py").write_text(
+        "from tests.models.test_backbone import Strided\n\n\n"
+        "def strided(options, *, dtype, rngs):\n    return Strided(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config.model.backbone, config.model.anchor_sizes = "networks_of_ones_own:strided", (16, 32)
+    config.max_steps, config.eval_every = 1, 0
+    loop.train(to_options(config), tmp_path / "run", make_evaluate=never)
+    predictor = mr.load(tmp_path / "run")
+    assert type(predictor.network.backbone).__name__ == "Strided"
+    mr.export_model(predictor, tmp_path / "model.mrcnn", sizes=[(64, 64)])
+    assert (tmp_path / "model.mrcnn").stat().st_size > 0
 
 
 def test_a_run_leaves_its_config_categories_metrics_and_checkpoint(config, tmp_path, caplog):
@@ -230,6 +247,37 @@ def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
     load_run(tmp_path, checkpoint="best")
     with pytest.raises(UserError, match=r"no checkpoint '3'; there are: \[2, 4\]"):
         load_run(tmp_path, checkpoint="3")
+
+
+@pytest.mark.slow
+def test_a_run_stops_early_at_the_same_step_however_often_it_is_interrupted(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "maskrcnn_jax.training")
+    config.epochs, config.patience, config.keep_checkpoints = 6, 2, 1
+    measured = [0.1, 0.3, 0.2, 0.3]  # after steps 2, 4, 6 and 8
+    train(config, tmp_path / "whole", make_evaluate=scores(*measured))
+    told = "2 evaluations since that of step 4 have found no better segm_AP than 0.300 (patience 2)"
+    assert f"stopped early at step 8: {told}" in caplog.text
+
+    run = tmp_path / "interrupted"
+    for made_up_for in [[], [0.1], [0.3], [0.2]]:  # each start is killed in its next evaluation
+        with pytest.raises(IndexError):
+            train(config, run, make_evaluate=scores(*made_up_for))
+    train(config, run, make_evaluate=scores(measured[-1]))
+    whole, parts = (
+        [(line["step"], line.get("loss"), line.get("segm_AP")) for line in lines(folder)]
+        for folder in (tmp_path / "whole", run)
+    )
+    assert whole == parts
+    for whole, parts in zip(arrays(tmp_path / "whole"), arrays(run), strict=True):
+        np.testing.assert_array_equal(whole, parts)
+
+    before = contents(run)
+    train(config, run, make_evaluate=never)
+    assert contents(run) == before
+    assert f"nothing to do: {run} was stopped early at step 8: {told}" in caplog.text
+    config.patience = 3
+    train(config, run, make_evaluate=scores(0.1))
+    assert lines(run)[-1]["step"] == 10
 
 
 def test_batches_are_placed_while_a_step_runs(config, tmp_path, monkeypatch):

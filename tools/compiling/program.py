@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from maskrcnn_jax.data.loader import mask_side
-from maskrcnn_jax.data.plan import buckets_for
+from maskrcnn_jax.data.plan import buckets_for, training_buckets
 from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.distributed import make_mesh, replicated, split, state_layout
 from maskrcnn_jax.inference.detect import detect_on_mesh
@@ -21,11 +21,10 @@ from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule
 from maskrcnn_jax.training.step import TrainStep, split_train_state
 
 
-def image_size(options: DataOptions) -> tuple[int, int]:
+def image_size(options: DataOptions, *, train: bool) -> tuple[int, int]:
     """Return the (height, width) of the largest padded images: of the longest ones, in landscape format."""
-    return max(
-        buckets_for(dataclasses.replace(options, buckets="auto")), key=lambda size: (size[0] * size[1], size[1])
-    )
+    buckets = training_buckets if train else buckets_for
+    return max(buckets(dataclasses.replace(options, buckets="auto")), key=lambda size: (size[0] * size[1], size[1]))
 
 
 def lower_train_step(options: Options, num_classes: int, num_objects: int, devices: Sequence) -> jax.stages.Lowered:
@@ -64,7 +63,7 @@ def lower_detect(options: Options, num_classes: int, devices: Sequence) -> jax.s
     graphdef, state = nnx.split(model)
     rows = options.batch_size
     images = jax.ShapeDtypeStruct(
-        (rows, *image_size(options.data), options.model.in_channels), RESIZE[options.data.resize]
+        (rows, *image_size(options.data, train=False), options.model.in_channels), RESIZE[options.data.resize]
     )
     batch = _placed((images, jax.ShapeDtypeStruct((rows, 2), jnp.int32)), split(mesh))
     return detect_on_mesh.lower(graphdef, mesh, _placed(state, replicated(mesh)), batch)
@@ -88,7 +87,7 @@ def _train_batch(options: Options, num_objects: int, mesh: Mesh) -> Batch:
         ignored=array(np.bool_, num_objects) if data.ignore_regions else None,
     )
     batch = Batch(
-        images=array(RESIZE[data.resize], *image_size(data), options.model.in_channels),
+        images=array(RESIZE[data.resize], *image_size(data, train=True), options.model.in_channels),
         sizes=array(np.int32, 2),
         original_sizes=array(np.int32, 2),
         image_index=array(np.int32),
