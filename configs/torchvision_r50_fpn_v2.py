@@ -9,6 +9,7 @@ Commands; training starts from random values, as torchvision's did:
         --config.data.coco_dir=COCO
 
 Published result on val2017: box AP 47.4, mask AP 41.8. Result here: not run.
+Cost of training on 8 H100: 26 GiB each (compiled); at the very least 56 h, at their peak of 67 TFLOP/s in float32.
 Recipe: torchvision's pull request 5773, which gives the command: 32 GPUs with two images each.
 """
 
