@@ -38,7 +38,7 @@ from tools.comparison.comparison_page import Comparison
 from tools.comparison.detections import compare_detections
 from tools.comparison.pair import TOLERANCES, Pair, make_targets, read_images, to_torch
 from tools.comparison.stages import compare_stages
-from tools.comparison.trained_pair import train_pairs
+from tools.comparison.trained_pair import lacked_by, train_pairs
 from tools.comparison.training import compare_losses_and_gradients, compare_steps, make_gradient
 from tools.torchvision_reference import build_reference, load_reference, randomise
 
@@ -152,6 +152,21 @@ def compare_training(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def check_run(model: ModelOptions, workdir: str, *, with_losses: bool) -> None:
+    """Check that a run can be compared with torchvision, stage by stage."""
+    if not model.backbone.startswith("resnet"):
+        raise UserError(f"{workdir} has the backbone {model.backbone}; only the stages of ResNets can be compared")
+    others = without_counterpart(model)
+    if others:
+        raise UserError(f"{workdir} has {', '.join(others)}, which torchvision lacks; compare another run")
+    others = [f"{name}={value}" for name, value, _ in lacked_by(model)] if with_losses else []
+    if others:
+        raise UserError(
+            f"{workdir} was trained with {', '.join(others)}, which torchvision's losses lack; leave losses and "
+            "gradients out (--steps=0), or compare another run"
+        )
+
+
 def _versions() -> str:
     return f"jax {jax.__version__}, torch {torch.__version__}"
 
@@ -173,10 +188,8 @@ def main(options: argparse.Namespace) -> None:
     }
     if options.workdir:
         trained = load_options(options.workdir)
-        others = without_counterpart(trained.model)
-        if others:
-            raise UserError(f"{options.workdir} has {', '.join(others)}, which torchvision lacks; compare another run")
         trained = dataclasses.replace(trained, model=dataclasses.replace(trained.model, dtype="float32"))
+        check_run(trained.model, options.workdir, with_losses=options.steps > 0)
         model, categories = load_model(options.workdir, trained)
         arrays, count = to_torchvision(model), categories.num_classes
         sizes = {"min_size": trained.data.short_side, "max_size": trained.data.long_side}

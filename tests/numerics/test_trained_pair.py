@@ -19,7 +19,7 @@ from maskrcnn_jax.data.dataset import load_coco  # noqa: E402
 from maskrcnn_jax.data.shapes import write_dataset  # noqa: E402
 from maskrcnn_jax.errors import UserError  # noqa: E402
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN  # noqa: E402
-from maskrcnn_jax.options import OptimOptions, Options  # noqa: E402
+from maskrcnn_jax.options import ModelOptions, OptimOptions, Options  # noqa: E402
 from maskrcnn_jax.training.optimizer import make_optimizer, make_schedule  # noqa: E402
 from tools import compare_torch  # noqa: E402
 from tools.comparison.paired_results import TERMS, PairedResults, adjust, late_mean, paired_test  # noqa: E402
@@ -213,6 +213,20 @@ def _halve_mask_loss(monkeypatch):
 def test_the_tool_says_what_is_missing_or_of_no_use(arguments, message):
     with pytest.raises(UserError, match=message):
         compare_torch.main(parse(compare_torch, arguments))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ModelOptions(backbone="convnext_tiny"), "backbone convnext_tiny; only the stages of ResNets"),
+        (ModelOptions(roi_aligned=True), "roi_aligned=True, which torchvision lacks"),
+        (ModelOptions(smooth_l1_beta=0.0), r"model.smooth_l1_beta=0.0, which torchvision's losses lack.*--steps=0"),
+    ],
+)
+def test_runs_that_torchvision_cannot_repeat_are_refused(model, message):
+    with pytest.raises(UserError, match=message):
+        compare_torch.check_run(model, "runs/x", with_losses=True)
+    compare_torch.check_run(ModelOptions(smooth_l1_beta=0.0), "runs/x", with_losses=False)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from maskrcnn_jax.data.dataset import load_dataset
 from maskrcnn_jax.data.plan import training_subset
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.options import Options
+from maskrcnn_jax.options import DataOptions, ModelOptions, OptimOptions, Options
 from maskrcnn_jax.run_folder import changed_options, save_options
 from maskrcnn_jax.training.derive import derive_options
 from maskrcnn_jax.weights.convert import to_torchvision
@@ -55,18 +56,21 @@ def check_options(options: Options) -> None:
     Raises:
       UserError: names all that it lacks.
     """
-    lacking = []
-    for part in (options, options.model, options.optim, options.data):
-        for field in dataclasses.fields(part):
-            name, value = part.prefix + field.name, getattr(part, field.name)
-            if dataclasses.is_dataclass(value):
-                continue
-            if value not in CHOICES.get(name, (value,)):
-                lacking.append(f"{name}={value}")
-            elif field.name not in FOLLOWED[part.prefix].split() and value != field.default:
-                lacking.append(f"{name}={value} (set it to {field.default})")
+    parts = (options, options.model, options.optim, options.data)
+    lacking = [f"{name}={value} (set it to {default})" for part in parts for name, value, default in lacked_by(part)]
     if lacking:
         raise UserError(f"torchvision's side of --train lacks {', '.join(lacking)}; change these options")
+
+
+def lacked_by(part: Options | ModelOptions | OptimOptions | DataOptions) -> list[tuple[str, Any, Any]]:
+    """Return the options of a part of a config with which torchvision cannot train: name, value and default."""
+    lacking = []
+    for field in dataclasses.fields(part):
+        name, value = part.prefix + field.name, getattr(part, field.name)
+        followed = field.name in FOLLOWED[part.prefix].split() and value in CHOICES.get(name, (value,))
+        if not followed and value != field.default and not dataclasses.is_dataclass(value):
+            lacking.append((name, value, field.default))
+    return lacking
 
 
 def train_pairs(options: Options, workdir: Path, num_seeds: int) -> PairedResults:
