@@ -1,6 +1,7 @@
 """Depthwise convolutions as sums of shifted products: XLA has no fast kernel for them on CPUs.
 
-In the shapes of MobileNetV3 they are 10 to 100 times as fast as XLA's own, and the whole network 3 times.
+In the shapes of MobileNetV3 they are 10 to 100 times as fast as XLA's own, and the whole network 3 times; the 7x7
+windows of ConvNeXt, 8 to 23 times.
 """
 
 from typing import Any
