@@ -71,7 +71,9 @@ def _draw_augmented(path: str, config: Options, folder: Path) -> None:
 
     if not folder.is_dir():
         raise UserError(f"--augmented needs the folder of a dataset, not the file {folder}")
-    write_sheet(path, replace(config, data=replace(config.data, source="coco", coco_dir=str(folder))))
+    # Which images val_share holds out, a training draws first.
+    data = replace(config.data, source="coco", coco_dir=str(folder), val_share=0.0)
+    write_sheet(path, replace(config, data=data))
 
 
 def main(options: argparse.Namespace) -> None:

@@ -325,12 +325,13 @@ def test_mending_changes_what_was_found_and_nothing_else(root, tmp_path):
     assert list(mended) == list(content)
 
 
-def run_command(*arguments):
-    """Run the check command for the options of the shapes config, and return its exit status."""
+def run_command(*arguments, **data):
+    """Run the check command for the shapes config with options of the data, and return its exit status."""
     parser = argparse.ArgumentParser()
     command.add_options(parser)
     options = parser.parse_args(list(map(str, arguments)))
     options.config = load_config("shapes")
+    options.config.data.update(data)
     try:
         command.main(options)
     except SystemExit as stopped:
@@ -379,6 +380,9 @@ def test_a_sheet_shows_images_as_training_sees_them(root, tmp_path):
     assert run_command(root, f"--augmented={sheet}") == 0
     picture = cv2.imread(str(sheet))
     assert picture.shape[0] > 3 * 480 and picture.shape[1] > 4 * 480
+    sheet.unlink()
+    assert run_command(root, f"--augmented={sheet}", val_share=0.4) == 0
+    assert sheet.exists(), "before a training has drawn which images are held out"
     options = dataclasses.replace(OPTIONS, batch_size=12)
     data = dataclasses.replace(options.data, coco_dir=str(root), hflip=0.0, ignore_regions=True)
     shown = []
