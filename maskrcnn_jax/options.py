@@ -264,6 +264,11 @@ class DataOptions(Checked):
             problems.append(f"data.scale_jitter is {self.scale_jitter}; set data.crop_size as well, such as 1024")
         if self.scale_jitter and (len(self.scale_jitter) != 2 or not 0 < self.scale_jitter[0] <= self.scale_jitter[1]):
             problems.append(f"data.scale_jitter is {self.scale_jitter}; use two positive factors such as (0.1, 2.0)")
+        if self.scale_jitter and self.short_sides:
+            problems.append(
+                f"data.short_sides is {self.short_sides} and data.scale_jitter is {self.scale_jitter}; set one of "
+                "them to (), since scale jitter chooses the sizes by itself"
+            )
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(
                 f"data.eval_split is {self.eval_split} as data.train_split is; with data.val_share leave it as it was"

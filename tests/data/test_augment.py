@@ -278,10 +278,11 @@ def test_augmentation_depends_on_seed_epoch_and_place_alone(index, setting):
 def test_evaluation_is_not_augmented(index):
     settings = TRAIN | {"train": False}
     plain = list(load(index, **settings))
-    augmented = list(load(index, **settings | EVERYTHING, color_jitter=0.5, repeat_threshold=1.0, short_sides=(64,)))
-    for a, b in zip(plain, augmented, strict=True):
-        np.testing.assert_array_equal(a.images, b.images)
-        np.testing.assert_array_equal(a.gt.masks, b.gt.masks)
+    for sizes in ({}, {"scale_jitter": (), "short_sides": (64,)}):
+        augmented = list(load(index, **settings | EVERYTHING | sizes, color_jitter=0.5, repeat_threshold=1.0))
+        for a, b in zip(plain, augmented, strict=True):
+            np.testing.assert_array_equal(a.images, b.images)
+            np.testing.assert_array_equal(a.gt.masks, b.gt.masks)
 
 
 def test_the_shorter_side_is_drawn_and_batches_are_padded_for_the_longest(index):
@@ -337,6 +338,7 @@ def test_only_objects_in_sight_are_counted_where_their_number_is_limited(dataset
         ({"scale_jitter": (2.0, 0.1), "crop_size": 64}, "use two positive factors"),
         ({"short_sides": (64, 200)}, "use values from 1 to data.long_side, 128"),
         ({"short_sides": (0, 64)}, "use values from 1"),
+        (LSJ | {"short_sides": (64, 96)}, r"set one of them to \(\)"),
         ({"copy_paste": 1.5}, "copy_paste is 1.5; use a value from 0 to 1"),
     ],
 )
