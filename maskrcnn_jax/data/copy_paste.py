@@ -85,13 +85,14 @@ def _paste(
     """Paste all objects of a layer. The image grows to hold them if they lie beyond its border."""
     pasted = [crop for crop in above.crops(index, options.ignore_regions) if crop is not None]
     covered = np.zeros(canvas, bool)
-    for crop in pasted:
+    in_sight = [crop for crop in pasted if crop.mask.size]
+    for crop in in_sight:
         covered[_window(crop)] |= crop.mask.view(bool)
     height, width = below.image.shape[:2]
-    bottom = max([height, *(crop.y + crop.mask.shape[0] for crop in pasted)])
-    right = max([width, *(crop.x + crop.mask.shape[1] for crop in pasted)])
+    bottom = max([height, *(crop.y + crop.mask.shape[0] for crop in in_sight)])
+    right = max([width, *(crop.x + crop.mask.shape[1] for crop in in_sight)])
     image = cv2.copyMakeBorder(below.image, 0, bottom - height, 0, right - width, cv2.BORDER_CONSTANT, value=FILL)
-    for crop in filter(lambda crop: crop.mask.size, pasted):
+    for crop in in_sight:
         window = _window(crop)
         image[window] = cv2.copyTo(source[window], crop.mask, image[window])
     boxes = below.objects.boxes.copy()

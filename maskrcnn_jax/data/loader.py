@@ -171,13 +171,13 @@ class _BatchReader:
     def _fill_columns(self, gt: GroundTruth, row: int, objects: ImageAnnotations) -> None:
         num = len(objects.ids)
         gt.labels[row, :num] = objects.labels
-        gt.valid[row, :num] = ~objects.crowd
+        # What has no area now overlaps all anchors alike, by nothing, and would be matched to each.
+        has_area = (gt.boxes[row, :num, 2:] > gt.boxes[row, :num, :2]).all(axis=1)
+        gt.valid[row, :num] = has_area & ~objects.crowd
         if gt.has_mask is not None:
             gt.has_mask[row, :num] = objects.has_mask
         if gt.ignored is not None:
-            gt.ignored[row, :num] = objects.crowd
-        # What has no area now overlaps all anchors alike, by nothing, and would be matched to each.
-        gt.valid[row] &= (gt.boxes[row, :, 2:] > gt.boxes[row, :, :2]).all(axis=1)
+            gt.ignored[row, :num] = has_area & objects.crowd
 
 
 _WARNING = threading.Lock()  # functools.cache alone would let threads warn at the same time
@@ -298,6 +298,8 @@ def make_loader(
     if train and batch_size % process_count:
         raise UserError(f"batch_size {batch_size} must be a multiple of {process_count} processes")
     options = planned(options) if train else augment.unaugmented(options)
+    if options.copy_paste and not (index.has_mask & ~index.crowd).any():
+        _warn_once("data.copy_paste pastes nothing, since no object of the dataset has a mask; set it to 0")
     sizes = transforms.resized_sizes(index.sizes, options.short_side, options.long_side, options.resize)
     plan = Plan(
         np.minimum(sizes, options.crop_size) if options.crop_size else sizes,

@@ -101,6 +101,8 @@ def test_regions_are_cut_like_objects_and_are_not_pasted(pasted):
     assert batch.gt.valid[0, :4].tolist() == [False, False, True, False]
     assert mask_of(batch, 0).sum() == 75
     assert pasted(objects).gt.valid[0].sum() == 1
+    hidden = pasted([*objects[:2], square(3, 2, 5, 5, 20)], ignore_regions=True)
+    assert hidden.gt.ignored[0, :3].tolist() == [False, True, False]
 
 
 def test_an_image_grows_to_hold_what_is_pasted_beyond_its_border(pasted):
@@ -111,6 +113,14 @@ def test_an_image_grows_to_hold_what_is_pasted_beyond_its_border(pasted):
     assert batch.gt.boxes[0, :2].tolist() == [[4, 4, 12, 12], [45, 5, 55, 15]]
     assert batch.images[0, 0, 30].tolist() == [124, 116, 104], "between them it has the mean colour"
     assert not batch.images[0, 20:].any() and not batch.images[0, :, 55:].any()
+
+
+def test_an_image_does_not_grow_for_what_vanishes_when_it_is_pasted(pasted):
+    line = [101, 500, 102, 500, 102, 520, 101, 520]  # beyond the lower image, and too thin for a tenth of the size
+    objects = [square(1, 1, 4, 4, 8), square(2, 2, 0, 0, 1, bbox=[101, 500, 1, 20], segmentation=[line])]
+    batch = pasted(objects, sizes=((20, 20), (600, 200)), crop_size=60, short_side=20)
+    assert batch.sizes.tolist() == [[20, 20]]
+    assert batch.gt.valid[0].tolist() == [True] + [False] * 7
 
 
 def test_there_is_room_for_the_objects_of_most_images_besides(pasted):
@@ -134,6 +144,16 @@ def test_half_of_the_objects_are_pasted_over_the_share_of_images_asked_for(datas
     assert 0.6 < np.mean(np.greater(counts, 0)) < 0.8
     assert 4 < np.mean([count for count in counts if count]) < 5
     assert max(counts) > 6
+
+
+def test_a_dataset_without_masks_has_nothing_to_paste(dataset, caplog):
+    objects = [square(1, 1, 5, 5, 9, segmentation=[]), square(2, 1, 9, 9, 9, iscrowd=1)]
+    index = load_coco(dataset.write([(40, 60)], objects), "train2017")
+    loader_module._warn.cache_clear()
+    for settings in ({"train": False}, {"copy_paste": 0.0}, {}):
+        caplog.clear()
+        load(index, **TRAIN | {"copy_paste": 1.0} | settings)
+        assert ("data.copy_paste pastes nothing" in caplog.text) == (not settings)
 
 
 @pytest.mark.parametrize("skip", [False, True])
