@@ -53,7 +53,7 @@ def get_config(schedule: str = "100ep") -> ConfigDict:
     optim.lr_batch_size = 64
     optim.weight_decay = 4e-5
     optim.milestones = (163_889 * times, 177_546 * times)
-    optim.warmup_steps = 500
+    optim.warmup_steps = 500 * times  # detectron2 has it as a share of the run
     optim.warmup_factor = 0.067
     optim.frozen_stages = 0
     return config

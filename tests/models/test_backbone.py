@@ -196,8 +196,9 @@ def test_a_config_names_a_function_that_builds_the_backbone(my_networks):
         ("my networks:small", "name a function as module:function"),
         ("no_networks:small", "no_networks cannot be imported: No module named 'no_networks'; install it, or put"),
         ("broken_networks:small", "No module named 'a_module_that_is_not_installed'"),
-        ("my_networks:large", "my_networks.py has no function large; add it"),
-        ("my_networks:nothing", "my_networks.py has no function nothing"),
+        ("my_networks:large", "but my_networks has no function large; add it"),
+        ("my_networks:nothing", "my_networks has no function nothing"),
+        ("sys:small", "but sys has no function small"),  # no file has it
         ("my_networks:number", "the backbone is of type int; give an nnx.Module"),
         ("small", "or a function of yours as module:function"),
     ],

@@ -48,9 +48,8 @@ def test_without_masks_boxes_decide(stops):
 
 def test_the_reason_names_the_best_evaluation(stops, tmp_path):
     stops(MASKS, patience=2)
-    assert reason_to_stop(Options(patience=2), tmp_path, 40) == (
-        "2 evaluations since that of step 20 have found no better segm_AP than 0.300 (patience 2)"
-    )
+    told = "segm_AP has not been better than 0.300 since step 20 (patience 2)"
+    assert reason_to_stop(Options(patience=2), tmp_path, 40) == told
 
 
 def test_nothing_stops_before_the_first_evaluation(tmp_path):
