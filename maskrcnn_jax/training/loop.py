@@ -84,7 +84,9 @@ class _Run(NamedTuple):
 
     def reason_to_stop(self, step: int) -> str:
         """Return why the run ends early after a step, an empty string if it does not."""
-        return "" if self.evaluation_is_owed(step) else reason_to_stop(self.options, self.workdir, step)
+        if step >= self.num_steps or self.evaluation_is_owed(step):
+            return ""
+        return reason_to_stop(self.options, self.workdir, step)
 
 
 def train(
