@@ -9,7 +9,7 @@ Command, for 100 epochs; ":200ep" and ":400ep" are longer:
 Published result on val2017: box AP 44.6, mask AP 40.3 (100 epochs); 47.4, 42.5 (400). Result here: not run.
 Cost of 100 epochs on 8 H100: 12.9 GiB each (compiled); at the very least 3 h, by the memory traffic of a step.
 Recipe: configs/new_baselines of detectron2, mask_rcnn_R_50_FPN_100ep_LSJ.py and _400ep_LSJ.py, with float16 there and
-bfloat16 here. It weighs the statistics of the head's norms by the RoIs of each GPU; here all RoIs count alike.
+bfloat16 here.
 """
 
 from ml_collections import ConfigDict
