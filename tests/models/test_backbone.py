@@ -184,7 +184,7 @@ def test_a_config_names_a_function_that_builds_the_backbone(my_networks):
     options = tiny_options(backbone="my_networks:small", anchor_sizes=(16, 32))
     for model in (MaskRCNN(NUM_CLASSES, options, rngs=nnx.Rngs(0)), make_unfilled(NUM_CLASSES, options)):
         assert isinstance(model.backbone, Strided) and model.backbone.out_channels == (6,)
-    with pytest.raises(UserError, match="frozen_stages is 2, but the backbone Strided has neither stem nor stages"):
+    with pytest.raises(UserError, match="frozen_stages is 2, which freezes nothing of the backbone Strided"):
         split_train_state(model, optax.sgd(1e-2), OptimOptions(frozen_stages=2))
 
 
