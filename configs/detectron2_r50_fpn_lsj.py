@@ -34,8 +34,7 @@ def get_config(schedule: str = "100ep") -> ConfigDict:
     times = EPOCHS[schedule]
     config = load_config("detectron2_r50_fpn:1x")
     config.batch_size = 64
-    config.max_steps = 184_375 * times
-    config.epochs = 101 * times
+    config.epochs = config.max_steps = 184_375 * times
     config.eval_every = 10
     config.data.short_sides = ()
     config.data.crop_size = 1024

@@ -36,6 +36,12 @@ def test_the_learning_rate_is_that_of_the_published_recipe(name, num_steps, rate
     np.testing.assert_allclose([schedule(step) for step in rates], list(rates.values()), rtol=1e-4)  # float32
 
 
+@pytest.mark.parametrize("name", ["detectron2_r50_fpn:1x", "detectron2_r101_fpn:3x", "detectron2_r50_fpn_lsj:400ep"])
+def test_recipes_in_steps_have_as_many_with_a_larger_batch(name):
+    options = to_options(load_config(name))
+    assert options.epochs * (TRAIN2017 // (4 * options.batch_size)) >= options.max_steps > 0
+
+
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [("torchvision_r50_fpn", "train"), ("torchvision_r50_fpn_v2", "train"), ("detectron2_r50_fpn", "1x")],
