@@ -25,7 +25,6 @@ SCHEDULES = {  # name -> steps of 16 images, and where the learning rate falls
     "1x": (90_000, (60_000, 80_000)),
     "3x": (270_000, (210_000, 250_000)),
 }
-IMAGES_AN_EPOCH = 117_000  # of train2017, or a little more
 
 
 def get_config(schedule: str = "") -> ConfigDict:
@@ -58,7 +57,7 @@ def get_config(schedule: str = "") -> ConfigDict:
     config.eval_batch_size = 1
     if schedule:
         config.max_steps, milestones = SCHEDULES[schedule]
-        config.epochs = 1 + config.max_steps * config.batch_size // IMAGES_AN_EPOCH
+        config.epochs = config.max_steps  # more than there can be: steps decide, whatever the batch and the dataset
         config.data.buckets = "auto"  # "exact" would compile a program for each of hundreds of sizes
         config.data.short_sides = (640, 672, 704, 736, 768, 800)
         optim = config.optim

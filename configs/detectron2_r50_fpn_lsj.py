@@ -9,7 +9,7 @@ Command, for 100 epochs; ":200ep" and ":400ep" are longer:
 Published result on val2017: box AP 44.6, mask AP 40.3 (100 epochs); 47.4, 42.5 (400). Result here: not run.
 Cost of 100 epochs on 8 H100: 12.9 GiB each (compiled); at the very least 3 h, by the memory traffic of a step.
 Recipe: configs/new_baselines of detectron2, mask_rcnn_R_50_FPN_100ep_LSJ.py and _400ep_LSJ.py, with float16 there and
-bfloat16 here. It weighs the statistics of the head's norms by the RoIs of each GPU; here all RoIs count alike.
+bfloat16 here.
 """
 
 from ml_collections import ConfigDict
@@ -34,8 +34,7 @@ def get_config(schedule: str = "100ep") -> ConfigDict:
     times = EPOCHS[schedule]
     config = load_config("detectron2_r50_fpn:1x")
     config.batch_size = 64
-    config.max_steps = 184_375 * times
-    config.epochs = 101 * times
+    config.epochs = config.max_steps = 184_375 * times
     config.eval_every = 10
     config.data.short_sides = ()
     config.data.crop_size = 1024
@@ -53,7 +52,7 @@ def get_config(schedule: str = "100ep") -> ConfigDict:
     optim.lr_batch_size = 64
     optim.weight_decay = 4e-5
     optim.milestones = (163_889 * times, 177_546 * times)
-    optim.warmup_steps = 500
+    optim.warmup_steps = 500 * times  # detectron2 has it as a share of the run
     optim.warmup_factor = 0.067
     optim.frozen_stages = 0
     return config

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.models.layers import Conv, ConvNorm, Linear
+from maskrcnn_jax.models.layers import Conv, ConvNorm, GroupNorm, Linear
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.resnet import ResNet
 
@@ -30,14 +30,14 @@ def prune_channels(network: MaskRCNN, fraction: float) -> MaskRCNN:
       fraction: of the channels between two layers, 0 <= fraction < 1.
 
     Raises:
-      UserError: for another fraction or backbone.
+      UserError: for another fraction or backbone, or group norms.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"the share of channels to prune is {fraction}; use 0 or more and less than 1, such as 0.3")
     network = nnx.clone(network)
     if not isinstance(network.backbone, ResNet):
         raise UserError(f"channels of a {type(network.backbone).__name__} cannot be pruned; use a ResNet")
-    if network.options.norm == "group":
+    if any(isinstance(module, GroupNorm) for _, module in nnx.iter_modules(network.backbone)):
         raise UserError("channels that are normalised in groups cannot be pruned; use model.norm batch or frozen")
     chains = [block.convs for stage in network.backbone.stages for block in stage]
     for layers in (*chains, network.box_head.fcs):

@@ -82,7 +82,7 @@ def _named_function(name: str) -> Callable[..., object]:
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"model.backbone is {name!r}, but {module.__file__} has no function {function_name}; add it")
+        raise UserError(f"model.backbone is {name!r}, but {module_name} has no function {function_name}; add it")
     return function
 
 

@@ -38,9 +38,13 @@ def masked_mean(
 def smooth_l1(
     predictions: Float[Array, "*shape"], targets: Float[Array, "*shape"], beta: float = ModelOptions.smooth_l1_beta
 ) -> Float[Array, "*shape"]:
-    """Return the elementwise smooth L1 distance: d^2 / (2 beta) below beta, |d| - beta / 2 above; L1 if beta is 0."""
-    if beta == 0:
-        return jnp.abs(predictions - targets)
+    """Return the elementwise smooth L1 distance: d^2 / (2 beta) below beta, |d| - beta / 2 above.
+
+    With a beta below 1e-5 it is L1, as in detectron2, since d^2 / beta may underflow.
+    """
+    if beta < 1e-5:
+        difference = predictions - targets
+        return difference * jnp.sign(difference)  # at 0, the gradient is 0, as torch's; that of jnp.abs is 1
     return optax.losses.huber_loss(predictions, targets, delta=beta) / beta
 
 

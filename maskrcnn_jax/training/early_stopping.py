@@ -32,6 +32,6 @@ def _reason(options: Options, workdir: Path, step: int) -> str:
     if without < options.patience:
         return ""
     return (
-        f"{without} evaluations since that of step {best} have found no better {options.best_metric} than "
-        f"{values[best]:.3f} (patience {options.patience})"
+        f"{options.best_metric} has not been better than {values[best]:.3f} since step {best} (patience "
+        f"{options.patience})"
     )

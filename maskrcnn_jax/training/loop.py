@@ -83,8 +83,8 @@ class _Run(NamedTuple):
         return step > 0 and self.evaluation_is_due(step) and not self.checkpoints.is_evaluated(step)
 
     def reason_to_stop(self, step: int) -> str:
-        """Return why the run ends early after a step, an empty string if it does not."""
-        return "" if self.evaluation_is_owed(step) else reason_to_stop(self.options, self.workdir, step)
+        """Return why the run ends early after a step, an empty string if it does not; no evaluation may be owed."""
+        return "" if step >= self.num_steps else reason_to_stop(self.options, self.workdir, step)
 
 
 def train(
@@ -156,9 +156,10 @@ def train(
             num_steps,
             profile_steps,
         )
-        reason = "" if restored is None else run.reason_to_stop(int(state.step))
-        if reason or (restored is not None and _is_finished(run, int(state.step))):
-            _log_finished(run, int(state.step), changes, reason)
+        step = int(state.step)
+        reason = "" if restored is None or run.evaluation_is_owed(step) else run.reason_to_stop(step)
+        if reason or (restored is not None and _is_finished(run, step)):
+            _log_finished(run, step, changes, reason)
             return
         _log_start(run, state, random=restored is None and initialize is None)
         if changes:

@@ -52,9 +52,10 @@ class MetricWriter:
         self._files = GrowingFiles(workdir)
         self._path, board = self._files.path / "metrics.jsonl", self._files.path / "tensorboard"
         lines = _read_lines(workdir)
+        resumes = first_step > 0
         # What a tracker has got it keeps; a resumed run, which computes the same again, must not log it twice.
-        self._tracked = max(filter(_is_whole, map(_place_of, lines)), default=(0, False))
-        self._tracker = Tracker(options or Options(), workdir, self._files.path)
+        self._tracked = max(filter(_is_whole, map(_place_of, lines if resumes else [])), default=(0, False))
+        self._tracker = Tracker(options or Options(), workdir, self._files.path, resumes=resumes)
         if lines:
             kept = [line for line in lines if _place_of(line) <= (first_step, evaluated)]
             replace_file(self._path, "".join(line + "\n" for line in kept))

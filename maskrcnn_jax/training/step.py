@@ -97,8 +97,8 @@ def split_train_state(
     frozen = [module for path, module in nnx.iter_modules(model) if is_frozen(path, optim.frozen_stages)]
     if optim.frozen_stages and not frozen:
         raise UserError(
-            f"optim.frozen_stages is {optim.frozen_stages}, but the backbone {type(model.backbone).__name__} has "
-            "neither stem nor stages; name them so, or set it to 0"
+            f"optim.frozen_stages is {optim.frozen_stages}, which freezes nothing of the backbone "
+            f"{type(model.backbone).__name__}; give that a stem and a list of stages, or set it to 0"
         )
     for module in frozen:
         module.eval()

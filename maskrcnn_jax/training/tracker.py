@@ -29,13 +29,14 @@ class Tracker:
     A tracker that fails later on, as when the network does, is left with a warning: training goes on.
     """
 
-    def __init__(self, options: Options, workdir: Path, folder: Path):
-        """Start the run, or continue that of ``tracker.json`` in its workdir.
+    def __init__(self, options: Options, workdir: Path, folder: Path, *, resumes: bool):
+        """Start a run, or continue that of ``tracker.json`` in the workdir.
 
         Args:
             options: Of the run.
             workdir: Of the run.
             folder: On a disk, for files that wait until they are uploaded.
+            resumes: Continue, if that file exists. A training that begins again would mix its numbers with others.
 
         Raises:
             UserError: if the package is not installed, or it cannot start the run.
@@ -44,7 +45,7 @@ class Tracker:
         if kind == "none":
             return
         path = workdir / "tracker.json"
-        ids = json.loads(read_bytes(path)) if path.is_file() else {}
+        resumes = resumes and path.is_file()
         try:
             library = importlib.import_module(kind)
         except ImportError as error:
@@ -53,9 +54,13 @@ class Tracker:
                 "tracker none"
             ) from None
         try:
+            ids = json.loads(read_bytes(path)) if resumes else {}
             run = _RUNS[kind](library, workdir.name, ids.get(kind), dataclasses.asdict(options), folder)
         except Exception as error:  # libraries and servers raise many types
-            raise UserError(f"{kind} cannot start ({one_line(error)}); correct this, or use tracker none") from None
+            another = f", delete {path} to start another run there" if resumes else ""
+            raise UserError(
+                f"{kind} cannot start ({one_line(error)}); correct this{another}, or use tracker none"
+            ) from None
         replace_file(path, json.dumps(ids | {kind: run.id}))
         self._kind, self._run = kind, run
 

@@ -11,6 +11,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.export import export_model
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.inference.pruning import prune_channels
+from maskrcnn_jax.models.resnet import ResNet
 from maskrcnn_jax.options import DataOptions, Options
 from tests.models.tiny import SIDE, tiny_model
 
@@ -108,6 +109,15 @@ def test_shares_that_leave_nothing_or_add_are_refused(fraction):
 def test_other_backbones_are_refused():
     with pytest.raises(UserError, match="channels of a MobileNetV3 cannot be pruned"):
         prune_channels(tiny_model(backbone="mobilenet_v3_large"), 0.5)
+
+
+def test_group_norms_are_refused_also_in_a_backbone_that_was_passed():
+    network = tiny_model()
+    network.backbone = ResNet(
+        "resnet18", stem_channels=32, stage_channels=32, norm="group", dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(UserError, match="normalised in groups cannot be pruned"):
+        prune_channels(network, 0.5)
 
 
 def test_fewer_channels_in_eight_bits_make_a_smaller_file(tmp_path):

@@ -184,7 +184,7 @@ def test_a_config_names_a_function_that_builds_the_backbone(my_networks):
     options = tiny_options(backbone="my_networks:small", anchor_sizes=(16, 32))
     for model in (MaskRCNN(NUM_CLASSES, options, rngs=nnx.Rngs(0)), make_unfilled(NUM_CLASSES, options)):
         assert isinstance(model.backbone, Strided) and model.backbone.out_channels == (6,)
-    with pytest.raises(UserError, match="frozen_stages is 2, but the backbone Strided has neither stem nor stages"):
+    with pytest.raises(UserError, match="frozen_stages is 2, which freezes nothing of the backbone Strided"):
         split_train_state(model, optax.sgd(1e-2), OptimOptions(frozen_stages=2))
 
 
@@ -196,8 +196,9 @@ def test_a_config_names_a_function_that_builds_the_backbone(my_networks):
         ("my networks:small", "name a function as module:function"),
         ("no_networks:small", "no_networks cannot be imported: No module named 'no_networks'; install it, or put"),
         ("broken_networks:small", "No module named 'a_module_that_is_not_installed'"),
-        ("my_networks:large", "my_networks.py has no function large; add it"),
-        ("my_networks:nothing", "my_networks.py has no function nothing"),
+        ("my_networks:large", "but my_networks has no function large; add it"),
+        ("my_networks:nothing", "my_networks has no function nothing"),
+        ("sys:small", "but sys has no function small"),  # no file has it
         ("my_networks:number", "the backbone is of type int; give an nnx.Module"),
         ("small", "or a function of yours as module:function"),
     ],

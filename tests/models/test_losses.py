@@ -20,6 +20,12 @@ def test_smooth_l1_is_quadratic_below_beta_and_linear_above():
     np.testing.assert_allclose(distance, [0, 0.05, 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1e-40])  # the second is 0 in float32
+def test_the_gradient_of_l1_is_the_sign_as_torch_has_it(beta):
+    gradient = jax.grad(lambda x: jnp.sum(losses.smooth_l1(x, jnp.zeros(3), beta)))(jnp.array([0.0, 0.05, -1.0]))
+    np.testing.assert_array_equal(gradient, [0, 1, -1])
+
+
 def test_objectness_of_undecided_logits_is_log_two_over_the_valid_anchors():
     foreground = jnp.array([[True, False, True]])
     valid = jnp.array([[True, True, False]])

@@ -6,6 +6,7 @@ import pytest
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import Options
+from maskrcnn_jax.training import loop
 from maskrcnn_jax.training.early_stopping import reason_to_stop
 
 
@@ -48,9 +49,15 @@ def test_without_masks_boxes_decide(stops):
 
 def test_the_reason_names_the_best_evaluation(stops, tmp_path):
     stops(MASKS, patience=2)
-    assert reason_to_stop(Options(patience=2), tmp_path, 40) == (
-        "2 evaluations since that of step 20 have found no better segm_AP than 0.300 (patience 2)"
-    )
+    told = "segm_AP has not been better than 0.300 since step 20 (patience 2)"
+    assert reason_to_stop(Options(patience=2), tmp_path, 40) == told
+
+
+@pytest.mark.parametrize(("num_steps", "early"), [(50, True), (40, False)])
+def test_a_run_that_has_taken_all_of_its_steps_was_not_stopped_early(stops, tmp_path, num_steps, early):
+    stops(MASKS)
+    run = dict.fromkeys(loop._Run._fields) | {"options": Options(patience=2), "workdir": tmp_path}
+    assert bool(loop._Run(**run | {"steps_per_epoch": 10, "num_steps": num_steps}).reason_to_stop(40)) == early
 
 
 def test_nothing_stops_before_the_first_evaluation(tmp_path):

@@ -255,7 +255,7 @@ def test_a_run_stops_early_at_the_same_step_however_often_it_is_interrupted(conf
     config.epochs, config.patience, config.keep_checkpoints = 6, 2, 1
     measured = [0.1, 0.3, 0.2, 0.3]  # after steps 2, 4, 6 and 8
     train(config, tmp_path / "whole", make_evaluate=scores(*measured))
-    told = "2 evaluations since that of step 4 have found no better segm_AP than 0.300 (patience 2)"
+    told = "segm_AP has not been better than 0.300 since step 4 (patience 2)"
     assert f"stopped early at step 8: {told}" in caplog.text
 
     run = tmp_path / "interrupted"

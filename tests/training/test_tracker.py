@@ -140,6 +140,20 @@ def test_a_tracker_that_cannot_start_is_a_sentence(kind, fake, tmp_path, monkeyp
         write(tmp_path, kind, ())
 
 
+@pytest.mark.parametrize("content", ['{"wandb": "th', "[]", "\xff"])
+def test_a_damaged_id_is_a_sentence_that_names_its_file(kind, fake, tmp_path, content):
+    (tmp_path / "tracker.json").write_text(content, encoding="latin1")
+    with pytest.raises(UserError, match=r"correct this, delete .*tracker\.json to start another run there, or use"):
+        write(tmp_path, kind, (), first_step=1)
+
+
+def test_a_training_that_begins_again_is_another_run(kind, fake, tmp_path):
+    write(tmp_path, kind, (1, 2))  # and stopped before the first checkpoint
+    write(tmp_path, kind, (1, 2, 3))
+    assert fake.logged == rows(1, 2, 1, 2, 3)
+    assert [arguments[{"wandb": "id", "mlflow": "run_id"}[kind]] for arguments in fake.started] == [None, None]
+
+
 def test_a_missing_package_is_named_with_its_extra(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.raises(UserError, match=rf'pip install "maskrcnn-jax\[{kind}\]", or use tracker none'):
