@@ -137,9 +137,11 @@ class GrowingFiles:
         if not in_bucket(self._wanted) or time.monotonic() < self._uploaded + after:
             return
         for file in self.path.rglob("*"):
-            if file.is_file() and self._sizes.get(file) != file.stat().st_size:
-                replace_file(self._wanted / file.relative_to(self.path), file.read_bytes())
-                self._sizes[file] = file.stat().st_size
+            # Trackers keep files of their own there, and may remove them meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if file.is_file() and self._sizes.get(file) != file.stat().st_size:
+                    replace_file(self._wanted / file.relative_to(self.path), file.read_bytes())
+                    self._sizes[file] = file.stat().st_size
         self._uploaded = time.monotonic()
 
     def close(self) -> None:
