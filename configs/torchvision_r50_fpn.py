@@ -30,7 +30,7 @@ def get_config(which: str = "") -> ConfigDict:
         UserError: for anything else.
     """
     if which not in ("", "train"):
-        raise UserError(f"torchvision_r50_fpn has no {which!r}; give torchvision_r50_fpn or torchvision_r50_fpn:train")
+        raise UserError(f"torchvision's configs have no {which!r} after the colon; give train, or no colon")
     config = default_config()
     config.model.norm = "frozen"
     config.model.norm_eps = 0.0  # of the published weights

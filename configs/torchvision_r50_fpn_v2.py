@@ -16,23 +16,10 @@ Recipe: torchvision's pull request 5773, which gives the command: 32 GPUs with t
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config
-from maskrcnn_jax.errors import UserError
 
 
 def get_config(which: str = "") -> ConfigDict:
-    """Return the config.
-
-    Args:
-        which: "train" for the training recipe; empty for the published weights.
-
-    Raises:
-        UserError: for anything else.
-    """
-    if which not in ("", "train"):
-        raise UserError(
-            f"torchvision_r50_fpn_v2 has no {which!r}; give torchvision_r50_fpn_v2 or torchvision_r50_fpn_v2:train"
-        )
-    config = load_config("torchvision_r50_fpn:train" if which else "torchvision_r50_fpn")
+    config = load_config(f"torchvision_r50_fpn:{which}")
     model = config.model
     model.norm = model.head_norm = "batch"
     model.norm_eps = 1e-5

@@ -55,8 +55,8 @@ def test_a_recipe_trains_the_network_of_the_published_weights(name, schedule):
 
 def test_other_schedules_are_refused_with_those_that_exist():
     for name, message in {
-        "torchvision_r50_fpn:1x": "give torchvision_r50_fpn or torchvision_r50_fpn:train",
-        "torchvision_r50_fpn_v2:lsj": "give torchvision_r50_fpn_v2 or torchvision_r50_fpn_v2:train",
+        "torchvision_r50_fpn:1x": "no '1x' after the colon; give train",
+        "torchvision_r50_fpn_v2:lsj": "no 'lsj' after the colon; give train",
         "detectron2_r101_fpn:2x": "no schedule '2x'; give one of 1x, 3x",
         "detectron2_r50_fpn_lsj:50ep": "no schedule '50ep'; give one of 100ep, 200ep, 400ep",
     }.items():
