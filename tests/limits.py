@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def cpu_time_below(seconds: float) -> Iterator[None]:
-    """Fail if the block takes more CPU time than this, that of other threads and processes aside.
+    """Fail if the block takes more CPU time than this, not counting other threads and processes.
 
-    The garbage collector passes over the objects that exist already: in a process of gigabytes, walking through them
+    Existing objects are hidden from the garbage collector. In a process of several gigabytes, walking through them
     takes longer than what is measured.
     """
     gc.freeze()

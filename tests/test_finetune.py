@@ -193,7 +193,7 @@ def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_a
     text = (docs / "results.md").read_text()
     assert f"| {pretrained} | **{low:g}** | 2 | 0.455 ± 0.007 | 0.910 ± 0.014 |" in text
     assert "4 steps; commit abc, 2026-01-01." in text
-    assert "1 minutes on 2 core(s) of a processor" in text
+    assert "1 minutes on 2 CPU cores (a processor)" in text
     write_report(tmp_path / "nothing", docs)
     assert (docs / "results_finetuning.png").stat().st_size > 1000
     assert (docs / "results.md").read_text() == text, "the documents hold every result"

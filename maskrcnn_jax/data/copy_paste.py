@@ -1,6 +1,7 @@
-"""Pastes objects of a second image over an image (Ghiasi et al., 2021): both at places of their own.
+"""Pastes objects of a second image over an image (Ghiasi et al., 2021).
 
-The edges are not blended, which the paper found to make no difference.
+Each of the two images is flipped, resized and cropped at random by itself. Edges are not blended: the paper found no
+difference.
 """
 
 from collections.abc import Callable, Iterator

@@ -217,7 +217,7 @@ def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
         "steps": _join(result["steps"] for result in trained),
         "origins": _origins(found),
         "hardware": " or ".join(
-            sorted({"{cores} core(s) of {cpu}".format(**result["hardware"]) for result in trained})
+            sorted({"{cores} CPU cores ({cpu})".format(**result["hardware"]) for result in trained})
         ),
         "minutes": sorted(
             {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
