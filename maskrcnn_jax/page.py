@@ -26,12 +26,23 @@ def write_page(path: str | os.PathLike, template: Path, **data) -> None:
 
     Args:
         path: the file; its folder is made if it does not exist.
-        template: may use the templates beside it and those in ``TEMPLATES``. Values are escaped, except in Markdown
-            (``*.md.j2``).
-        data: the variables of the template. A variable that it uses but does not get is an error.
+        template: as for ``render``.
+        data: likewise.
 
     Raises:
         UserError: if the file cannot be written.
+    """
+    # File names may hold what UTF-8 cannot encode.
+    replace_file(path, render(template, **data).encode(errors="backslashreplace"))
+
+
+def render(template: Path, **data) -> str:
+    """Return the text of a page.
+
+    Args:
+        template: may use the templates beside it and those in ``TEMPLATES``. Values are escaped, except in Markdown
+            (``*.md.j2``).
+        data: the variables of the template. A variable that it uses but does not get is an error.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
@@ -41,8 +52,7 @@ def write_page(path: str | os.PathLike, template: Path, **data) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template(template.name).render(data)
-    replace_file(path, text.encode(errors="backslashreplace"))  # file names may hold what UTF-8 cannot encode
+    return environment.get_template(template.name).render(data)
 
 
 def image_source(image: np.ndarray) -> str:

@@ -3,7 +3,8 @@
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -131,6 +132,19 @@ class ImageDetections:
         )
 
 
+class Prepared(NamedTuple):
+    """An image, and what the model gets of it."""
+
+    image: np.ndarray  # [h, w, I] uint8, as it was given
+    batch: Batch  # of this image alone, resized and padded
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """The (height, width) of the padded image; images of one size can be predicted together."""
+        height, width = self.batch.images.shape[1:3]
+        return height, width
+
+
 class Predictor:
     """A trained model, ready to predict.
 
@@ -191,11 +205,47 @@ class Predictor:
         arrays = (to_array(image, self.options.model.in_channels) for image in images)
         items = ((self._prepare(array), array) for array in arrays)
         for batch, image, detections in detect_ahead(self._detect, items):
-            found = unpad(detections, batch.sizes, batch.original_sizes)[0]
-            # torchvision's 91 classes contain labels that stand for no category.
-            keep = (found.scores >= min_score) & np.isin(found.labels, self.categories.labels)
-            found = Instances(*(values[keep] for values in found))
-            yield ImageDetections(image, found, self.categories, aligned_masks=self.options.model.roi_aligned)
+            yield self._finish(unpad(detections, batch.sizes, batch.original_sizes)[0], image, min_score)
+
+    @property
+    def padded_sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) of padded images; empty if ``data.buckets`` is exact, as any size is possible then."""
+        return list(self._buckets)
+
+    def prepare(self, image: Image) -> Prepared:
+        """Read, resize and pad an image for :meth:`predict_prepared`; several threads may do so at a time.
+
+        Args:
+            image: As for :meth:`predict`.
+
+        Raises:
+            UserError: if the image cannot be read, or an array has another shape or dtype.
+        """
+        array = to_array(image, self.options.model.in_channels)
+        return Prepared(array, self._prepare(array))
+
+    def predict_prepared(self, images: Sequence[Prepared], *, min_score: float = MIN_SCORE) -> list[ImageDetections]:
+        """Find the objects in several images together, as one batch.
+
+        A program is compiled for each padded size and number of images.
+
+        Args:
+            images: At least one, all of one ``padded_size``.
+            min_score: As for :meth:`predict`.
+        """
+        rows = (image.batch[:-1] for image in images)  # all but gt, which is None
+        arrays, sizes, original_sizes, index, valid = map(np.concatenate, zip(*rows, strict=True))
+        batch = Batch(arrays, sizes, original_sizes, index, valid, None)
+        ((_, detections),) = detect_ahead(self._detect, [(batch,)])
+        found = unpad(detections, batch.sizes, batch.original_sizes)
+        return [self._finish(found[i], prepared.image, min_score) for i, prepared in enumerate(images)]
+
+    def _finish(self, found: Instances, image: np.ndarray, min_score: float) -> ImageDetections:
+        """Leave out low scores and unknown labels, and attach names."""
+        # torchvision's 91 classes contain labels that stand for no category.
+        keep = (found.scores >= min_score) & np.isin(found.labels, self.categories.labels)
+        found = Instances(*(values[keep] for values in found))
+        return ImageDetections(image, found, self.categories, aligned_masks=self.options.model.roi_aligned)
 
     def _prepare(self, image: np.ndarray) -> Batch:
         """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""

@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 # Changes of the config "shapes": two steps of a network that compiles fast, on images of 64 pixels.
@@ -144,6 +146,35 @@ def evaluate_exported_weights_on_tfds(metrics: dict) -> None:
     maskrcnn("train", *CONFIG, *tfds, "--weights=model.safetensors", "--workdir=fine_tuned")
 
 
+def serve() -> None:
+    """Start the service, ask it for a prediction, and stop it."""
+    start = time.monotonic()
+    command = ["maskrcnn-jax", "serve", "--workdir=run", "--port=0", "--max_batch=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            lines = []
+            while "listening on" not in (line := process.stdout.readline()):
+                lines.append(line)
+                assert line, f"it ended: {lines}"
+            assert "images of 64x64 are ready" in "".join(lines)
+            address, image = line.split()[-1], Path("data/val2017/000000000001.jpg").read_bytes()
+            with urllib.request.urlopen(f"{address}/predict?min_score=0", image) as response:
+                found = json.load(response)["detections"]
+            results = json.loads(Path("pictures/detections.json").read_text())
+            expected = [result for result in results if result["image_id"] == 1]
+            assert [row["category_id"] for row in found] == [result["category_id"] for result in expected]
+            assert [row["rle"] for row in found] == [result["segmentation"] for result in expected]
+            try:
+                urllib.request.urlopen(f"{address}/predict", b"no image")
+                raise AssertionError("it takes anything for an image")
+            except urllib.error.HTTPError as error:
+                assert error.code == 422
+        finally:
+            process.terminate()
+        assert process.wait(timeout=60) == 0
+    print(f"{time.monotonic() - start:5.0f} s  {' '.join(command)}", flush=True)
+
+
 def resume() -> None:
     """Train one more step, and with another network, which is refused and changes nothing."""
     resumed = maskrcnn("train", *CONFIG, "--config.max_steps=3", "--config.eval_every=0", "--workdir=run")
@@ -182,6 +213,7 @@ def main() -> None:
     evaluate_exported_weights_on_tfds(metrics)
     maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=pictures", "--min_score=0")
     assert len(list(Path("pictures").glob("*.jpg"))) == 3
+    serve()
     maskrcnn("export", "--workdir=run", "--output=model.mrcnn", "--int8", "--coco_dir=data", "--limit=2")
     assert Path("model.mrcnn").stat().st_size > 1000
 
