@@ -27,6 +27,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from maskrcnn_jax.data.plan import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE
@@ -154,7 +155,7 @@ def _in_original_pixels(detections: Detections, sizes: jax.Array, original_sizes
     return {**detections._asdict(), "boxes": jnp.clip(boxes, 0, limits)}
 
 
-def _program(detect, weights: list[np.ndarray], shape: tuple, dtype: np.dtype) -> bytes:
+def _program(detect, weights: list[np.ndarray], shape: tuple, dtype: DTypeLike) -> bytes:
     """Trace the program for images of a shape [B, H, W, I], in which B may be a symbol."""
     struct = jax.ShapeDtypeStruct
     exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(
