@@ -182,6 +182,9 @@ class MaskRCNN(nnx.Module):
             select_detections,
             score_thresh=options.box_score_thresh,
             nms_thresh=options.box_nms_thresh,
+            nms_method=options.box_nms_method,
+            nms_sigma=options.box_nms_sigma,
+            nms_class_agnostic=options.box_nms_class_agnostic,
             min_size=options.box_min_size,
             detections_per_img=options.box_detections_per_img,
         )
