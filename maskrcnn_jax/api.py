@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-from flax import nnx
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config, to_options
@@ -18,10 +17,11 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
+from maskrcnn_jax.inference.detect import with_options
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
-from maskrcnn_jax.options import ModelOptions, Options
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path, expand
 from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
 from maskrcnn_jax.training import loop
@@ -204,15 +204,6 @@ def evaluation_options(
     network = dataclasses.replace(options.model, box_detections_per_img=most)
     # Training images are measured only by evaluations during training.
     return dataclasses.replace(options, data=data, model=network, eval_train_limit=0)
-
-
-def with_options(network: MaskRCNN, options: ModelOptions) -> MaskRCNN:
-    """Return a network with the same parameters whose detections follow other options."""
-    if options == network.options:
-        return network
-    network = nnx.merge(*nnx.split(network))
-    network.options = options
-    return network
 
 
 def find_options(config: Config) -> Options:

@@ -80,6 +80,17 @@ class Tiling(NamedTuple):
         return np.round(np.linspace(0, free, steps + 1)).astype(np.int64)
 
 
+def in_tiles(find: Find, tiling: Tiling, *, iou_threshold: float, class_agnostic: bool = False) -> Find:
+    """Return what detects in images of any size by detecting in their tiles, as ``detect_in_tiles`` does."""
+    tiling.check()
+
+    def find_in_tiles(images: Iterable[np.ndarray]) -> Iterator[Instances]:
+        for image in images:
+            yield detect_in_tiles(find, image, tiling, iou_threshold=iou_threshold, class_agnostic=class_agnostic)
+
+    return find_in_tiles
+
+
 def detect_in_tiles(
     find: Find, image: np.ndarray, tiling: Tiling, *, iou_threshold: float, class_agnostic: bool = False
 ) -> Instances:
