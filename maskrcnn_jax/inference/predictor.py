@@ -13,10 +13,12 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.plan import buckets_for
+from maskrcnn_jax.data.run_lengths import decode_crop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detect import detect_ahead, make_detect, with_options
 from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances, write_picture
 from maskrcnn_jax.inference.inputs import Image, is_image, to_array, to_batch
+from maskrcnn_jax.inference.polygons import mask_to_polygons
 from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
 from maskrcnn_jax.inference.selection import MIN_SCORE, MinScore, keep, least_scores
 from maskrcnn_jax.inference.tiles import DEFAULT_OVERLAP, Find, Tiling, in_tiles
@@ -88,6 +90,14 @@ class ImageDetections:
         for mask, result in zip(masks, self._results, strict=True):
             mask[...] = coco_mask.decode(result["segmentation"])
         return masks
+
+    @functools.cached_property
+    def polygons(self) -> list[list[list[np.ndarray]]]:
+        """Masks as polygons: for each object its regions, for each region its outline and then its holes.
+
+        They are [N, 2] ``x, y`` in pixels, along the edges of the pixels; see :func:`.polygons.mask_to_polygons`.
+        """
+        return [mask_to_polygons(decode_crop(result["segmentation"])) for result in self._results]
 
     def draw(self, *, min_score: float = 0.0, min_side: int = MIN_SIDE) -> np.ndarray:
         """Draw the masks, boxes, names and scores over the image.
@@ -250,6 +260,8 @@ class Predictor:
         The device processes the next image while the caller uses the result, so one image more is read than results
         are yielded.
         """
+        if whole_image and tile is None:
+            raise UserError("whole_image goes with tile; without tiles, the whole image is detected in anyway")
         model = self.options.model
         least = least_scores(self.categories, min_score, classes)
         find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find
