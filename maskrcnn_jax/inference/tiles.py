@@ -6,7 +6,8 @@ three steps. Two detections are compared where both tiles could see them.
 1. Pieces. A detection that touches a border of its tile inside the image may be a piece of an object. It goes if a
    neighbouring tile found an object there that reaches beyond the tile of the piece, and whose mask covers more than
    half of the piece. Masks decide instead of boxes, because boxes of neighbours in a crowd cover each other's pieces.
-   Their IoU does not help: a piece may be a small part of its object.
+   Their IoU does not help: a piece may be a small part of its object. Nor does the class: a piece of an object often
+   looks like one of another class.
 2. Parts of objects larger than the overlap, which no tile sees whole. Two detections that touch borders, and of which
    each reaches beyond the tile of the other, are joined if the IoU of their masks exceeds one half in the area that
    both tiles see. The joint object has the box around both, the larger probability of each mask cell and the higher
@@ -101,7 +102,7 @@ def detect_in_tiles(
         image: [h, w, I] uint8.
         tiling: how the image is divided.
         iou_threshold: overlap of boxes above which the worse of two detections goes.
-        class_agnostic: merge detections of different classes, too.
+        class_agnostic: also if they are of different classes.
 
     Returns:
         The detections in pixels of the image, best first. Those of an image that is no larger than a tile are what
@@ -132,7 +133,7 @@ def _merge(
     together = Instances(*(np.concatenate(values) for values in zip(*found, strict=True)))
     tile = np.repeat(np.arange(len(found)), [len(of_tile.scores) for of_tile in found])
     detections = _Found(together, tile, _touches_border(together.boxes, windows[tile], size))
-    pieces, parts = _compare(detections, windows, class_agnostic)
+    pieces, parts = _compare(detections, windows)
     stays = np.ones(len(tile), bool)
     stays[pieces] = False
     joined = _join(detections, [(i, j) for i, j in parts if stays[i] and stays[j]], stays)
@@ -149,7 +150,7 @@ def _touches_border(boxes: np.ndarray, windows: np.ndarray, size: tuple[int, int
     return (low | high).any(axis=1)
 
 
-def _compare(found: _Found, windows: np.ndarray, class_agnostic: bool) -> tuple[list[int], list[tuple[int, int]]]:
+def _compare(found: _Found, windows: np.ndarray) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the detections that are pieces of others, and the pairs that are parts of one object."""
     boxes, _, labels, _ = found.instances
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -157,15 +158,14 @@ def _compare(found: _Found, windows: np.ndarray, class_agnostic: bool) -> tuple[
     for i, j in _near(found, windows):
         window_i, window_j = windows[found.tile[i]], windows[found.tile[j]]
         reach_i, reach_j = _reaches_beyond(boxes[i], window_j), _reaches_beyond(boxes[j], window_i)
-        is_same = labels[i] == labels[j]
         if reach_i and reach_j:
-            are_cut = found.is_cut[i] and found.is_cut[j]
-            if is_same and are_cut and _agree(found.instances, i, j, window_i, window_j):
+            are_parts = labels[i] == labels[j] and found.is_cut[i] and found.is_cut[j]
+            if are_parts and _agree(found.instances, i, j, window_i, window_j):
                 parts.append((i, j))
         elif reach_i or reach_j:
             whole, piece = (i, j) if reach_i else (j, i)
             # The smaller can only be a piece of the larger: in no chain of pieces all of them go.
-            is_piece = (is_same or class_agnostic) and found.is_cut[piece] and areas[piece] < areas[whole]
+            is_piece = found.is_cut[piece] and areas[piece] < areas[whole]
             if is_piece and _covered(found.instances, piece, whole) > _COVERED:
                 pieces.append(piece)
     return pieces, parts

@@ -141,6 +141,18 @@ def test_objects_of_different_classes_in_one_place_stay_unless_classes_do_not_ma
     assert detect(image, size=128, overlap=0.25, class_agnostic=True).labels.tolist() == [2, 2]
 
 
+def test_a_piece_that_looks_like_another_class_goes():
+    def find(images):
+        """Detect green where the left border cuts an object: half a disc is no disc."""
+        for found in find_blobs(images):
+            yield found._replace(labels=np.where(found.boxes[:, 0] == 0, 2, found.labels))
+
+    image = np.zeros((128, 224, 3), np.uint8)
+    draw_ellipse(image, (104, 60), (14, 14), (200, 0, 0))  # the second tile begins at 96
+    found = detect(image, find, size=128, overlap=0.25)
+    assert found.labels.tolist() == [1] and found.boxes[0, 0] == 90
+
+
 def test_a_small_object_inside_the_box_of_a_piece_stays():
     # An L and a dot in its corner: the dot is in the box of the L, but not in its mask.
     image = np.zeros((128, 224, 3), np.uint8)
