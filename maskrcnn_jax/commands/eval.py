@@ -4,13 +4,15 @@
     maskrcnn-jax eval --weights=torchvision:maskrcnn_resnet50_fpn_v2 --coco_dir=COCO --output=DIR
     maskrcnn-jax eval --weights=model.pth --config=torchvision_r50_fpn_v2 --coco_dir=COCO --output=DIR
 
-Writes metrics.json, detections.json and predictions.jpg. The report is a page with tables, curves, the confusion
-between classes, and the best and the worst images.
+Writes metrics.json, detections.json and predictions.jpg. With --tta they are those with test-time augmentation, and
+the AP without it is printed, too. The report is a page with tables, curves, the confusion between classes, and the
+best and the worst images.
 """
 
 import argparse
 
 from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
+from maskrcnn_jax.commands.detection import add_detection_options, with_detection_options
 from maskrcnn_jax.errors import UserError
 
 
@@ -28,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="detections of an image instead of model.box_detections_per_img; above 100, all metrics count as many",
     )
+    add_detection_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")
     add_process_options(parser)
@@ -42,10 +45,12 @@ def main(options: argparse.Namespace) -> None:
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
     from maskrcnn_jax.evaluation.report import write_report
+    from maskrcnn_jax.inference.views import Augmentation
     from maskrcnn_jax.paths import as_path
     from maskrcnn_jax.writing import make_folder
 
-    model = load(options)
+    augmentation = Augmentation.parse(options.tta) if options.tta else None
+    model = with_detection_options(load(options), options)
     chosen = evaluation_options(
         model.options,
         coco_dir=options.coco_dir,
@@ -55,7 +60,8 @@ def main(options: argparse.Namespace) -> None:
         max_detections=options.max_detections,
     )
     evaluator = Evaluator(chosen, model.categories)
-    evaluation = evaluator(with_options(model.network, chosen.model))
+    network = with_options(model.network, chosen.model)
+    evaluation = evaluator.evaluate_augmented(network, augmentation) if augmentation else evaluator(network)
     output = as_path(options.output or options.workdir)
     make_folder(output)
     evaluator.write(output, evaluation)
