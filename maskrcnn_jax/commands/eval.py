@@ -4,14 +4,23 @@
     maskrcnn-jax eval --weights=torchvision:maskrcnn_resnet50_fpn_v2 --coco_dir=COCO --output=DIR
     maskrcnn-jax eval --weights=model.pth --config=torchvision_r50_fpn_v2 --coco_dir=COCO --output=DIR
 
-Writes metrics.json, detections.json and predictions.jpg. The report is a page with tables, curves, the confusion
-between classes, and the best and the worst images.
+Writes metrics.json, detections.json and predictions.jpg. The report is a page with tables, curves, precision and recall
+at a score, the confusion between classes, and images to search by name, class, size and error. --compare shows the
+detections of another run beside these.
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
 from maskrcnn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+    from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
+    from maskrcnn_jax.evaluation.report_data import Run
+    from maskrcnn_jax.options import Options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")
+    parser.add_argument(
+        "--compare",
+        metavar="DIR|FILE",
+        help="another run on the same images, or its detections.json, to show beside this one in the report",
+    )
     add_process_options(parser)
 
 
@@ -37,11 +51,12 @@ def main(options: argparse.Namespace) -> None:
     """Evaluate."""
     if options.weights and not options.output:
         raise UserError("--weights needs --output, a folder for the results")
+    if options.compare and not options.report:
+        raise UserError("--compare shows another run in the report; give --report=FILE too")
     from maskrcnn_jax.api import evaluation_options, with_options
     from maskrcnn_jax.distributed import is_first
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
-    from maskrcnn_jax.evaluation.report import write_report
     from maskrcnn_jax.paths import as_path
     from maskrcnn_jax.writing import make_folder
 
@@ -55,6 +70,9 @@ def main(options: argparse.Namespace) -> None:
         max_detections=options.max_detections,
     )
     evaluator = Evaluator(chosen, model.categories)
+    other = None
+    if options.compare and is_first():
+        other = _read_run(options.compare, evaluator.truth, chosen.model.box_detections_per_img)
     evaluation = evaluator(with_options(model.network, chosen.model))
     output = as_path(options.output or options.workdir)
     make_folder(output)
@@ -63,13 +81,50 @@ def main(options: argparse.Namespace) -> None:
         return
     print(format_table(evaluation.metrics))
     if options.report:
-        write_report(
-            options.report,
-            evaluator.truth,
-            evaluation.results,
-            evaluation.metrics,
-            title=f"{options.workdir or options.weights} on {chosen.data.eval_split}",
-            draw=lambda image_id: evaluator.draw_image(image_id, evaluation.results),
-            training=as_path(options.workdir) / "metrics.jsonl" if options.workdir else None,
-            max_detections=chosen.model.box_detections_per_img,
-        )
+        _write_report(options, chosen, evaluator, evaluation, other)
+
+
+def _write_report(
+    options: argparse.Namespace,
+    chosen: "Options",
+    evaluator: "Evaluator",
+    evaluation: "Evaluation",
+    other: "Run | None",
+) -> None:
+    from maskrcnn_jax.evaluation.report import write_report
+    from maskrcnn_jax.evaluation.report_data import Run
+    from maskrcnn_jax.evaluation.run_summary import summarize
+    from maskrcnn_jax.paths import as_path
+
+    source, split = options.workdir or options.weights, chosen.data.eval_split
+    training = as_path(options.workdir) / "metrics.jsonl" if options.workdir else None
+    runs = [Run(source, evaluation.results, evaluation.metrics)]
+    runs += [other] if other else []
+    write_report(
+        options.report,
+        evaluator.truth,
+        runs,
+        title=f"{source} on {split}",
+        read=evaluator.read_image,
+        image_dir=evaluator.image_dir,
+        summary=summarize(
+            chosen,
+            model=f"{source}, checkpoint {options.checkpoint}" if options.workdir else source,
+            data=f"{split} of {chosen.data.coco_dir if chosen.data.source == 'coco' else chosen.data.tfds_dir}",
+            training=training,
+        ),
+        training=training,
+        max_detections=chosen.model.box_detections_per_img,
+    )
+
+
+def _read_run(source: str, truth: "COCO", max_detections: int) -> "Run":
+    """Read and evaluate the detections of another run on the same images."""
+    from maskrcnn_jax.evaluation.coco_metrics import evaluate
+    from maskrcnn_jax.evaluation.detections_file import read_results
+    from maskrcnn_jax.evaluation.report_data import Run
+    from maskrcnn_jax.paths import as_path
+
+    path = as_path(source) / "detections.json" if as_path(source).is_dir() else as_path(source)
+    results = read_results(path, truth.imgs, truth.cats)
+    return Run(str(path.parent), results, evaluate(truth, results, max_detections=max_detections))
