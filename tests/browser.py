@@ -10,10 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 _QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 # Chromium reads commands from descriptor 3 and writes answers to 4.
 _START = """
@@ -95,6 +92,7 @@ class Browser:
         assert hit, f"something lies over {selector}"
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        self._settle()
 
     def type(self, text: str) -> None:
         """Type into the element that has the focus."""
@@ -112,6 +110,10 @@ class Browser:
             f"(n => {{ n.value = {json.dumps(value)}; n.dispatchEvent(new Event('input', {{bubbles: true}})); }})"
             f"(document.querySelector({json.dumps(selector)}))"
         )
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until what an event has caused is drawn."""
         self.look("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def text(self, selector: str) -> str:

@@ -1,12 +1,12 @@
 """Compute COCO's box and mask AP of a model.
 
-    maskrcnn-jax eval --workdir=runs/r50 [--checkpoint=best] [--report=r50.html]
+    maskrcnn-jax eval --workdir=runs/r50 [--checkpoint=best] [--report=r50.html [--compare=runs/other]]
     maskrcnn-jax eval --weights=torchvision:maskrcnn_resnet50_fpn_v2 --coco_dir=COCO --output=DIR
     maskrcnn-jax eval --weights=model.pth --config=torchvision_r50_fpn_v2 --coco_dir=COCO --output=DIR
 
-Writes metrics.json, detections.json and predictions.jpg. The report is a page with tables, curves, precision and recall
-at a score, the confusion between classes, and images to search by name, class, size and error. --compare shows the
-detections of another run beside these.
+Writes metrics.json, detections.json and predictions.jpg. The report is a page with tables, curves, precision and
+recall at a score, the confusion between classes, and images to search by name, class, size and error. --compare shows
+the detections of another run beside these.
 """
 
 import argparse

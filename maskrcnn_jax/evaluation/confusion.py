@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 MIN_SCORE = 0.5  # from which on a detection counts, unless another is chosen
 MIN_OVERLAP = 0.5

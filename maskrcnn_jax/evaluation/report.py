@@ -3,6 +3,7 @@
 With the detections of a second run, every table has its columns too, and every image is there twice.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ def _precision_recall(truth: COCO, runs: Sequence[Run], counted: Sequence[dict[s
     labels = list(truth.cats)
     mean, axes = _plot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     for run, of_run, style in zip(runs, precisions, ("-", "--"), strict=False):
-        precision, suffix = of_run[..., known], f", {run.name}" if len(runs) > 1 else ""
+        precision, suffix = of_run[..., known], f", {_plain(run.name)}" if len(runs) > 1 else ""
         for colour, threshold, label in (("C0", 0, "IoU 0.50"), ("C1", 5, "IoU 0.75")):
             axes.plot(recalls, precision[threshold].mean(axis=-1), style, color=colour, label=label + suffix)
         label = "mean of IoU 0.50 to 0.95" + suffix
@@ -137,7 +138,7 @@ def _precision_recall(truth: COCO, runs: Sequence[Run], counted: Sequence[dict[s
     counts = Counter(annotation["category_id"] for annotation in truth.anns.values())
     for i in sorted(range(len(ids)), key=lambda i: -counts[ids[i]])[:_NUM_CURVES]:
         colour = gallery.colour(labels.index(ids[i]))
-        other_axes.plot(recalls, precisions[0][0, :, known[i]], color=colour, label=truth.cats[ids[i]]["name"])
+        other_axes.plot(recalls, precisions[0][0, :, known[i]], color=colour, label=_plain(truth.cats[ids[i]]["name"]))
     return {
         "mean": _svg(mean),
         "by_category": _svg(by_category),
@@ -153,9 +154,17 @@ def _plot(**settings) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _plain(name: str) -> str:
+    """Return a name that matplotlib shows as it is: its legends hide some, and take some for formulas."""
+    shown = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _svg(figure: Figure) -> Markup:
     figure.axes[0].legend(fontsize="small")
-    return page.svg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the browser has more fonts
+        return page.svg(figure)
 
 
 def _groups(truth: COCO, runs: Sequence[Run], max_detections: int) -> list[list]:

@@ -9,7 +9,6 @@ import contextlib
 import io
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,5 +155,7 @@ def _errors(truth: COCO, image: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     objects = [rows[a["image_id"]] for a in truth.anns.values() if not a.get("iscrowd", 0)]
     found = np.isin(kinds, _MATCHED)
     wrong = ~np.isin(kinds, [KINDS.index(Kind.CORRECT), KINDS.index(Kind.IGNORED)])
-    counts = [np.bincount(np.array(part, np.int64), minlength=len(rows)) for part in (objects, image[found], image[wrong])]
+    counts = [
+        np.bincount(np.array(part, np.int64), minlength=len(rows)) for part in (objects, image[found], image[wrong])
+    ]
     return counts[0] - counts[1] + counts[2]

@@ -38,7 +38,10 @@ def summarize(options: Options, *, model: str, data: str, training: Path | None 
         ("training", trained(training)),
         ("config", describe_options(options)),
         ("hardware", f"{len(devices)} {devices[0].device_kind}, {os.cpu_count()} CPU cores, {_processor()}"),
-        ("software", f"maskrcnn_jax {__version__}{_commit()}, jax {jax.__version__}, Python {platform.python_version()}"),
+        (
+            "software",
+            f"maskrcnn_jax {__version__}{_commit()}, jax {jax.__version__}, Python {platform.python_version()}",
+        ),
     ]
     return [(name, value) for name, value in rows if value]
 

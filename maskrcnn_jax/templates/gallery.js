@@ -9,9 +9,14 @@ function unpack(value) {
   if (Array.isArray(value)) return typeof value[0] === "object" ? value.map(unpack) : value;
   if (value === null || typeof value !== "object") return value;
   if (!("base64" in value)) return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, unpack(part)]));
-  const text = atob(value.base64), bytes = new Uint8Array(text.length);
+  return new TYPES[value.type](decode(value.base64).buffer);
+}
+
+function decode(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);  // browsers from 2025 on, in a tenth of the time
+  const text = atob(base64), bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  return new TYPES[value.type](bytes.buffer);
+  return bytes;
 }
 
 const page = unpack(JSON.parse(document.getElementById("data").textContent));

@@ -2,6 +2,7 @@
 
 const SMALL_MATRIX = 20;  // classes; with more, the cells of the confusion matrix are too small for numbers
 const NUM_CONFUSIONS = 10;
+const STEPS = 100;  // of the slider, from 0 to 1
 const {runs, objects, kinds} = page;
 const numClasses = page.classes.length, numObjects = objects.classes.length;
 const MATCHED = new Set(["correct", "poor mask", "wrong class"].map(name => kinds.indexOf(name)));
@@ -48,18 +49,22 @@ function rates(run, kind, score) {
   return [rate(sum(hits), sum(misses), sum(counts)), ...counts.map((count, c) => rate(hits[c], misses[c], count))];
 }
 
-// The score with the highest F1 of all classes together.
+// The place of the slider with the highest F1 of all classes together, and that F1.
 function bestScore(run, kind) {
-  const order = Uint32Array.from(run.scores.keys()).sort((a, b) => run.scores[b] - run.scores[a]);
+  const hits = new Int32Array(STEPS + 1), misses = new Int32Array(STEPS + 1), verdicts = run.verdicts[kind];
+  for (let d = 0; d < verdicts.length; d++) {
+    let step = Math.min(Math.floor(run.scores[d] * STEPS) + 1, STEPS);
+    while (step > 0 && Math.fround(step / STEPS) > run.scores[d]) step--;
+    if (verdicts[d] >= 0) (verdicts[d] ? hits : misses)[step]++;
+  }
   const count = run.counts[kind].reduce((a, b) => a + b, 0);
-  let best = {f1: 0, score: NaN}, hits = 0, misses = 0;
-  order.forEach((d, i) => {
-    if (run.verdicts[kind][d] > 0) hits++;
-    else if (run.verdicts[kind][d] === 0) misses++;
-    const isLast = i + 1 === order.length || run.scores[order[i + 1]] < run.scores[d];
-    const {f1} = rate(hits, misses, count);
-    if (isLast && f1 > best.f1) best = {f1, score: run.scores[d]};
-  });
+  let best = {f1: 0, score: NaN}, numHits = 0, numMisses = 0;
+  for (let step = STEPS; step >= Math.ceil(slider.min * STEPS); step--) {
+    numHits += hits[step];
+    numMisses += misses[step];
+    const {f1} = rate(numHits, numMisses, count);
+    if (f1 > best.f1) best = {f1, score: step / STEPS};
+  }
   return best;
 }
 
@@ -89,10 +94,9 @@ function showBestScores() {
   document.getElementById("best-scores").replaceChildren(...runs.flatMap(run => {
     const {score, f1} = bestScore(run, kind);
     if (Number.isNaN(score)) return [];
-    const rounded = Math.max(Math.floor(score * 100) / 100, Number(slider.min));
-    const button = html("button", {type: "button"}, `score ${rounded.toFixed(2)}`);
+    const button = html("button", {type: "button"}, `score ${score.toFixed(2)}`);
     button.addEventListener("click", () => {
-      slider.value = rounded;
+      slider.value = score;
       update();
     });
     return [`${runs.length > 1 ? `${run.name}: b` : "B"}est F1 ${decimals(f1)} at `, button, " "];
