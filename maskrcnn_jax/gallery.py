@@ -18,8 +18,8 @@ from maskrcnn_jax.inference.draw import instance_colour, shrink
 from maskrcnn_jax.paths import in_bucket
 
 THUMBNAIL_SIDE = 480  # pixels of the longer side
-THUMBNAIL_BYTES = 6 << 20  # of all thumbnails; some 300 photographs
-OUTLINE_BYTES = 6 << 20  # of all outlines; some 80,000 objects
+THUMBNAIL_BYTES = 6 << 20  # of all thumbnails; some 200 photographs
+OUTLINE_BYTES = 4 << 20  # of all outlines of objects or of a run; some 50,000
 SIZES = {"small": 32**2, "medium": 96**2, "large": np.inf}  # square pixels below which they end, as COCO's
 
 

@@ -10,6 +10,7 @@ the detections of another run beside these.
 """
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING
 
 from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
@@ -93,13 +94,23 @@ def _write_report(
 ) -> None:
     from maskrcnn_jax.evaluation.report import write_report
     from maskrcnn_jax.evaluation.report_data import Run
-    from maskrcnn_jax.evaluation.run_summary import summarize
+    from maskrcnn_jax.evaluation.run_summary import describe_options, summarize
     from maskrcnn_jax.paths import as_path
+    from maskrcnn_jax.run_folder import load_options
 
     source, split = options.workdir or options.weights, chosen.data.eval_split
     training = as_path(options.workdir) / "metrics.jsonl" if options.workdir else None
+    summary = summarize(
+        chosen,
+        model=f"{source}, checkpoint {options.checkpoint}" if options.workdir else source,
+        data=f"{split} of {chosen.data.coco_dir if chosen.data.source == 'coco' else chosen.data.tfds_dir}",
+        training=training,
+    )
     runs = [Run(source, evaluation.results, evaluation.metrics)]
-    runs += [other] if other else []
+    if other:
+        runs.append(other)
+        with contextlib.suppress(UserError):  # detections that are not in the folder of a run
+            summary.append(("compared with", f"{other.name}, config {describe_options(load_options(other.name))}"))
     write_report(
         options.report,
         evaluator.truth,
@@ -107,12 +118,7 @@ def _write_report(
         title=f"{source} on {split}",
         read=evaluator.read_image,
         image_dir=evaluator.image_dir,
-        summary=summarize(
-            chosen,
-            model=f"{source}, checkpoint {options.checkpoint}" if options.workdir else source,
-            data=f"{split} of {chosen.data.coco_dir if chosen.data.source == 'coco' else chosen.data.tfds_dir}",
-            training=training,
-        ),
+        summary=summary,
         training=training,
         max_detections=chosen.model.box_detections_per_img,
     )

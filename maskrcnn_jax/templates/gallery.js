@@ -108,11 +108,13 @@ function drawItem({instances, index, kind, wrong}, filters) {
 }
 
 // Above the box of a detection and below that of an object, in the picture.
-function drawLabel({instances, index, label, kind}, fontSize, pictureHeight) {
+function drawLabel({instances, index, label, kind}, fontSize, pictureWidth, pictureHeight) {
   const colour = colourOf(instances.classes[index]);
-  const [x, y, , height] = instances.boxes.subarray(4 * index, 4 * index + 4);
+  const [x, y, width, height] = instances.boxes.subarray(4 * index, 4 * index + 4);
   const wanted = kind === "truth" ? y + height + 1.1 * fontSize : y - 0.35 * fontSize;
-  const place = {x: Math.max(x, 0), y: Math.min(Math.max(wanted, fontSize), pictureHeight - 0.35 * fontSize)};
+  const place = {y: Math.min(Math.max(wanted, fontSize), pictureHeight - 0.35 * fontSize)};
+  if (x < 0.8 * pictureWidth) place.x = Math.max(x, 0);
+  else Object.assign(place, {x: Math.min(x + width, pictureWidth), "text-anchor": "end"});
   return svg("text", {...place, "font-size": fontSize, fill: inkOn(colour), stroke: colour}, label);
 }
 
@@ -124,7 +126,7 @@ function drawPicture(row, items, filters, large) {
   addImage(picture, row, large);
   const shapes = items.map(item => drawItem(item, filters)).reverse();
   const fontSize = Math.max(width, height) / 50;
-  const labels = large ? items.map(item => drawLabel(item, fontSize, height)).reverse() : [];
+  const labels = large ? items.map(item => drawLabel(item, fontSize, width, height)).reverse() : [];
   picture.append(svg("svg", {viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none"}, ...shapes, ...labels));
   return picture;
 }
