@@ -7,6 +7,7 @@ score are counted as if there were no others.
 
 import contextlib
 import io
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -129,10 +130,15 @@ def run_data(
         "scores": page.pack(scores[shown], np.float32),
         "kinds": page.pack(kinds, np.uint8),
         "objects": page.pack(nearest, np.int32),
-        "lowest": float(scores[shown].min()) if len(shown) < len(scores) else 0.0,
+        "lowest": _lowest(scores[shown]) if len(shown) < len(scores) else 0.0,
         "verdicts": {kind: page.pack(c.verdicts[shown], np.int8) for kind, c in counted.items()},
         "counts": {kind: [c.objects[i] for i in truth.cats] for kind, c in counted.items()},
     }, _errors(truth, image[sure], kinds[sure])
+
+
+def _lowest(scores: np.ndarray) -> float:
+    """Return the lowest place of the slider, in hundredths, above the lowest score that is shown."""
+    return (math.floor(100 * scores.min() + 1e-6) + 1) / 100
 
 
 def _matches(truth: COCO, ordered: list[dict], places: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:

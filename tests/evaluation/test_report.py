@@ -11,6 +11,7 @@ import pytest
 from pycocotools.cocoeval import COCOeval
 
 from maskrcnn_jax.data.shapes import write_dataset
+from maskrcnn_jax.evaluation import report_data
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, load_annotations, load_results
 from maskrcnn_jax.evaluation.report import write_report
 from maskrcnn_jax.evaluation.report_data import Run
@@ -379,6 +380,23 @@ def test_crowds_are_neither_missed_nor_found(browser, truth, tmp_path):
     browser.open(report(tmp_path / "page.html", truth, perfect(truth)))
     browser.choose("#filters [name=kind]", "any")
     assert browser.text("#count").startswith("No image fits")
+
+
+def test_of_many_detections_the_surest_are_on_the_page(browser, truth, tmp_path, monkeypatch):
+    results = wrong(truth)
+    path = report(tmp_path / "all.html", truth, results)
+    browser.open(path)
+    browser.choose("#score", "0.6")
+    expected = browser.text("#headline"), rows_of(browser, "#rates"), rows_of(browser, "#matrices")
+    shown = [result["score"] for result in results if result["score"] >= 0.4]
+    monkeypatch.setattr(report_data, "MAX_SHOWN", len(shown))
+    browser.open(report(tmp_path / "some.html", truth, results))
+    assert browser.look("page.runs[0].scores.length") == report_data.MAX_SHOWN
+    lowest = f"{min(shown) + 0.01:.2f}"
+    assert browser.look("slider.min") == lowest and f"those below {lowest} are left out" in browser.text("#at-score")
+    assert browser.text("#score-value") == "0.50"
+    browser.choose("#score", "0.6")
+    assert (browser.text("#headline"), rows_of(browser, "#rates"), rows_of(browser, "#matrices")) == expected
 
 
 def test_many_categories_have_a_matrix_of_small_cells(browser, truth, tmp_path):
