@@ -95,8 +95,11 @@ def test_a_finding_marks_its_annotation(browser, root):
     browser.choose("#filters [name=finding]", f"kind:{Kind.CLIPPED_BOX}")
     assert browser.look(f"document.querySelectorAll('{CARDS} .wrong').length") == 1
     browser.click(f"{CARDS} button")
-    rows = browser.look("[...document.querySelectorAll('#details tbody tr')].map(r => r.lastChild.textContent)")
-    assert Counter(Kind.CLIPPED_BOX in row for row in rows)[True] == 1
+    rows = browser.look(
+        "[...document.querySelectorAll('#details tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    content = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    assert [row[0] for row in rows if Kind.CLIPPED_BOX in row[-1]] == [str(content["annotations"][0]["id"])]
 
 
 def test_an_image_is_enlarged_with_its_annotations(browser, root):
