@@ -174,7 +174,8 @@ def _trace(index: CocoDataset, row: int) -> list[np.ndarray]:
     if num > 0:
         bounds = index.part_offsets[first : first + num + 1]
         points = [index.coordinates[bounds[i] : bounds[i + 1]] for i in range(num)]
-        clean = [np.nan_to_num(part).clip(-_MAX_COORDINATE, _MAX_COORDINATE) for part in points]
+        # Annotations may hold any numbers; of a number and NaN, fmax is the number.
+        clean = [np.fmin(np.fmax(part, -_MAX_COORDINATE), _MAX_COORDINATE) for part in points]
         return gallery.simplify([part[: len(part) // 2 * 2].reshape(-1, 2) for part in clean])
     image = int(np.searchsorted(index.offsets, row, side="right")) - 1
     height, width = index.sizes[image].tolist()
