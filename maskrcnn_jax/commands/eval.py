@@ -4,9 +4,10 @@
     maskrcnn-jax eval --weights=torchvision:maskrcnn_resnet50_fpn_v2 --coco_dir=COCO --output=DIR
     maskrcnn-jax eval --weights=model.pth --config=torchvision_r50_fpn_v2 --coco_dir=COCO --output=DIR
 
-Writes metrics.json, detections.json and predictions.jpg. The report is a page with tables, curves, precision and
-recall at a score, the confusion between classes, and images to search by name, class, size and error. --compare shows
-the detections of another run beside these.
+Writes metrics.json, detections.json and predictions.jpg. With --tta they are those with test-time augmentation, and
+the AP without it is printed, too. The report is a page with tables, curves, precision and recall at a score, the
+confusion between classes, and images to search by name, class, size and error. --compare shows the detections of
+another run beside these.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
+from maskrcnn_jax.commands.detection import add_detection_options, with_detection_options
 from maskrcnn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="detections of an image instead of model.box_detections_per_img; above 100, all metrics count as many",
     )
+    add_detection_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")
     parser.add_argument(
@@ -58,10 +61,12 @@ def main(options: argparse.Namespace) -> None:
     from maskrcnn_jax.distributed import is_first
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
+    from maskrcnn_jax.inference.views import Augmentation
     from maskrcnn_jax.paths import as_path
     from maskrcnn_jax.writing import make_folder
 
-    model = load(options)
+    augmentation = Augmentation.parse(options.tta) if options.tta else None
+    model = with_detection_options(load(options), options)
     chosen = evaluation_options(
         model.options,
         coco_dir=options.coco_dir,
@@ -74,7 +79,8 @@ def main(options: argparse.Namespace) -> None:
     other = None
     if options.compare and is_first():
         other = _read_run(options.compare, evaluator.truth, chosen.model.box_detections_per_img)
-    evaluation = evaluator(with_options(model.network, chosen.model))
+    network = with_options(model.network, chosen.model)
+    evaluation = evaluator.evaluate_augmented(network, augmentation) if augmentation else evaluator(network)
     output = as_path(options.output or options.workdir)
     make_folder(output)
     evaluator.write(output, evaluation)
@@ -99,10 +105,11 @@ def _write_report(
     from maskrcnn_jax.run_folder import load_options
 
     source, split = options.workdir or options.weights, chosen.data.eval_split
+    model = f"{source}, checkpoint {options.checkpoint}" if options.workdir else source
     training = as_path(options.workdir) / "metrics.jsonl" if options.workdir else None
     summary = summarize(
         chosen,
-        model=f"{source}, checkpoint {options.checkpoint}" if options.workdir else source,
+        model=model + (f", test-time augmentation {options.tta}" if options.tta else ""),
         data=f"{split} of {chosen.data.coco_dir if chosen.data.source == 'coco' else chosen.data.tfds_dir}",
         training=training,
     )

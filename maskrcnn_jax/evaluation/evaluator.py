@@ -20,9 +20,12 @@ from maskrcnn_jax.data.loader import Loader, make_loader
 from maskrcnn_jax.data.plan import training_subset
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
+from maskrcnn_jax.evaluation.augmented import detect_augmented
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
 from maskrcnn_jax.inference.detect import make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
+from maskrcnn_jax.inference.views import Augmentation
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import replace_file
@@ -99,6 +102,26 @@ class Evaluator:
             metrics |= self._evaluate(model, self._train_split)[1]
         return Evaluation(metrics, results, self._draw(results))
 
+    def evaluate_augmented(self, model: MaskRCNN, augmentation: Augmentation) -> Evaluation:
+        """Evaluate without and with test-time augmentation.
+
+        Returns:
+            The evaluation with it; its metrics have those without it, too, such as ``without_tta_bbox_AP``.
+        """
+        _, without = self._evaluate(model, self._split)
+        results = detect_augmented(
+            model,
+            augmentation,
+            options=self._options,
+            categories=self._categories,
+            dataset=self._split.dataset,
+            rows=self._split.rows,
+        )
+        results, metrics = self._score(results, self._split)
+        # Losses know no augmentation.
+        metrics |= {name if name.startswith("eval_") else f"without_tta_{name}": without[name] for name in without}
+        return Evaluation(metrics, results, self._draw(results))
+
     def _evaluate(self, model: nnx.Module, split: _Split) -> tuple[list[dict], dict]:
         batches = self._make_loader(split, annotations=False)
         results = run_detection(
@@ -110,6 +133,15 @@ class Evaluator:
             aligned_masks=self._options.model.roi_aligned,
             workers=self._options.eval_workers,
         )
+        results, metrics = self._score(results, split)
+        if self._options.eval_losses:
+            measured = measure_losses(model, self._make_loader(split, annotations=True))
+            # Those of training steps have the same names, without a prefix.
+            metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
+        return results, metrics
+
+    def _score(self, results: list[dict], split: _Split) -> tuple[list[dict], dict]:
+        """Return the results of all processes, of which each has some, and COCO's metrics of them."""
         results = [result for of_process in gather(results) for result in of_process]
         metrics = evaluate(
             split.truth,
@@ -117,12 +149,7 @@ class Evaluator:
             image_ids=split.dataset.image_ids[split.rows].tolist(),
             max_detections=self._options.model.box_detections_per_img,
         )
-        metrics = {split.prefix + name: value for name, value in metrics.items()}
-        if self._options.eval_losses:
-            measured = measure_losses(model, self._make_loader(split, annotations=True))
-            # Those of training steps have the same names, without a prefix.
-            metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
-        return results, metrics
+        return results, {split.prefix + name: value for name, value in metrics.items()}
 
     def _make_loader(self, split: _Split, annotations: bool) -> Loader:
         return make_loader(

@@ -182,6 +182,11 @@ def main() -> None:
     evaluate_exported_weights_on_tfds(metrics)
     maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=pictures", "--min_score=0")
     assert len(list(Path("pictures").glob("*.jpg"))) == 3
+    choices = ("--min_score=0", "--tile=48", "--whole_image", "--nms=linear", "--tta=flip")
+    files = ("--masks=png", "--polygons=labelme")
+    maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=predicted", *choices, *files)
+    assert len(list(Path("predicted/instances").glob("*.png"))) == 3
+    maskrcnn("convert", "predicted/labelme", "corrected")
     maskrcnn("export", "--workdir=run", "--output=model.mrcnn", "--int8", "--coco_dir=data", "--limit=2")
     assert Path("model.mrcnn").stat().st_size > 1000
 
