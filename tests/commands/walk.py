@@ -99,8 +99,8 @@ def train_and_evaluate() -> dict:
     config = json.loads(Path("run/config.json").read_text())
     del config["eval_workers"]  # as in runs from before this option
     Path("run/config.json").write_text(json.dumps(config))
-    maskrcnn("eval", "--workdir=run", "--output=evaluated", "--report=report.html")
-    assert "Worst images" in Path("report.html").read_text()
+    maskrcnn("eval", "--workdir=run", "--output=evaluated", "--report=report.html", "--compare=run")
+    assert "most errors first" in Path("report.html").read_text()
     metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
     assert json.loads(Path("evaluated/metrics.json").read_text()) == metrics
     return metrics
