@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
-from flax import nnx
 from ml_collections import ConfigDict
 
 from maskrcnn_jax.config import load_config, to_options
@@ -18,10 +18,12 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
+from maskrcnn_jax.inference.detect import with_options
 from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.inference.views import Augmentation
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
-from maskrcnn_jax.options import ModelOptions, Options
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path, expand
 from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
 from maskrcnn_jax.training import loop
@@ -150,6 +152,7 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     max_detections: int | None = None,
+    tta: str | Iterable[str | int] | None = None,
     output: str | os.PathLike | None = None,
 ) -> Evaluation:
     """Compute COCO's box and mask AP of a model.
@@ -161,6 +164,8 @@ def evaluate(
         limit: Evaluate only the first so many images; 0 means all.
         max_detections: Detections of an image, other than ``model.box_detections_per_img`` of the model. Above 100,
             all metrics count as many, and a recall such as ``bbox_AR300`` is added.
+        tta: Test-time augmentation, as ``Predictor.predict`` takes it. The metrics then have those without it, too,
+            such as ``without_tta_bbox_AP``.
         output: Folder for ``metrics.json``, ``detections.json`` and ``predictions.jpg``, if wanted.
 
     Returns:
@@ -174,7 +179,9 @@ def evaluate(
         model.options, coco_dir=dataset, split=split, limit=limit, max_detections=max_detections
     )
     evaluator = Evaluator(options, model.categories)
-    evaluation = evaluator(with_options(model.network, options.model))
+    network = with_options(model.network, options.model)
+    augmentation = None if tta is None else Augmentation.parse(tta)
+    evaluation = evaluator.evaluate_augmented(network, augmentation) if augmentation else evaluator(network)
     if output is not None:
         evaluator.write(expand(output), evaluation)
     return evaluation
@@ -204,15 +211,6 @@ def evaluation_options(
     network = dataclasses.replace(options.model, box_detections_per_img=most)
     # Training images are measured only by evaluations during training.
     return dataclasses.replace(options, data=data, model=network, eval_train_limit=0)
-
-
-def with_options(network: MaskRCNN, options: ModelOptions) -> MaskRCNN:
-    """Return a network with the same parameters whose detections follow other options."""
-    if options == network.options:
-        return network
-    network = nnx.merge(*nnx.split(network))
-    network.options = options
-    return network
 
 
 def find_options(config: Config) -> Options:

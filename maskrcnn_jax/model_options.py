@@ -115,6 +115,18 @@ class ModelOptions(Checked):
     box_positive_fraction: float = option(0.25, "largest share of foreground among the sampled RoIs", low=0, high=1)
     box_score_thresh: float = option(0.05, "score above which a detection is kept", low=0, high=1)
     box_nms_thresh: float = option(0.5, "IoU above which NMS drops the worse detection of a class", low=0, high=1)
+    box_nms_method: str = option(
+        "hard",
+        "what NMS does with a detection that overlaps a better one: hard drops it, linear multiplies its score by "
+        "1 - IoU, both above box_nms_thresh; gaussian multiplies it by exp(-IoU^2 / box_nms_sigma). A detection goes "
+        "when its score falls to box_score_thresh",
+        choices=("hard", "linear", "gaussian"),
+        source="Soft-NMS (Bodla et al., 2017)",
+    )
+    box_nms_sigma: float = option(0.5, "the smaller, the more box_nms_method=gaussian lowers scores", low=1e-3)
+    box_nms_class_agnostic: bool = option(
+        False, "NMS among the detections of all classes, so that no two classes are found in one place"
+    )
     box_min_size: float = option(1e-2, "detections with a smaller side are dropped", unit="pixels", low=0)
     box_detections_per_img: int = option(
         100, "detections per image; above 100, COCO's metrics count as many", low=1, source=TORCHVISION

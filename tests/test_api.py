@@ -23,6 +23,7 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.distributed import make_mesh
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.run_folder import save_options
@@ -172,6 +173,23 @@ def test_an_evaluation_may_ask_for_more_detections_than_the_model_was_trained_wi
     assert max(numbers[0].values()) <= OPTIONS["box_detections_per_img"] < max(numbers[1].values())
     assert "bbox_AR120" in more.metrics and "bbox_AR120" not in before.metrics
     assert model.network.options.box_detections_per_img == OPTIONS["box_detections_per_img"]
+
+
+def test_an_evaluation_with_several_views_has_the_metrics_without_them_too(model):
+    plain = mr.evaluate(model).metrics
+    evaluation = mr.evaluate(model, tta=("flip",))
+    metrics = evaluation.metrics
+    assert {name: metrics[f"without_tta_{name}"] for name in plain} == plain
+    assert {result["image_id"] for result in evaluation.results} == {1, 2, 3}
+    lines = format_table(metrics).splitlines()
+    assert lines[-2].startswith("without test-time augmentation: box AP") and lines[-1].startswith("box AP")
+
+
+def test_what_is_predicted_with_several_views_is_what_evaluations_measure(model, paths):
+    results = mr.evaluate(model, tta="flip").results
+    for image_id, path in enumerate(paths, start=1):
+        found = model.predict(path, min_score=0, tta="flip").to_coco(image_id)
+        assert found == [result for result in results if result["image_id"] == image_id]
 
 
 def test_a_split_that_lists_fewer_categories_is_compared_by_the_labels_of_the_model(model, place, tmp_path):

@@ -4,16 +4,18 @@
     maskrcnn-jax predict --weights=torchvision:maskrcnn_resnet50_fpn_v2 --input=photo.jpg --output=DIR
     maskrcnn-jax predict --weights=model.pth --config=torchvision_r50_fpn_v2 --input=photo.jpg --output=DIR
 
-The output folder gets the pictures or the video, detections.json (COCO results) and images.json (the file or frame of
-each image_id). Folders inside the folder of images are not read. Of a
-file with several pages or frames, the first is read. Pictures below 512 pixels are enlarged so that their
-captions can be read.
+The output folder gets the pictures or the video, detections.json (COCO results), images.json (the file or frame of
+each image_id), detections.csv and counts.csv. Folders inside the folder of images are not read. Of a file with several
+pages or frames, the first is read. Pictures below 512 pixels are enlarged so that their captions can be read.
 """
 
 import argparse
 
-from maskrcnn_jax.commands.app import add_model_options, load
+from maskrcnn_jax.commands.app import add_model_options, at_least, comma_separated, load
+from maskrcnn_jax.commands.detection import add_detection_options, least_scores, share, with_detection_options
 from maskrcnn_jax.errors import UserError
+
+_CHOICES = ("min_score", "classes", "tile", "overlap", "whole_image", "tta")  # of Predictor.stream
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,33 +25,52 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures and the JSON files")
     parser.add_argument(
         "--min_score",
-        type=_score,
+        type=least_scores,
         default=0.5,
         metavar="SCORE",
-        help="leave out detections with a lower score; %(default)s",
+        help="leave out detections with a lower score; %(default)s. For some classes by name: 0.4,person=0.7",
+    )
+    parser.add_argument(
+        "--classes", type=comma_separated, metavar="NAMES", help="leave out other classes; such as person,dog"
+    )
+    add_detection_options(parser)
+    large = parser.add_argument_group("large images")
+    large.add_argument(
+        "--tile", type=at_least(1), metavar="PIXELS", help="detect in tiles of this size and merge the results"
+    )
+    large.add_argument(
+        "--overlap", type=share, default=0.2, metavar="SHARE", help="of neighbouring tiles, at least; %(default)s"
+    )
+    large.add_argument("--whole_image", action="store_true", help="detect in the whole image, too")
+    files = parser.add_argument_group("files for other tools")
+    files.add_argument(
+        "--masks",
+        choices=("png",),
+        help="label images of 16 bits: instances/ and classes/, whose pixels are category ids",
+    )
+    files.add_argument(
+        "--polygons",
+        choices=("geojson", "labelme"),
+        help="a file with polygons for each image; labelme's can be corrected and converted to a dataset",
     )
 
 
 def main(options: argparse.Namespace) -> None:
     """Predict."""
+    from maskrcnn_jax.inference.annotation_files import Annotations
     from maskrcnn_jax.inference.media import is_video, list_images, predict_images, predict_video
 
     paths = None if is_video(options.input) else list_images(options.input)
-    model = load(options)
+    model = with_detection_options(load(options), options)
     channels = model.options.model.in_channels
     if paths is None and channels != 3:
         raise UserError(f"the video {options.input} has 3 channels, but model.in_channels is {channels}; give images")
+    choices = {name: getattr(options, name) for name in _CHOICES}
+    annotations = Annotations(masks=options.masks is not None, polygons=options.polygons or "")
     if paths is None:
-        frames = predict_video(model, options.input, options.output, min_score=options.min_score)
+        frames = predict_video(model, options.input, options.output, annotations=annotations, **choices)
         print(f"{frames} frames drawn into {options.output}")
         return
-    unreadable = predict_images(model, paths, options.output, min_score=options.min_score)
+    unreadable = predict_images(model, paths, options.output, annotations=annotations, **choices)
     drawn = len(paths) - len(unreadable)
     print(f"{drawn} images drawn into {options.output}, {len(unreadable)} unreadable files skipped")
-
-
-def _score(text: str) -> float:
-    score = float(text)
-    if not 0 <= score <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return score

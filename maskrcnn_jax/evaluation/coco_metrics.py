@@ -214,7 +214,11 @@ def format_table(metrics: dict) -> str:
             f"loss {metrics['eval_loss']:.3f}  accuracy of RoIs {metrics['eval_accuracy']:.3f}, "
             f"of those of objects {metrics['eval_accuracy_foreground']:.3f}",
         ]
-    lines += ["", "box AP {}  mask AP {}".format(*scores["AP"])]
+    lines.append("")
+    if "without_tta_bbox_AP" in metrics:
+        box, mask = (_score(metrics[f"without_tta_{kind}_AP"]) for kind in ("bbox", "segm"))
+        lines.append(f"without test-time augmentation: box AP {box}  mask AP {mask}")
+    lines.append("box AP {}  mask AP {}".format(*scores["AP"]))
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -19,9 +20,12 @@ from maskrcnn_jax.data.loader import Loader, make_loader
 from maskrcnn_jax.data.plan import training_subset
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
+from maskrcnn_jax.evaluation.augmented import detect_augmented
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
 from maskrcnn_jax.inference.detect import make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
+from maskrcnn_jax.inference.views import Augmentation
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import replace_file
@@ -98,6 +102,26 @@ class Evaluator:
             metrics |= self._evaluate(model, self._train_split)[1]
         return Evaluation(metrics, results, self._draw(results))
 
+    def evaluate_augmented(self, model: MaskRCNN, augmentation: Augmentation) -> Evaluation:
+        """Evaluate without and with test-time augmentation.
+
+        Returns:
+            The evaluation with it; its metrics have those without it, too, such as ``without_tta_bbox_AP``.
+        """
+        _, without = self._evaluate(model, self._split)
+        results = detect_augmented(
+            model,
+            augmentation,
+            options=self._options,
+            categories=self._categories,
+            dataset=self._split.dataset,
+            rows=self._split.rows,
+        )
+        results, metrics = self._score(results, self._split)
+        # Losses know no augmentation.
+        metrics |= {name if name.startswith("eval_") else f"without_tta_{name}": without[name] for name in without}
+        return Evaluation(metrics, results, self._draw(results))
+
     def _evaluate(self, model: nnx.Module, split: _Split) -> tuple[list[dict], dict]:
         batches = self._make_loader(split, annotations=False)
         results = run_detection(
@@ -109,6 +133,15 @@ class Evaluator:
             aligned_masks=self._options.model.roi_aligned,
             workers=self._options.eval_workers,
         )
+        results, metrics = self._score(results, split)
+        if self._options.eval_losses:
+            measured = measure_losses(model, self._make_loader(split, annotations=True))
+            # Those of training steps have the same names, without a prefix.
+            metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
+        return results, metrics
+
+    def _score(self, results: list[dict], split: _Split) -> tuple[list[dict], dict]:
+        """Return the results of all processes, of which each has some, and COCO's metrics of them."""
         results = [result for of_process in gather(results) for result in of_process]
         metrics = evaluate(
             split.truth,
@@ -116,12 +149,7 @@ class Evaluator:
             image_ids=split.dataset.image_ids[split.rows].tolist(),
             max_detections=self._options.model.box_detections_per_img,
         )
-        metrics = {split.prefix + name: value for name, value in metrics.items()}
-        if self._options.eval_losses:
-            measured = measure_losses(model, self._make_loader(split, annotations=True))
-            # Those of training steps have the same names, without a prefix.
-            metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
-        return results, metrics
+        return results, {split.prefix + name: value for name, value in metrics.items()}
 
     def _make_loader(self, split: _Split, annotations: bool) -> Loader:
         return make_loader(
@@ -141,6 +169,20 @@ class Evaluator:
         """Annotations of the images that are evaluated."""
         return self._split.truth
 
+    @property
+    def image_dir(self) -> Path | None:
+        """Where the images lie; None if they are not files."""
+        return self._split.dataset.image_dir if self._options.data.source == "coco" else None
+
+    def read_image(self, image_id: int) -> np.ndarray | None:
+        """Read an image, [h, w, 3] uint8 RGB; None if it cannot be read."""
+        dataset = self._split.dataset
+        (row,) = np.flatnonzero(dataset.image_ids == image_id).tolist()
+        try:
+            return dataset.read_image(row)
+        except BrokenImageError:
+            return None  # the loader has named it, and stopped unless broken images are to be skipped
+
     def _draw(self, results: list[dict]) -> np.ndarray:
         """Draw ground truth beside predictions for some images, evenly spread over the split."""
         _, dataset, _, evaluated = self._split
@@ -151,12 +193,11 @@ class Evaluator:
 
     def draw_image(self, image_id: int, results: list[dict]) -> np.ndarray | None:
         """Draw an image with ground truth beside one with predictions, [h, w, 3] uint8; None if it cannot be read."""
+        image = self.read_image(image_id)
+        if image is None:
+            return None
         dataset = self._split.dataset
         (row,) = np.flatnonzero(dataset.image_ids == image_id).tolist()
-        try:
-            image = dataset.read_image(row)
-        except BrokenImageError:
-            return None  # the loader has named it, and stopped unless broken images are to be skipped
         _, labels, boxes, *_ = dataset.annotations(row)
         truth = draw_instances(
             image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.rles(row)

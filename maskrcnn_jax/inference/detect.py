@@ -11,6 +11,7 @@ import functools
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from tqdm import tqdm
 from maskrcnn_jax.distributed import is_first, make_local_mesh, on_each_device, place_batch, place_locally
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.results import to_coco_results, unpad
+from maskrcnn_jax.models.mask_rcnn import MaskRCNN
+from maskrcnn_jax.options import ModelOptions
 from maskrcnn_jax.structures import Batch, Detections
 
 _log = logging.getLogger(__name__)
@@ -60,6 +63,57 @@ def detect_on_mesh(
         return nnx.merge(graphdef, state).detect(*batch)
 
     return on_each_device(detect, mesh, returns_rows=True)(state, batch)
+
+
+class Stages(NamedTuple):
+    """The two stages of ``detect``, for who goes on with the boxes before the masks are computed."""
+
+    boxes: Callable[..., Any]  # (images [B, H, W, I], sizes [B, 2]) -> as MaskRCNN.detect_boxes
+    masks: Callable[..., Any]  # (features, boxes, labels, valid, image_shape) -> probabilities [B, D, M, M]
+
+
+def make_stages(model: nnx.Module) -> Stages:
+    """Compile the stages of a model's ``detect``, as ``make_detect`` compiles it whole."""
+    model.eval()
+    mesh = make_local_mesh()
+    graphdef, state = nnx.split(model)
+    state = place_locally(state, mesh)
+
+    def boxes(images, sizes):
+        return _boxes_on_mesh(graphdef, mesh, state, place_batch((images, sizes), mesh))
+
+    def masks(features, boxes, labels, valid, image_shape):
+        batch = (features, *place_batch((boxes, labels, valid), mesh))
+        return _masks_on_mesh(graphdef, mesh, image_shape, state, batch)
+
+    return Stages(boxes, masks)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _boxes_on_mesh(graphdef: nnx.GraphDef, mesh: Mesh, state: nnx.State, batch: tuple) -> tuple:
+    def detect_boxes(state, batch):
+        return nnx.merge(graphdef, state).detect_boxes(*batch)
+
+    return on_each_device(detect_boxes, mesh, returns_rows=True)(state, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _masks_on_mesh(
+    graphdef: nnx.GraphDef, mesh: Mesh, image_shape: tuple[int, int], state: nnx.State, batch: tuple
+) -> jax.Array:
+    def masks(state, batch):
+        return jax.nn.sigmoid(nnx.merge(graphdef, state).mask_logits(*batch, image_shape))
+
+    return on_each_device(masks, mesh, returns_rows=True)(state, batch)
+
+
+def with_options(network: MaskRCNN, options: ModelOptions) -> MaskRCNN:
+    """Return a network with the same parameters whose detections follow other options."""
+    if options == network.options:
+        return network
+    network = nnx.merge(*nnx.split(network))
+    network.options = options
+    return network
 
 
 def detect_ahead(detect: Detect, items: Iterable[tuple]) -> Iterator[tuple]:

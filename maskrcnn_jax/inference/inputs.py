@@ -11,8 +11,12 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from maskrcnn_jax.data.images import BrokenImageError, UndecodableError, decode_image, too_few_channels
+from maskrcnn_jax.data.plan import padded_size
+from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions
 from maskrcnn_jax.paths import as_path, read_bytes
+from maskrcnn_jax.structures import Batch
 
 # A path or URL, the content of an image file, a Pillow image, or an array of NumPy, JAX or torch.
 Image = Any
@@ -60,6 +64,22 @@ def to_array(image: Image, channels: int = 3) -> np.ndarray:
             f"(height, width, {channels}) in RGB, 0..255"
         )
     return array
+
+
+def to_batch(image: np.ndarray, data: DataOptions, buckets: list[tuple[int, int]]) -> Batch:
+    """Resize an image [h, w, I] uint8 as in training and pad it to one of a few sizes; a batch of one."""
+    height, width, channels = image.shape
+    size = resized_size(height, width, data.short_side, data.long_side, data.resize)
+    images = np.zeros((1, *padded_size(*size, buckets), channels), RESIZE[data.resize])
+    images[0, : size[0], : size[1]] = resize_image(image, size, data.resize)
+    return Batch(
+        images=images,
+        sizes=np.array([size], np.int32),
+        original_sizes=np.array([(height, width)], np.int32),
+        image_index=np.zeros(1, np.int32),
+        valid=np.ones(1, bool),
+        gt=None,
+    )
 
 
 def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Detection on image and video files: find them, read them, draw the result and write it down.
 
-Beside the pictures two files come out. ``detections.json`` holds COCO results. ``images.json`` says which file or
+Beside the pictures four files come out. ``detections.json`` holds COCO results. ``images.json`` says which file or
 frame each image_id is and what the categories are called; as it has the form of a COCO annotation file without
-annotations, ``COCO("images.json").loadRes("detections.json")`` opens the two together.
+annotations, ``COCO("images.json").loadRes("detections.json")`` opens the two together. ``detections.csv`` and
+``counts.csv`` are tables of the same.
 """
 
 import logging
@@ -10,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,9 +20,11 @@ from tqdm import tqdm
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES, BrokenImageError
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.annotation_files import Annotations
 from maskrcnn_jax.inference.draw import write_picture
 from maskrcnn_jax.inference.inputs import read_image
 from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.inference.tables import write_tables
 from maskrcnn_jax.paths import as_path, in_bucket, local_path
 from maskrcnn_jax.writing import write_json
 
@@ -32,6 +36,7 @@ VIDEO_SUFFIXES = frozenset(
     | {".vob", ".webm", ".wmv"}
 )
 DEFAULT_FPS = 25.0  # of videos that do not tell theirs
+_NONE = Annotations()
 _MAX_TICKS = 65535  # of the clock in a second of MPEG-4 video
 
 
@@ -64,15 +69,21 @@ def is_video(path: str | os.PathLike) -> bool:
 
 
 def predict_images(
-    predictor: Predictor, paths: Sequence[Path], output: str | os.PathLike, *, min_score: float
+    predictor: Predictor,
+    paths: Sequence[Path],
+    output: str | os.PathLike,
+    *,
+    annotations: Annotations = _NONE,
+    **choices: Any,
 ) -> list[Path]:
-    """Detect on image files; write a picture of each, under its own name, and the two JSON files.
+    """Detect on image files; write a picture of each, under its own name, the JSON files and the tables.
 
     Args:
         predictor: of any model.
         paths: the image files; the image_id of the n-th is n, counted from 1.
         output: folder, made if it does not exist.
-        min_score: detections below are left out.
+        annotations: files to write besides.
+        choices: what else ``Predictor.stream`` takes, such as ``min_score``.
 
     Returns:
         The files that could not be read; they are skipped.
@@ -83,7 +94,9 @@ def predict_images(
     output = _make_folder(output)
     if any(path.resolve().parent == output.resolve() for path in paths):
         raise UserError(f"pictures in {output} would overwrite the input; choose another output folder")
+    annotations.check(predictor.categories)
     readable, unreadable, images, results = [], [], [], []
+    names: set[str] = set()
 
     def read() -> Iterator[np.ndarray]:
         for image_id, path in enumerate(tqdm(paths, unit="image", desc="predict"), start=1):
@@ -96,31 +109,41 @@ def predict_images(
             readable.append((image_id, path))
             yield image
 
-    for number, found in enumerate(predictor.stream(read(), min_score=min_score)):
+    for number, found in enumerate(predictor.stream(read(), **choices)):
         image_id, path = readable[number]
         # Not every ending that is read can be written, and a single input file may have any.
         name = path.name if path.suffix.lower() in _DRAWN_SUFFIXES else f"{path.name}.png"
         write_picture(output / name, found.draw())
         height, width = found.image.shape[:2]
         images.append({"id": image_id, "file_name": path.name, "height": height, "width": width})
-        results += found.to_coco(image_id)
+        of_image = found.to_coco(image_id)
+        results += of_image
+        name = path.name if path.stem in names else path.stem  # there may be a.jpg and a.png
+        names.add(name)
+        annotations.write(output, name, of_image, predictor.categories, (height, width), path)
     if not images:
         raise UserError(f"none of {len(paths)} files could be read as an image, {paths[0]} for one")
-    _write_json_files(output, images, results, predictor.categories)
+    _write_files(output, images, results, predictor.categories)
     return unreadable
 
 
 def predict_video(
-    predictor: Predictor, path: str | os.PathLike, output: str | os.PathLike, *, min_score: float
+    predictor: Predictor,
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    annotations: Annotations = _NONE,
+    **choices: Any,
 ) -> int:
-    """Detect on every frame of a video; write it with the detections drawn in, and the two JSON files.
+    """Detect on every frame of a video; write it with the detections drawn in, the JSON files and the tables.
 
     Args:
         predictor: of a model that takes three channels.
         path: the video; the image_id of a frame is its number, counted from 1.
         output: folder, made if it does not exist; the video in it has the frame rate and size of the input, except
             that an odd size grows by a row or column and a rate is rounded to what MPEG-4 can express.
-        min_score: detections below are left out.
+        annotations: files to write besides, for each frame, with its number in their names.
+        choices: what else ``Predictor.stream`` takes, such as ``min_score``.
 
     Returns:
         The number of frames.
@@ -134,13 +157,14 @@ def predict_video(
         raise UserError(f"the input {path} does not exist; give an image, a folder of images or a video")
     if target.resolve() == path.resolve():
         raise UserError(f"the video in {output} would overwrite the input; choose another output folder")
+    annotations.check(predictor.categories, of_video=True)
     capture = cv2.VideoCapture(str(path))
     fps = _writable_rate(capture.get(cv2.CAP_PROP_FPS))
     images: list[dict] = []
     results: list[dict] = []
     writer = None
     try:
-        for found in predictor.stream(_read_frames(capture), min_score=min_score):
+        for found in predictor.stream(_read_frames(capture), **choices):
             height, width = found.image.shape[:2]
             picture = found.draw(min_side=0)  # frames keep their size, whatever it is
             # OpenCV cuts off the last row or column of an odd size, which MPEG-4 does not have.
@@ -150,14 +174,16 @@ def predict_video(
             number = len(images) + 1
             writer.write(np.ascontiguousarray(picture[..., ::-1]))
             images.append({"id": number, "file_name": path.name, "frame": number, "height": height, "width": width})
-            results += found.to_coco(number)
+            of_frame = found.to_coco(number)
+            results += of_frame
+            annotations.write(output, f"{path.stem}_{number:06d}", of_frame, predictor.categories, (height, width))
     finally:
         capture.release()
         if writer is not None:
             writer.release()
     if not images:
         raise UserError(f"no frame of {path} can be read; convert the video, for example to H.264 in an mp4 file")
-    _write_json_files(output, images, results, predictor.categories)
+    _write_files(output, images, results, predictor.categories)
     return len(images)
 
 
@@ -203,7 +229,8 @@ def _open_writer(target: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWr
     return writer
 
 
-def _write_json_files(output: Path, images: list[dict], results: list[dict], categories: Categories) -> None:
+def _write_files(output: Path, images: list[dict], results: list[dict], categories: Categories) -> None:
     listed = [{"id": i, "name": name} for i, name in zip(categories.ids, categories.names, strict=True)]
     write_json(output / "images.json", {"images": images, "categories": listed}, indent=1)
     write_json(output / "detections.json", results)
+    write_tables(output, images, results, categories)

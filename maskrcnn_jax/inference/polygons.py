@@ -59,3 +59,33 @@ def _corners(points: np.ndarray) -> np.ndarray:
     points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
     arriving, leaving = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
     return points[arriving[:, 0] * leaving[:, 1] != arriving[:, 1] * leaving[:, 0]]
+
+
+def simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """Leave out points of a ring [N, 2] from which the rest strays by no more than a tolerance in pixels.
+
+    A ring that would lose its area stays as it is.
+    """
+    simple = cv2.approxPolyDP(ring.astype(np.float32), tolerance, closed=True)[:, 0].astype(np.float64)
+    return simple if len(simple) > 2 and len(ring) > 4 else ring
+
+
+def join_holes(rings: list[np.ndarray]) -> np.ndarray:
+    """Return one ring for an outline and its holes, for programs that know no holes.
+
+    Where the outline comes closest to a hole, it goes there, around it and the same way back. Such a cut has no width,
+    so that filling the ring leaves the hole free.
+
+    Args:
+        rings: as ``mask_to_polygons`` returns them for a region.
+
+    Returns:
+        [N, 2] points.
+    """
+    ring, *holes = rings
+    for hole in holes:
+        distances = ((ring[:, None] - hole[None]) ** 2).sum(axis=2)
+        i, j = np.unravel_index(np.argmin(distances), distances.shape)
+        around = np.concatenate([hole[j:], hole[: j + 1]])
+        ring = np.concatenate([ring[: i + 1], around, ring[i:]])
+    return ring

@@ -1,135 +1,34 @@
 """Prediction: a trained model takes images and returns objects in pixels of the image, with names and category ids."""
 
-import functools
+import collections
+import dataclasses
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.plan import buckets_for, padded_size
-from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
-from maskrcnn_jax.inference.detect import detect_ahead, make_detect
-from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances, write_picture
-from maskrcnn_jax.inference.inputs import Image, is_image, to_array
-from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
+from maskrcnn_jax.data.plan import buckets_for
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.detect import detect_ahead, make_detect, with_options
+from maskrcnn_jax.inference.detections import ImageDetections
+from maskrcnn_jax.inference.inputs import Image, is_image, to_array, to_batch
+from maskrcnn_jax.inference.results import Instances, unpad
+from maskrcnn_jax.inference.selection import MIN_SCORE, MinScore, keep, least_scores
+from maskrcnn_jax.inference.tiles import DEFAULT_OVERLAP, Find, Tiling, in_tiles
+from maskrcnn_jax.inference.views import Augmentation, AugmentedDetection
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.structures import Batch
-from maskrcnn_jax.writing import make_folder
 
 _log = logging.getLogger(__name__)
 
 _MANY_SIZES = 5  # padded sizes; data.buckets=auto has at most four
-MIN_SCORE = 0.5  # detections below are left out unless others are asked for
-
-
-class ImageDetections:
-    """The K objects that a model found in one image, by descending score.
-
-    ``len(detections)`` is K. Indexing selects objects: ``detections[0]`` or ``detections[detections.scores > 0.9]``.
-    Iterating yields the objects one by one. Both give ``ImageDetections`` again.
-
-    Attributes:
-        image: [h, w, I] uint8, the image, RGB first.
-        boxes: [K, 4] float32 ``x1, y1, x2, y2`` in pixels of the image, clipped to it; width = x2 - x1.
-        scores: [K] float32, probability of the class, 0..1.
-        labels: [K] int32, class inside the model, 1..C.
-        category_ids: [K] int64, category id in the annotations that the model was trained on.
-        names: K names of the classes.
-    """
-
-    def __init__(self, image: np.ndarray, instances: Instances, categories: Categories, *, aligned_masks: bool):
-        """Attach names and category ids to the detections of an image.
-
-        Args:
-            image: [h, w, I] uint8, RGB first.
-            instances: K detections in pixels of the image.
-            categories: Names and ids of the labels.
-            aligned_masks: How masks are pasted, as in ``paste_mask``.
-        """
-        self.image = image
-        self.boxes, self.scores, self.labels, _ = instances
-        self.category_ids = np.array([categories.category_id(label) for label in self.labels], np.int64)
-        self.names = [categories.name(label) for label in self.labels]
-        self._instances, self._categories, self._aligned_masks = instances, categories, aligned_masks
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __getitem__(self, rows: int | slice | np.ndarray) -> "ImageDetections":
-        rows = np.atleast_1d(np.arange(len(self))[rows])
-        chosen = Instances(*(values[rows] for values in self._instances))
-        return ImageDetections(self.image, chosen, self._categories, aligned_masks=self._aligned_masks)
-
-    def __iter__(self) -> Iterator["ImageDetections"]:
-        return (self[i] for i in range(len(self)))
-
-    def __repr__(self) -> str:
-        found = ", ".join(f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True))
-        return f"ImageDetections({found})"
-
-    @functools.cached_property
-    def masks(self) -> np.ndarray:
-        """Masks at the size of the image, [K, h, w] bool; computed when first used."""
-        masks = np.zeros((len(self), *self.image.shape[:2]), bool)
-        for mask, result in zip(masks, self._results, strict=True):
-            mask[...] = coco_mask.decode(result["segmentation"])
-        return masks
-
-    def draw(self, *, min_score: float = 0.0, min_side: int = MIN_SIDE) -> np.ndarray:
-        """Draw the masks, boxes, names and scores over the image.
-
-        Args:
-            min_score: Objects with lower scores are left out.
-            min_side: Images whose longer side is smaller are enlarged by a whole factor, so that the captions are
-                readable; 0 keeps the size.
-
-        Returns:
-            [h * factor, w * factor, 3] uint8 RGB.
-        """
-        found = self if not min_score else self[self.scores >= min_score]
-        masks = [result["segmentation"] for result in found._results]
-        return draw_instances(self.image, found.boxes, found.names, found.scores, masks, min_side=min_side)
-
-    def save(self, path: str | os.PathLike, *, min_score: float = 0.0) -> None:
-        """Write the picture that :meth:`draw` returns.
-
-        Args:
-            path: Of the file, whose ending tells the format, such as .jpg or .png. Its folder is created.
-            min_score: Objects with lower scores are left out.
-
-        Raises:
-            UserError: if the file cannot be written.
-        """
-        path = as_path(path)
-        make_folder(path.parent)
-        write_picture(path, self.draw(min_score=min_score))
-
-    def to_coco(self, image_id: int) -> list[dict]:
-        """Return the objects in COCO's results format, ready for JSON.
-
-        Args:
-            image_id: Id of this image in a dataset.
-
-        Returns:
-            One dict per object: image_id, category_id, bbox [x, y, width, height], score, segmentation (RLE).
-        """
-        return [{**result, "image_id": int(image_id)} for result in self._results]
-
-    @functools.cached_property
-    def _results(self) -> list[dict]:
-        return to_coco_results(
-            self._instances,
-            image_id=0,
-            image_size=self.image.shape[:2],
-            category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
-            aligned_masks=self._aligned_masks,
-        )
+_DETECTION_OPTIONS = (
+    *("box_score_thresh", "box_nms_thresh", "box_nms_method", "box_nms_sigma", "box_nms_class_agnostic"),
+    *("box_min_size", "box_detections_per_img", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test"),
+)
 
 
 class Prepared(NamedTuple):
@@ -166,13 +65,39 @@ class Predictor:
         self._detect = make_detect(network)
         self._buckets = buckets_for(options.data)
         self._compiled: set[tuple[int, int]] = set()
+        self._augmentations: dict[Augmentation, AugmentedDetection] = {}
 
     def __reduce__(self) -> tuple:
         """Pickle the network with its parameters; programs are compiled again where it is unpickled."""
         return Predictor, (self.network, self.categories, self.options)
 
+    def with_options(self, **changes: Any) -> "Predictor":
+        """Return a predictor with the same parameters that detects by other options.
+
+        Args:
+            changes: Options of the network that only detection uses, such as ``box_nms_method="gaussian"``:
+                ``box_score_thresh``, ``box_detections_per_img``, ``box_min_size``, those that begin with ``box_nms``,
+                and ``rpn_pre_nms_top_n_test`` and ``rpn_post_nms_top_n_test``.
+
+        Raises:
+            UserError: if there is no such option, or it has a value that is not allowed.
+        """
+        for name in changes:
+            if name not in _DETECTION_OPTIONS:
+                raise UserError(f"{name} is no option of detection; those are {', '.join(_DETECTION_OPTIONS)}")
+        options = dataclasses.replace(self.options, model=dataclasses.replace(self.options.model, **changes))
+        return Predictor(with_options(self.network, options.model), self.categories, options)
+
     def predict(
-        self, images: Image | Iterable[Image], *, min_score: float = MIN_SCORE
+        self,
+        images: Image | Iterable[Image],
+        *,
+        min_score: MinScore = MIN_SCORE,
+        classes: Collection[str] | None = None,
+        tile: int | None = None,
+        overlap: float = DEFAULT_OVERLAP,
+        whole_image: bool = False,
+        tta: str | Iterable[str | int] | None = None,
     ) -> ImageDetections | list[ImageDetections]:
         """Find the objects in one image or in several.
 
@@ -183,29 +108,78 @@ class Predictor:
             images: An image, or several: a path or URL, the content of an image file as bytes, a Pillow image, a
                 NumPy or JAX array [h, w, 3] uint8 in RGB (OpenCV reads BGR), or a torch tensor [3, h, w]. With
                 ``model.in_channels`` above 3 images have that many channels, RGB first.
-            min_score: Objects with lower scores are left out. The model itself leaves out those below
-                ``model.box_score_thresh``.
+            min_score: Objects with lower scores are left out. A number, or a dict with a number for each class by
+                name, such as ``{"person": 0.7, None: 0.4}``; None stands for the other classes, whose number is 0.5
+                without it. The model itself leaves out those below ``model.box_score_thresh``.
+            classes: Names of the classes to keep. Defaults to all. The model counts
+                ``model.box_detections_per_img`` before.
+            tile: Detect in tiles of so many pixels of the image and merge the results: for objects that would be too
+                small in a large image as it is resized. A tile is resized as an image is.
+            overlap: Share of a tile that neighbouring tiles have in common, at least. Objects that fit are found as in
+                one image, larger ones are joined from parts.
+            whole_image: Detect in the whole image besides, for objects that are larger than tiles.
+            tta: Test-time augmentation: "flip" detects in the mirrored image, too, and "flip,400,600" in images and
+                mirrored images whose shorter sides have 400 and 600 pixels.
 
         Returns:
             The ``ImageDetections`` of one image, or a list of them in the order of the images.
 
         Raises:
-            UserError: if an image cannot be read, or an array has another shape or dtype.
+            UserError: if an image cannot be read, an array has another shape or dtype, or there is no such class.
         """
-        if is_image(images):
-            return next(self.stream([images], min_score=min_score))
-        return list(self.stream(images, min_score=min_score))
+        found = self.stream(
+            [images] if is_image(images) else images,
+            min_score=min_score,
+            classes=classes,
+            tile=tile,
+            overlap=overlap,
+            whole_image=whole_image,
+            tta=tta,
+        )
+        return next(found) if is_image(images) else list(found)
 
-    def stream(self, images: Iterable[Image], *, min_score: float = MIN_SCORE) -> Iterator[ImageDetections]:
+    def stream(
+        self,
+        images: Iterable[Image],
+        *,
+        min_score: MinScore = MIN_SCORE,
+        classes: Collection[str] | None = None,
+        tile: int | None = None,
+        overlap: float = DEFAULT_OVERLAP,
+        whole_image: bool = False,
+        tta: str | Iterable[str | int] | None = None,
+    ) -> Iterator[ImageDetections]:
         """Yield what ``predict`` returns, image by image, for more images than fit in memory.
 
         The device processes the next image while the caller uses the result, so one image more is read than results
         are yielded.
         """
-        arrays = (to_array(image, self.options.model.in_channels) for image in images)
-        items = ((self._prepare(array), array) for array in arrays)
-        for batch, image, detections in detect_ahead(self._detect, items):
-            yield self._finish(unpad(detections, batch.sizes, batch.original_sizes)[0], image, min_score)
+        if whole_image and tile is None:
+            raise UserError("whole_image goes with tile; without tiles, the whole image is detected in anyway")
+        model = self.options.model
+        least = least_scores(self.categories, min_score, classes)
+        find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find
+
+        def find_wanted(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
+            return (keep(found, least) for found in find(arrays))
+
+        find_all: Find = find_wanted
+        if tile is not None:
+            find_all = in_tiles(
+                find_wanted,
+                Tiling(tile, overlap, whole_image),
+                iou_threshold=model.box_nms_thresh,
+                class_agnostic=model.box_nms_class_agnostic,
+            )
+        read: collections.deque[np.ndarray] = collections.deque()
+
+        def arrays() -> Iterator[np.ndarray]:
+            for image in images:
+                read.append(to_array(image, model.in_channels))
+                yield read[-1]
+
+        for found in find_all(arrays()):
+            yield ImageDetections(read.popleft(), found, self.categories, aligned_masks=model.roi_aligned)
 
     @property
     def padded_sizes(self) -> list[tuple[int, int]]:
@@ -224,7 +198,9 @@ class Predictor:
         array = to_array(image, self.options.model.in_channels)
         return Prepared(array, self._prepare(array))
 
-    def predict_prepared(self, images: Sequence[Prepared], *, min_score: float = MIN_SCORE) -> list[ImageDetections]:
+    def predict_prepared(
+        self, images: Sequence[Prepared], *, min_score: MinScore = MIN_SCORE
+    ) -> list[ImageDetections]:
         """Find the objects in several images together, as one batch.
 
         A program is compiled for each padded size and number of images.
@@ -237,22 +213,28 @@ class Predictor:
         arrays, sizes, original_sizes, index, valid = map(np.concatenate, zip(*rows, strict=True))
         batch = Batch(arrays, sizes, original_sizes, index, valid, None)
         ((_, detections),) = detect_ahead(self._detect, [(batch,)])
-        found = unpad(detections, batch.sizes, batch.original_sizes)
-        return [self._finish(found[i], prepared.image, min_score) for i, prepared in enumerate(images)]
+        least, aligned = least_scores(self.categories, min_score, None), self.options.model.roi_aligned
+        return [
+            ImageDetections(prepared.image, keep(found, least), self.categories, aligned_masks=aligned)
+            for prepared, found in zip(images, unpad(detections, sizes, original_sizes), strict=True)
+        ]
 
-    def _finish(self, found: Instances, image: np.ndarray, min_score: float) -> ImageDetections:
-        """Leave out low scores and unknown labels, and attach names."""
-        # torchvision's 91 classes contain labels that stand for no category.
-        keep = (found.scores >= min_score) & np.isin(found.labels, self.categories.labels)
-        found = Instances(*(values[keep] for values in found))
-        return ImageDetections(image, found, self.categories, aligned_masks=self.options.model.roi_aligned)
+    def _find(self, images: Iterable[np.ndarray]) -> Iterator[Instances]:
+        """Yield all detections of each image [h, w, I] uint8, in its pixels."""
+        for batch, detections in detect_ahead(self._detect, ((self._prepare(image),) for image in images)):
+            yield unpad(detections, batch.sizes, batch.original_sizes)[0]
+
+    def _augmented(self, augmentation: Augmentation) -> AugmentedDetection:
+        if augmentation not in self._augmentations:
+            self._augmentations[augmentation] = AugmentedDetection(
+                self.network, self.categories.num_classes, self.options, augmentation
+            )
+        return self._augmentations[augmentation]
 
     def _prepare(self, image: np.ndarray) -> Batch:
-        """Resize an image as in training and pad it to one of a few sizes, so that few shapes are compiled."""
-        data = self.options.data
-        height, width, channels = image.shape
-        size = resized_size(height, width, data.short_side, data.long_side, data.resize)
-        padded = padded_size(*size, self._buckets)
+        """Resize and pad an image, and warn when many programs are compiled."""
+        batch = to_batch(image, self.options.data, self._buckets)
+        padded = batch.images.shape[1:3]
         if padded not in self._compiled:
             self._compiled.add(padded)
             if len(self._compiled) == _MANY_SIZES:
@@ -261,13 +243,4 @@ class Predictor:
                     "model with a config that has data.buckets=auto, unless results must equal the reference's",
                     _MANY_SIZES,
                 )
-        images = np.zeros((1, *padded, channels), RESIZE[data.resize])
-        images[0, : size[0], : size[1]] = resize_image(image, size, data.resize)
-        return Batch(
-            images=images,
-            sizes=np.array([size], np.int32),
-            original_sizes=np.array([(height, width)], np.int32),
-            image_index=np.zeros(1, np.int32),
-            valid=np.ones(1, bool),
-            gt=None,
-        )
+        return batch

@@ -174,18 +174,18 @@ class MaskRCNN(nnx.Module):
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
         options = self.options
-        if options.classification_loss == "focal":
-            scores = jax.nn.sigmoid(logits[..., 1:])
-        else:
-            scores = jax.nn.softmax(logits, axis=-1)[..., 1:]
+        to_scores = jax.nn.sigmoid if options.classification_loss == "focal" else jax.nn.softmax
         select = functools.partial(
             select_detections,
             score_thresh=options.box_score_thresh,
             nms_thresh=options.box_nms_thresh,
+            nms_method=options.box_nms_method,
+            nms_sigma=options.box_nms_sigma,
+            nms_class_agnostic=options.box_nms_class_agnostic,
             min_size=options.box_min_size,
             detections_per_img=options.box_detections_per_img,
         )
-        return jax.vmap(select)(scores, deltas, proposals, sizes)
+        return jax.vmap(select)(to_scores(logits)[..., 1:], deltas, proposals, sizes)
 
     @jax.named_scope("mask_logits")
     def mask_logits(
@@ -384,15 +384,17 @@ class MaskRCNN(nnx.Module):
         Returns:
             Detections in pixels of the padded input.
         """
-        image_shape = images.shape[1:3]
+        features, boxes, scores, labels, valid = self.detect_boxes(images, sizes)
+        mask_logits = self.mask_logits(features, boxes, labels, valid, images.shape[1:3])
+        return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)
+
+    def detect_boxes(self, images: Images, sizes: Sizes) -> tuple[Pyramid, Array, Array, Array, Array]:
+        """Find the boxes of :meth:`detect`: the pyramid, boxes [B, D, 4], and scores, labels and valid [B, D]."""
         features = self.features(images, sizes)
-        anchors = self.anchors(features, image_shape)
         with jax.named_scope("rpn"):
             objectness, deltas = self.rpn(features)
-        proposals = self.propose(objectness, deltas, anchors, sizes, train=False)
-        pooled = self.pool(features, proposals.boxes, image_shape, BOX_POOL_SIZE)
+        proposals = self.propose(objectness, deltas, self.anchors(features, images.shape[1:3]), sizes, train=False)
+        pooled = self.pool(features, proposals.boxes, images.shape[1:3], BOX_POOL_SIZE)
         with jax.named_scope("box_head"):
             logits, box_deltas = self.box_head(pooled)
-        boxes, scores, labels, valid = self.select(logits, box_deltas, proposals, sizes)
-        mask_logits = self.mask_logits(features, boxes, labels, valid, image_shape)
-        return Detections(boxes, scores, labels, jax.nn.sigmoid(mask_logits), valid)
+        return features, *self.select(logits, box_deltas, proposals, sizes)

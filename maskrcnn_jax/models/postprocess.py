@@ -20,6 +20,9 @@ def select_detections(
     nms_thresh: float,
     min_size: float,
     detections_per_img: int,
+    nms_method: str = "hard",
+    nms_sigma: float = 0.5,
+    nms_class_agnostic: bool = False,
 ) -> tuple[Float[Array, "D 4"], Float[Array, " D"], Int[Array, " D"], Bool[Array, " D"]]:
     """Decode a box for every class, suppress duplicates within each class, keep the best.
 
@@ -32,6 +35,9 @@ def select_detections(
         nms_thresh: overlap above which the worse box goes.
         min_size: pixels; boxes with a smaller side are dropped.
         detections_per_img: D.
+        nms_method: hard, linear or gaussian, as in ``class_nms``.
+        nms_sigma: of gaussian.
+        nms_class_agnostic: suppress duplicates among all classes.
 
     Returns:
         boxes [D, 4], scores [D], labels [D] and valid [D], best first.
@@ -41,6 +47,13 @@ def select_detections(
     boxes = jnp.broadcast_to(boxes, (*class_scores.shape, 4))  # [N, C, 4]
     scores = jnp.where(proposals.valid[:, None] & is_large(boxes, min_size), class_scores, 0)
     picks = class_nms(
-        boxes, scores, iou_threshold=nms_thresh, score_threshold=score_thresh, max_picks=detections_per_img
+        boxes,
+        scores,
+        iou_threshold=nms_thresh,
+        score_threshold=score_thresh,
+        max_picks=detections_per_img,
+        method=nms_method,
+        sigma=nms_sigma,
+        class_agnostic=nms_class_agnostic,
     )
     return boxes[picks.box_index, picks.class_index], picks.scores, picks.class_index + 1, picks.valid

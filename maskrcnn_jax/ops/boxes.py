@@ -65,6 +65,11 @@ def _ratio(part: Float[Array, "*shape"], whole: Float[Array, "*shape"]) -> Float
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
 
 
+def iou_with(box: Float[Array, "4"], corners: Float[Array, "4 N"]) -> Float[Array, " N"]:
+    """Return the IoU [N] of one box with each of the others, given by ``corners`` as in :func:`exceeds_iou`."""
+    return _ratio(*_intersection_and_union(box[:, None], corners))
+
+
 def exceeds_iou(box: Float[Array, "4"], corners: Float[Array, "4 N"], iou_threshold: float) -> Bool[Array, " N"]:
     """Return whether the IoU of one box with each of the others, given by ``corners``, exceeds the threshold.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from maskrcnn_jax.ops.boxes import exceeds_iou
+from maskrcnn_jax.ops.boxes import exceeds_iou, iou_with
 from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
 
 
@@ -66,6 +66,9 @@ def class_nms(
     iou_threshold: float,
     score_threshold: float,
     max_picks: int,
+    method: str = "hard",
+    sigma: float = 0.5,
+    class_agnostic: bool = False,
 ) -> Picks:
     """Suppress within each class and return the best of all classes together.
 
@@ -78,13 +81,35 @@ def class_nms(
         iou_threshold: overlap above which (strictly) the worse box of a class goes.
         score_threshold: scores at or below it are never picked; at least 0.
         max_picks: D.
+        method: "hard" drops the boxes that overlap a better one. "linear" and "gaussian" lower their scores instead,
+            by the factor 1 - IoU where the IoU exceeds the threshold, or by exp(-IoU^2 / sigma) everywhere.
+        sigma: of "gaussian".
+        class_agnostic: suppress among the boxes of all classes.
 
     Returns:
-        The picks, in descending order of score; of equal scores the lower class and box index come first.
+        The picks, in descending order of score, which may have been lowered; of equal scores the lower class and box
+        index come first.
+
+    Source: "linear" and "gaussian": Soft-NMS (Bodla et al., 2017), equations 2 and 3.
     """
+    if class_agnostic:
+        number = boxes.shape[0]
+        picks = class_nms(
+            boxes.swapaxes(0, 1).reshape(-1, 1, 4),
+            scores.T.reshape(-1, 1),
+            iou_threshold=iou_threshold,
+            score_threshold=score_threshold,
+            max_picks=max_picks,
+            method=method,
+            sigma=sigma,
+        )
+        return picks._replace(box_index=picks.box_index % number, class_index=picks.box_index // number)
+    rescore = functools.partial(
+        _rescore, method=method, iou_threshold=iou_threshold, score_threshold=score_threshold, sigma=sigma
+    )
 
     def of_batch(boxes, scores):
-        return _pick_best(boxes, jnp.where(scores > score_threshold, scores, -1), iou_threshold, max_picks)
+        return _pick_best(boxes, jnp.where(scores > score_threshold, scores, -1), rescore, max_picks)
 
     # A plain vmap would copy the boxes and scores of every image with each pick.
     @jax.custom_batching.custom_vmap
@@ -103,7 +128,23 @@ def class_nms(
     return of_image(boxes, scores)
 
 
-def _pick_best(boxes, alive, iou_threshold, max_picks):
+def _rescore(picked, others, scores, *, method, iou_threshold, score_threshold, sigma):
+    """Return the scores [N] of boxes after one was picked, -1 where they must not be picked.
+
+    Args:
+        picked: [4] the box.
+        others: [4, N] corners of the boxes, the picked one among them.
+        scores: [N] before.
+    """
+    exceeds = exceeds_iou(picked, others, iou_threshold)
+    if method == "hard":
+        return jnp.where(exceeds, -1, scores)
+    iou = iou_with(picked, others)
+    factor = jnp.where(exceeds, 1 - iou, 1) if method == "linear" else jnp.exp(-(iou**2) / sigma)
+    return jnp.where(scores * factor > score_threshold, scores * factor, -1)
+
+
+def _pick_best(boxes, alive, rescore, max_picks):
     """Return the picks [B, D] of boxes [B, N, C, 4]; alive [B, N, C] is 0 or below where none must be picked."""
     batch, number, num_classes = alive.shape
     corners = boxes.transpose(3, 0, 2, 1).reshape(4, batch * num_classes, number)
@@ -124,8 +165,7 @@ def _pick_best(boxes, alive, iou_threshold, max_picks):
         index = jnp.argmax(scores, axis=1)
         others = corners[:, rows]  # [4, B, N]
         picked = jnp.take_along_axis(others, index[None, :, None], axis=2)
-        gone = jax.vmap(functools.partial(exceeds_iou, iou_threshold=iou_threshold), 1)(picked[..., 0], others)
-        survivors = jnp.where(gone, -1, scores).at[image, index].set(-1)
+        survivors = jax.vmap(rescore, (1, 1, 0))(picked[..., 0], others, scores).at[image, index].set(-1)
         found = best[image, classes]
         new = Picks(index.astype(jnp.int32), classes.astype(jnp.int32), jnp.maximum(found, 0), found > 0)
         picks = jax.tree.map(lambda old, new: old.at[:, count].set(new), picks, new)

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 from maskrcnn_jax.data.run_lengths import decode_crop
+from maskrcnn_jax.inference.detections import ImageDetections
 from maskrcnn_jax.inference.polygons import mask_to_polygons
-from maskrcnn_jax.inference.predictor import ImageDetections
 
 MASKS = ("rle", "polygons", "none")
 FORMATS = {"json": "application/json", "jpg": "image/jpeg", "png": "image/png"}

@@ -17,7 +17,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from maskrcnn_jax.inference.predictor import MIN_SCORE, ImageDetections
+from maskrcnn_jax.inference.detections import ImageDetections
+from maskrcnn_jax.inference.selection import MIN_SCORE
 from maskrcnn_jax.page import TEMPLATES, render
 from maskrcnn_jax.serving.answers import FORMATS, MASKS, encode
 from maskrcnn_jax.serving.batching import Batcher, Model

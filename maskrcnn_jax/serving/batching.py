@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.inference.predictor import ImageDetections, Prepared
+from maskrcnn_jax.inference.detections import ImageDetections
+from maskrcnn_jax.inference.predictor import Prepared
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.serving.metrics import Metrics
 

@@ -33,6 +33,8 @@ _FIXED_OPTIONS = {
     "cls_agnostic_bbox_reg": False,
     "classification_loss": "cross_entropy",
     "box_min_size": 1e-2,
+    "box_nms_method": "hard",
+    "box_nms_class_agnostic": False,
     "mask_targets_binary": False,
 }
 _ROWS_PER_CLASS = {"cls_score": 1, "bbox_pred": 4, "logits_kernel": 1, "logits_bias": 1}  # of the heads' predictors

@@ -101,8 +101,8 @@ def train_and_evaluate() -> dict:
     config = json.loads(Path("run/config.json").read_text())
     del config["eval_workers"]  # as in runs from before this option
     Path("run/config.json").write_text(json.dumps(config))
-    maskrcnn("eval", "--workdir=run", "--output=evaluated", "--report=report.html")
-    assert "Worst images" in Path("report.html").read_text()
+    maskrcnn("eval", "--workdir=run", "--output=evaluated", "--report=report.html", "--compare=run")
+    assert "most errors first" in Path("report.html").read_text()
     metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
     assert json.loads(Path("evaluated/metrics.json").read_text()) == metrics
     return metrics
@@ -214,6 +214,11 @@ def main() -> None:
     maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=pictures", "--min_score=0")
     assert len(list(Path("pictures").glob("*.jpg"))) == 3
     serve()
+    choices = ("--min_score=0", "--tile=48", "--whole_image", "--nms=linear", "--tta=flip")
+    files = ("--masks=png", "--polygons=labelme")
+    maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=predicted", *choices, *files)
+    assert len(list(Path("predicted/instances").glob("*.png"))) == 3
+    maskrcnn("convert", "predicted/labelme", "corrected")
     maskrcnn("export", "--workdir=run", "--output=model.mrcnn", "--int8", "--coco_dir=data", "--limit=2")
     assert Path("model.mrcnn").stat().st_size > 1000
 

@@ -13,9 +13,10 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.inference import detect as inference
-from maskrcnn_jax.inference.detect import detect_ahead, make_detect, run_detection
+from maskrcnn_jax.inference.detect import detect_ahead, make_detect, run_detection, with_options
 from maskrcnn_jax.structures import Batch, Detections
 from tests.inference.detections import make_detections
+from tests.models.tiny import tiny_model, tiny_options
 
 
 def make_batch(sizes, original_sizes, image_index, valid, padded=(64, 64)):
@@ -229,3 +230,17 @@ def test_an_oracle_scores_one_through_resizing_padding_pasting_and_evaluation(tm
     assert metrics["bbox_AP"] == pytest.approx(1.0)
     # A 28 x 28 mask cannot follow an ellipse to the pixel, but overlaps it by more than 0.95.
     assert metrics["segm_AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_devices_that_share_a_batch_suppress_by_the_options_of_the_network():
+    model = tiny_model(box_nms_method="gaussian", box_nms_class_agnostic=True, box_nms_sigma=0.3)
+    images = np.random.default_rng(0).integers(0, 256, (jax.device_count(), 64, 64, 3)).astype(np.uint8)
+    sizes = np.full((len(images), 2), 64, np.int32)
+    detect, hard = make_detect(model), make_detect(with_options(model, tiny_options()))
+    together, differ = jax.device_get(detect(images, sizes)), jax.device_get(hard(images, sizes))
+    assert not np.array_equal(together.scores, differ.scores)
+    for row in range(len(images)):
+        alone = jax.device_get(detect(images[row : row + 1], sizes[row : row + 1]))
+        for ours, theirs in zip(together, alone, strict=True):
+            np.testing.assert_allclose(ours[row], theirs[0], rtol=1e-4, atol=1e-4)

@@ -68,7 +68,8 @@ def test_a_folder_gives_pictures_and_results_and_names_what_it_cannot_read(tmp_p
     assert [path.name for path in paths] == ["a.jpg", "b.png", "c.png", "d.png"]
     unreadable = predict_images(FakePredictor(), paths, output, min_score=0.5)
     assert [path.name for path in unreadable] == ["c.png", "d.png"]
-    assert sorted(file.name for file in output.iterdir()) == ["a.jpg", "b.png", "detections.json", "images.json"]
+    files = ["a.jpg", "b.png", "counts.csv", "detections.csv", "detections.json", "images.json"]
+    assert sorted(file.name for file in output.iterdir()) == files
     results = json.loads((output / "detections.json").read_text())
     assert [(r["image_id"], r["category_id"], r["bbox"]) for r in results] == [
         (1, 7, [2.0, 2.0, 18.0, 28.0]),

@@ -355,6 +355,27 @@ def test_the_focal_loss_starts_with_every_class_unlikely():
     np.testing.assert_allclose(jax.nn.sigmoid(model.box_head.cls_score.bias[...]), 0.01, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "scores", "labels"),
+    [
+        # The second box is the upper half of the first one. Softmax of two classes and background.
+        ({}, [0.8, 0.6, 0.3, 0.1], [1, 1, 2, 2]),
+        ({"box_nms_thresh": 0.4}, [0.8, 0.3], [1, 2]),
+        ({"box_nms_thresh": 0.4, "box_nms_method": "linear"}, [0.8, 0.3, 0.3, 0.05], [1, 1, 2, 2]),
+        ({"box_nms_method": "gaussian", "box_nms_sigma": 1.0}, [0.8, 0.6 * 0.7788, 0.3, 0.1 * 0.7788], [1, 1, 2, 2]),
+        ({"box_nms_class_agnostic": True}, [0.8, 0.6], [1, 1]),
+    ],
+)
+def test_options_choose_how_duplicates_are_suppressed(changes, scores, labels):
+    model = tiny_model(num_classes=3, box_score_thresh=0.04, **changes)
+    logits = jnp.log(jnp.array([[[0.1, 0.8, 0.1], [0.1, 0.6, 0.3]]]))
+    proposals = Proposals(jnp.array([[[0.0, 0, 40, 40], [0.0, 0, 40, 20]]]), jnp.ones((1, 2)), jnp.ones((1, 2), bool))
+    _, found, classes, valid = model.select(logits, jnp.zeros((1, 2, 3, 4)), proposals, jnp.array([[64, 64]]))
+    number = int(valid.sum())
+    np.testing.assert_allclose(found[0, :number], scores, rtol=1e-4)
+    assert classes[0, :number].tolist() == labels
+
+
 @pytest.mark.slow
 def test_trained_norms_update_their_running_statistics_in_training_only():
     model = tiny_model(norm="batch")

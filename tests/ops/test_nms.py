@@ -12,7 +12,8 @@ from maskrcnn_jax.ops.cpu.nms import nms_one_by_one
 from maskrcnn_jax.ops.nms import nms_in_rounds
 
 # Compiled as a whole: op by op, most of the time would go into compiling single operations.
-class_nms = jax.jit(ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "max_picks"))
+_STATIC = ("iou_threshold", "score_threshold", "max_picks", "method", "sigma", "class_agnostic")
+class_nms = jax.jit(ops.class_nms, static_argnames=_STATIC)
 
 
 @pytest.fixture(params=[ops.nms, nms_one_by_one, nms_in_rounds], ids=lambda form: form.__name__)
@@ -186,3 +187,70 @@ def test_class_nms_compiled_equals_eager_and_vmap_equals_a_loop():
     for i in range(4):
         np.testing.assert_array_equal(compiled[i], loop[0][i])
         np.testing.assert_array_equal(mapped[i], jnp.stack([picks[i] for picks in loop]))
+
+
+def soft_nms(boxes, scores, method, iou_threshold, score_threshold, sigma=0.5):
+    """Soft-NMS of one class, line by line as in the paper, in float64: (score, row) of what is kept."""
+    left = {row: float(score) for row, score in enumerate(scores) if score > score_threshold}
+    kept = []
+    while left:
+        best = max(left, key=left.get)
+        kept.append((left.pop(best), best))
+        for row in list(left):
+            overlap = iou(boxes[best], boxes[row])
+            if method == "gaussian":
+                left[row] *= np.exp(-(overlap**2) / sigma)
+            elif overlap > iou_threshold:
+                left[row] *= 1 - overlap
+            if left[row] <= score_threshold:
+                del left[row]
+    return kept
+
+
+def test_soft_suppression_lowers_scores_as_computed_by_hand():
+    # The second box is the upper half of the first one, IoU 1/2, the third apart.
+    boxes = jnp.array([[[0.0, 0.0, 10.0, 10.0]], [[0.0, 0.0, 10.0, 5.0]], [[20.0, 0.0, 30.0, 10.0]]])
+    scores = jnp.array([[0.9], [0.8], [0.5]])
+    options = {"iou_threshold": 0.3, "score_threshold": 0.1, "max_picks": 3}
+    hard = class_nms(boxes, scores, **options)
+    linear = class_nms(boxes, scores, method="linear", **options)
+    gaussian = class_nms(boxes, scores, method="gaussian", sigma=0.5, **options)
+    np.testing.assert_allclose(hard.scores, [0.9, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(linear.scores, [0.9, 0.5, 0.4], atol=1e-6)  # 0.8 * (1 - 1/2)
+    np.testing.assert_array_equal(linear.box_index, [0, 2, 1])
+    np.testing.assert_allclose(gaussian.scores, [0.9, 0.5, 0.8 * np.exp(-0.5)], rtol=1e-6)  # (1/2)^2 / 0.5 = 0.5
+    dropped = class_nms(boxes, scores, method="linear", **(options | {"score_threshold": 0.4}))
+    np.testing.assert_array_equal(dropped.valid, [True, True, False])  # 0.4 is not above 0.4
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_suppression_equals_the_algorithm_of_the_paper_in_each_class(method):
+    boxes = random_boxes(6, 30, 3)
+    scores = np.random.default_rng(6).uniform(0, 1, (30, 3)).astype(np.float32)
+    picks = class_nms(
+        jnp.asarray(boxes), jnp.asarray(scores), iou_threshold=0.3, score_threshold=0.2, max_picks=90, method=method
+    )
+    expected = []
+    for c in range(3):
+        expected += [(score, c, row) for score, row in soft_nms(boxes[:, c], scores[:, c], method, 0.3, 0.2)]
+    expected.sort(reverse=True)
+    number = int(picks.valid.sum())
+    assert number == len(expected) and 10 < number < 90
+    np.testing.assert_allclose(picks.scores[:number], [score for score, _, _ in expected], rtol=1e-5)
+    np.testing.assert_array_equal(picks.class_index[:number], [c for _, c, _ in expected])
+    np.testing.assert_array_equal(picks.box_index[:number], [row for _, _, row in expected])
+
+
+@pytest.mark.parametrize("method", ["hard", "gaussian"])
+def test_suppression_among_all_classes_equals_that_of_one_class_with_all_boxes(method):
+    boxes = random_boxes(7, 20, 4)
+    scores = np.random.default_rng(7).uniform(0, 1, (20, 4)).astype(np.float32)
+    options = {"iou_threshold": 0.4, "score_threshold": 0.1, "max_picks": 80, "method": method}
+    picks = class_nms(jnp.asarray(boxes), jnp.asarray(scores), class_agnostic=True, **options)
+    one = class_nms(jnp.asarray(boxes.reshape(80, 1, 4)), jnp.asarray(scores.reshape(80, 1)), **options)
+    np.testing.assert_array_equal(picks.scores, one.scores)
+    number = int(one.valid.sum())
+    rows = np.asarray(picks.box_index * 4 + picks.class_index)
+    np.testing.assert_array_equal(rows[:number], one.box_index[:number])
+    apart = class_nms(jnp.asarray(boxes), jnp.asarray(scores), **options)
+    assert number < int(apart.valid.sum())

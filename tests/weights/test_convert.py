@@ -481,3 +481,8 @@ def test_a_narrow_pkl_of_detectron2_loads_from_a_file_and_runs(tmp_path):
     np.testing.assert_array_equal(found.labels, wanted.labels)
     np.testing.assert_allclose(found.boxes, wanted.boxes, atol=1e-2)
     np.testing.assert_allclose(found.masks, wanted.masks, atol=1e-3)
+
+
+def test_suppression_that_torchvision_lacks_is_named():
+    options = ModelOptions(box_nms_method="linear", box_nms_class_agnostic=True, box_nms_thresh=0.4)
+    assert without_counterpart(options) == ["box_nms_method=linear", "box_nms_class_agnostic=True"]

@@ -1,0 +1,51 @@
+"""Detections are kept by class and by the least score of their class."""
+
+import numpy as np
+import pytest
+
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.results import Instances
+from maskrcnn_jax.inference.selection import keep, least_scores
+
+CATEGORIES = Categories.create([7, 9, 20], ["cup", "dog", "person"])
+INFINITE = np.inf
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({}, [0.5, 0.5, 0.5]),
+        ({"min_score": 0.25}, [0.25, 0.25, 0.25]),
+        ({"min_score": {"person": 0.75}}, [0.5, 0.5, 0.75]),
+        ({"min_score": {"person": 0.75, None: 0.25}}, [0.25, 0.25, 0.75]),
+        ({"classes": ["dog"]}, [INFINITE, 0.5, INFINITE]),
+        ({"classes": ("dog", "cup"), "min_score": {"dog": 0.0}}, [0.5, 0.0, INFINITE]),
+    ],
+)
+def test_each_label_has_its_least_score(choices, expected):
+    assert least_scores(CATEGORIES, **choices).tolist() == [INFINITE, *expected]
+
+
+def test_labels_that_stand_for_no_category_are_never_kept():
+    least = least_scores(Categories.coco(), 0.0)
+    assert np.isfinite(least).sum() == 80 and least[12] == INFINITE
+
+
+def test_detections_at_the_least_score_are_kept():
+    found = Instances(
+        np.arange(16, dtype=np.float32).reshape(4, 4),
+        np.float32([0.9, 0.5, 0.49, 0.3]),
+        np.int32([1, 2, 2, 3]),
+        np.zeros((4, 28, 28), np.float32),
+    )
+    kept = keep(found, least_scores(CATEGORIES, {"cup": 0.95, "person": 0.3}))
+    assert kept.labels.tolist() == [2, 3]
+    np.testing.assert_array_equal(kept.boxes, found.boxes[[1, 3]])
+    assert kept.masks.shape == (2, 28, 28)
+
+
+@pytest.mark.parametrize("choices", [{"classes": ["persn"]}, {"min_score": {"persn": 0.5}}])
+def test_a_class_that_the_model_has_not_is_named(choices):
+    with pytest.raises(UserError, match="no class 'persn'.*person"):
+        least_scores(CATEGORIES, **choices)
