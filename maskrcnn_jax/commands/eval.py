@@ -10,7 +10,7 @@ between classes, and the best and the worst images.
 
 import argparse
 
-from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
+from maskrcnn_jax.commands.app import add_model_options, add_process_options, add_runtime_options, at_least, load
 from maskrcnn_jax.errors import UserError
 
 
@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")
+    add_runtime_options(parser)
     add_process_options(parser)
 
 
@@ -37,7 +38,7 @@ def main(options: argparse.Namespace) -> None:
     """Evaluate."""
     if options.weights and not options.output:
         raise UserError("--weights needs --output, a folder for the results")
-    from maskrcnn_jax.api import evaluation_options, with_options
+    from maskrcnn_jax.api import evaluation_options, for_evaluation
     from maskrcnn_jax.distributed import is_first
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> None:
         max_detections=options.max_detections,
     )
     evaluator = Evaluator(chosen, model.categories)
-    evaluation = evaluator(with_options(model.network, chosen.model))
+    evaluation = evaluator(for_evaluation(model, chosen.model))
     output = as_path(options.output or options.workdir)
     make_folder(output)
     evaluator.write(output, evaluation)

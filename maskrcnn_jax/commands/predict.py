@@ -3,6 +3,7 @@
     maskrcnn-jax predict --workdir=runs/r50 --input=IMAGE|DIR|VIDEO --output=DIR
     maskrcnn-jax predict --weights=torchvision:maskrcnn_resnet50_fpn_v2 --input=photo.jpg --output=DIR
     maskrcnn-jax predict --weights=model.pth --config=torchvision_r50_fpn_v2 --input=photo.jpg --output=DIR
+    maskrcnn-jax predict --weights=r50.onnx --runtime=openvino --input=photo.jpg --output=DIR
 
 The output folder gets the pictures or the video, detections.json (COCO results) and images.json (the file or frame of
 each image_id). Folders inside the folder of images are not read. Of a
@@ -12,13 +13,14 @@ captions can be read.
 
 import argparse
 
-from maskrcnn_jax.commands.app import add_model_options, load
+from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, load
 from maskrcnn_jax.errors import UserError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_model_options(parser)
+    add_runtime_options(parser)
     parser.add_argument("--input", required=True, metavar="PATH", help="an image, a folder of images or a video")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures and the JSON files")
     parser.add_argument(

@@ -20,7 +20,7 @@ from maskrcnn_jax.data.plan import training_subset
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
-from maskrcnn_jax.inference.detect import make_detect, run_detection
+from maskrcnn_jax.inference.detect import Detect, make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
@@ -88,8 +88,8 @@ class Evaluator:
         labels[list(listed.labels)] = [known.labels[known.ids.index(i)] for i in listed.ids]
         return dataclasses.replace(dataset, categories=known, labels=labels[dataset.labels])
 
-    def __call__(self, model: nnx.Module) -> Evaluation:
-        """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
+    def __call__(self, model: nnx.Module | Detect) -> Evaluation:
+        """Detect on every image and compute COCO's metrics, and of a network the losses with ``eval_losses``.
 
         Several processes do this together and share the images; each returns the same.
         """
@@ -98,10 +98,10 @@ class Evaluator:
             metrics |= self._evaluate(model, self._train_split)[1]
         return Evaluation(metrics, results, self._draw(results))
 
-    def _evaluate(self, model: nnx.Module, split: _Split) -> tuple[list[dict], dict]:
+    def _evaluate(self, model: nnx.Module | Detect, split: _Split) -> tuple[list[dict], dict]:
         batches = self._make_loader(split, annotations=False)
         results = run_detection(
-            make_detect(model),
+            make_detect(model) if isinstance(model, nnx.Module) else model,
             batches,
             image_ids=split.dataset.image_ids,
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
@@ -117,7 +117,7 @@ class Evaluator:
             max_detections=self._options.model.box_detections_per_img,
         )
         metrics = {split.prefix + name: value for name, value in metrics.items()}
-        if self._options.eval_losses:
+        if self._options.eval_losses and isinstance(model, nnx.Module):
             measured = measure_losses(model, self._make_loader(split, annotations=True))
             # Those of training steps have the same names, without a prefix.
             metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}

@@ -79,11 +79,14 @@ def conv_norm(layer: ConvNorm | Conv, x: Value) -> Value:
 def group_norm(norm: GroupNorm, x: Value) -> Value:
     """Normalise groups of channels, each as a channel of an instance norm."""
     graph = x.graph
+    scale, bias = array(norm.scale), array(norm.bias)
     ones, zeros = np.ones(NUM_GROUPS, np.float32), np.zeros(NUM_GROUPS, np.float32)
-    grouped = graph.reshape(x, 0, NUM_GROUPS, -1)
-    grouped = graph.op("InstanceNormalization", grouped, ones, zeros, epsilon=norm.eps)
+    groups = np.array([NUM_GROUPS, len(scale) // NUM_GROUPS])
+    # No -1 in the shape: there may be no RoI.
+    shape = graph.concat([graph.length(x, 0), groups, graph.op("Shape", x, start=2)], 0)
+    grouped = graph.op("InstanceNormalization", graph.op("Reshape", x, shape), ones, zeros, epsilon=norm.eps)
     x = graph.op("Reshape", grouped, graph.op("Shape", x))
-    return x * array(norm.scale).reshape(1, -1, 1, 1) + array(norm.bias).reshape(1, -1, 1, 1)
+    return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
 
 
 # Backbones
@@ -248,7 +251,7 @@ def mask_logits(head: MaskHead, pooled: Value, labels: Value) -> Value:
         x = graph.op("MatMul", graph.reshape(x, -1, len(kernel)), kernel.reshape(len(kernel), -1))
         x = graph.reshape(relu(x + np.tile(array(head.deconv_bias), 4)), -1, 4 * side * side, kernel.shape[-1])
     else:
-        x = graph.reshape(x, 0, -1, array(head.logits_kernel).shape[1])
+        x = graph.reshape(x, -1, side * side, array(head.logits_kernel).shape[1])
     filters = graph.unsqueeze(graph.op("Gather", array(head.logits_kernel), labels), 2)  # [R, K2, 1]
     bias = graph.unsqueeze(graph.op("Gather", array(head.logits_bias), labels), 1, 2)
     logits = graph.op("MatMul", x, filters)

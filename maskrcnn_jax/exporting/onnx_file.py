@@ -32,8 +32,8 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
     Args:
         predictor: As ``mr.load`` returns it.
         path: Of the file.
-        sizes: (height, width) of the padded images, multiples of 32: one, which every image must then have; if there
-            is none, or several, the file takes images of any such size.
+        sizes: (height, width) of the padded images, multiples of 32; one, or none if the file is to take images of any
+            such size.
 
     Raises:
         UserError: if onnx is not installed, the model cannot be exported, a size is wrong, or the file cannot be
@@ -47,10 +47,12 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
     from maskrcnn_jax.exporting.graph import Graph
 
     sizes = check_sizes(sizes)
+    if len(sizes) > 1:
+        raise UserError(f"an ONNX file is for images of one size or of any, not of {len(sizes)}; give one size or none")
     network, graph = predictor.network, Graph()
     network.eval()
     side, most = network.mask_size, "detections"
-    height_width = sizes[0] if len(sizes) == 1 else ("height", "width")
+    height_width = sizes[0] if sizes else ("height", "width")
     dtype = RESIZE[predictor.options.data.resize]
     found = detect(
         network,
@@ -63,7 +65,7 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
     for name, value in found._asdict().items():
         graph.output(name, value, getattr(dtypes, name), ("batch", most, *getattr(shapes, name)))
     about = describe(predictor, sizes or buckets_for(predictor.options.data)) | {
-        "any_size": len(sizes) != 1,
+        "any_size": not sizes,
         "version": __version__,
     }
     model = graph.model(

@@ -11,7 +11,8 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.plan import buckets_for, padded_size
 from maskrcnn_jax.data.transforms import RESIZE, resize_image, resized_size
-from maskrcnn_jax.inference.detect import detect_ahead, make_detect
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.detect import Detect, detect_ahead, make_detect
 from maskrcnn_jax.inference.draw import MIN_SIDE, draw_instances, write_picture
 from maskrcnn_jax.inference.inputs import Image, is_image, to_array
 from maskrcnn_jax.inference.results import Instances, to_coco_results, unpad
@@ -135,27 +136,54 @@ class Predictor:
     """A trained model, ready to predict.
 
     Attributes:
-        network: The ``MaskRCNN``, in evaluation mode.
         categories: Its classes.
         options: The options of its training.
     """
 
-    def __init__(self, network: MaskRCNN, categories: Categories, options: Options):
+    def __init__(
+        self, network: MaskRCNN | None, categories: Categories, options: Options, *, detect: Detect | None = None
+    ):
         """Prepare a network for prediction. Its parameters are copied; later training does not change predictions.
 
         Args:
-            network: With as many classes as ``categories``.
+            network: With as many classes as ``categories``; None if there is only ``detect``.
             categories: Names and ids of its labels.
             options: Of its training; they determine how images are resized and masks are pasted.
+            detect: Used instead of the network, such as an exported file in another runtime.
         """
-        self.network, self.categories, self.options = network, categories, options
-        self._detect = make_detect(network)
+        self._network, self.categories, self.options = network, categories, options
+        self._detect = make_detect(self.network) if detect is None else detect
         self._buckets = buckets_for(options.data)
         self._compiled: set[tuple[int, int]] = set()
 
     def __reduce__(self) -> tuple:
         """Pickle the network with its parameters; programs are compiled again where it is unpickled."""
-        return Predictor, (self.network, self.categories, self.options)
+        if self._network is None:
+            return functools.partial(Predictor, detect=self._detect), (None, self.categories, self.options)
+        return Predictor, (self._network, self.categories, self.options)
+
+    @property
+    def detect(self) -> Detect:
+        """What finds the objects in padded images, by the network or by an exported file."""
+        return self._detect
+
+    @property
+    def has_network(self) -> bool:
+        """Whether there is a network, and not only an exported file."""
+        return self._network is not None
+
+    @property
+    def network(self) -> MaskRCNN:
+        """The ``MaskRCNN``, in evaluation mode.
+
+        Raises:
+            UserError: if the model is an exported file.
+        """
+        if self._network is None:
+            raise UserError(
+                "an exported file can only predict and be evaluated; load the run or the weights that it is from"
+            )
+        return self._network
 
     def predict(
         self, images: Image | Iterable[Image], *, min_score: float = MIN_SCORE
@@ -203,7 +231,7 @@ class Predictor:
         height, width, channels = image.shape
         size = resized_size(height, width, data.short_side, data.long_side, data.resize)
         padded = padded_size(*size, self._buckets)
-        if padded not in self._compiled:
+        if self.has_network and padded not in self._compiled:
             self._compiled.add(padded)
             if len(self._compiled) == _MANY_SIZES:
                 _log.warning(

@@ -15,7 +15,7 @@ from flax import nnx
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.inference.export import dequantize, export_model, quantize, quantized_network
+from maskrcnn_jax.exporting.stablehlo import dequantize, export_model, quantize, quantized_network
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import DataOptions, Options
