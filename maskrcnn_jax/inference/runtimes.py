@@ -19,6 +19,7 @@ from maskrcnn_jax.structures import Detections
 
 RUNTIMES = ("openvino", "onnxruntime")  # by their speed on CPUs
 _EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
+_METADATA = ("model.json", "config.json")
 _NAMES = ("boxes", "scores", "labels", "masks", "valid")
 
 
@@ -99,8 +100,8 @@ def load_onnx(path: str | os.PathLike, *, runtime: str | None = None, bf16: bool
     """
     detect = OnnxDetect(path, runtime, bf16=bf16)
     try:
-        rows = json.loads(detect.metadata["model.json"])["categories"]
-        options = to_options(ConfigDict(json.loads(detect.metadata["config.json"])))
+        rows = json.loads(detect.metadata[_METADATA[0]])["categories"]
+        options = to_options(ConfigDict(json.loads(detect.metadata[_METADATA[1]])))
         ids, names, labels = (tuple(row[key] for row in rows) for key in ("id", "name", "label"))
     except (KeyError, ValueError, TypeError):
         raise UserError(
@@ -129,7 +130,10 @@ def _openvino(path: str, bf16: bool) -> _Program:
         request.infer(inputs | {"images": inputs["images"].astype(dtype, copy=False)})
         return {name: np.array(request.get_tensor(name).data) for name in _NAMES}
 
-    metadata = model.get_rt_info(["framework"]).astype(dict) if model.has_rt_info(["framework"]) else {}
+    entries = {name: ["framework", name] for name in _METADATA}
+    metadata = {
+        name: model.get_rt_info(entry).astype(str) for name, entry in entries.items() if model.has_rt_info(entry)
+    }
     shape = model.input("images").get_partial_shape()
     return _Program(run, None if shape[1].is_dynamic else (shape[1].get_length(), shape[2].get_length()), metadata)
 
