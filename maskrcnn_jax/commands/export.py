@@ -101,10 +101,22 @@ def _export_onnx(model: "Predictor", options: argparse.Namespace) -> "MaskRCNN |
     """Write the file and return what computes what it does."""
     from maskrcnn_jax.exporting.onnx_file import export_onnx
 
-    if options.int8:
-        raise NotImplementedError
+    if options.int8 and not options.coco_dir:
+        raise UserError("--int8 with ONNX measures the ranges of activations on images; give a dataset, --coco_dir")
     export_onnx(model, options.output, sizes=options.sizes)
-    return model.network
+    if not options.int8:
+        return model.network
+    from maskrcnn_jax.evaluation.evaluator import Evaluator
+    from maskrcnn_jax.exporting.int8 import quantize_onnx
+    from maskrcnn_jax.inference.runtimes import OnnxDetect, time_per_image
+
+    batches = Evaluator(_evaluation_options(model, options), model.categories).batches()
+    before = OnnxDetect(options.output)
+    quantize_onnx(options.output, batches)
+    after, batch = OnnxDetect(options.output), next(iter(batches))
+    for name, detect in (("float32", before), ("8 bits", after)):
+        print(f"{name}: {time_per_image(detect, batch.images, batch.sizes) * 1e3:.1f} ms per image in {detect.runtime}")
+    return after
 
 
 def _print_cost(model: "Predictor", exported: "MaskRCNN | Detect", options: argparse.Namespace) -> None:

@@ -123,6 +123,10 @@ class Evaluator:
             metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
         return results, metrics
 
+    def batches(self) -> Loader:
+        """Return the images that are evaluated, in batches without annotations."""
+        return self._make_loader(self._split, annotations=False)
+
     def _make_loader(self, split: _Split, annotations: bool) -> Loader:
         return make_loader(
             split.dataset,

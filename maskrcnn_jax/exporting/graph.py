@@ -3,8 +3,9 @@
 Values are NCHW inside the network, as ONNX's convolutions take them.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,6 +61,7 @@ class Graph:
     """The operators and constants of a model, in the order in which they are added."""
 
     def __init__(self) -> None:
+        self._prefix = ""
         self._nodes: list = []
         self._constants: list[TensorProto] = []
         self._inputs: list[ValueInfoProto] = []
@@ -81,11 +83,18 @@ class Graph:
 
     def ops(self, operator: str, num_outputs: int, *inputs: Operand, **attributes: Any) -> list[Value]:
         """Add an operator of several outputs and return them."""
-        number = len(self._nodes)
-        names = [f"{operator}_{number}" + (f"_{i}" if i else "") for i in range(num_outputs)]
+        node = f"{self._prefix}{operator}_{len(self._nodes)}"
+        names = [node + (f"_{i}" if i else "") for i in range(num_outputs)]
         arguments = [(value if isinstance(value, Value) else self.constant(value)).name for value in inputs]
-        self._nodes.append(helper.make_node(operator, arguments, names, f"{operator}_{number}", **attributes))
+        self._nodes.append(helper.make_node(operator, arguments, names, node, **attributes))
         return [Value(self, name) for name in names]
+
+    @contextlib.contextmanager
+    def named(self, prefix: str) -> Iterator[None]:
+        """Begin the names of the operators that are added meanwhile with a prefix."""
+        self._prefix = prefix
+        yield
+        self._prefix = ""
 
     def constant(self, value: np.ndarray | int | float) -> Value:
         """Add a constant."""

@@ -22,6 +22,9 @@ from maskrcnn_jax.models.resnet import Block, ResNet
 from maskrcnn_jax.models.rpn import RPNHead
 
 
+OUTPUT_LAYER = "output_"  # begins the names of operators that give scores and offsets
+
+
 def array(parameter: Any) -> np.ndarray:
     """Return a parameter as float32, also one in a wider or narrower dtype."""
     return np.asarray(parameter[...], np.float32)
@@ -214,7 +217,9 @@ def rpn_outputs(head: RPNHead, level: Value) -> Value:
     kernel, bias = (
         np.concatenate([array(getattr(layer, name)) for layer in layers], axis=-1) for name in ("kernel", "bias")
     )
-    return x.graph.transpose(conv(x, kernel, bias), 0, 2, 3, 1)
+    with x.graph.named(OUTPUT_LAYER):
+        outputs = conv(x, kernel, bias)
+    return x.graph.transpose(outputs, 0, 2, 3, 1)
 
 
 def box_outputs(head: BoxHead, pooled: Value) -> tuple[Value, Value]:
@@ -236,7 +241,8 @@ def box_outputs(head: BoxHead, pooled: Value) -> tuple[Value, Value]:
     for i, layer in enumerate(head.fcs):
         x = relu(linear(layer, x, channels_first=i == 0))
     first = not head.fcs
-    return linear(head.cls_score, x, first), linear(head.bbox_pred, x, first)
+    with x.graph.named(OUTPUT_LAYER):
+        return linear(head.cls_score, x, first), linear(head.bbox_pred, x, first)
 
 
 def mask_logits(head: MaskHead, pooled: Value, labels: Value) -> Value:

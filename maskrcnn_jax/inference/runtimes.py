@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.structures import Detections
 
 RUNTIMES = ("openvino", "onnxruntime")  # by their speed on CPUs
+_TIMED_CALLS = 7
 _EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
 _METADATA = ("model.json", "config.json")
 _NAMES = ("boxes", "scores", "labels", "masks", "valid")
@@ -60,6 +62,11 @@ class OnnxDetect:
         except Exception as error:  # runtimes raise many types for damaged files
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
             raise UserError(f"{path} cannot be read by {runtime} ({reason}); export it again") from None
+
+    @property
+    def runtime(self) -> str:
+        """One of RUNTIMES."""
+        return self._arguments[1]
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -108,6 +115,16 @@ def load_onnx(path: str | os.PathLike, *, runtime: str | None = None, bf16: bool
             f"{path} does not say what its labels mean and how images are prepared, as files of maskrcnn-jax export do"
         ) from None
     return Predictor(None, Categories(ids, names, labels, max(labels) + 1), options, detect=detect)
+
+
+def time_per_image(detect: OnnxDetect, images: np.ndarray, sizes: np.ndarray) -> float:
+    """Return the seconds that an image of a batch takes: the median of a few calls after a first one."""
+    seconds = []
+    for _ in range(_TIMED_CALLS + 1):
+        start = time.perf_counter()
+        detect(images, sizes)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:])) / len(images)
 
 
 def _reload(path: str, runtime: str, bf16: bool) -> OnnxDetect:
