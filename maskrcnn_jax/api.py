@@ -68,7 +68,9 @@ def load(
             raise UserError(f"{source} has its own config and categories; leave them out")
         return load_onnx(source, runtime=runtime, bf16=bf16)
     if runtime is not None or bf16:
-        raise UserError(f"{source} runs in JAX; runtime and bf16 are for .onnx files, which maskrcnn-jax export writes")
+        raise UserError(
+            f"{source} runs in JAX; runtime and bf16 are for .onnx files, which maskrcnn-jax export writes"
+        )
     if as_path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")

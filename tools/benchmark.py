@@ -1,6 +1,6 @@
 """Time this project, beside torchvision where wanted: python tools/benchmark.py SUBJECT [--against=torchvision].
 
-Subjects: inference, train, ops, data, eval, compile, memory, scaling, export; docs/benchmarks.md says what each row means.
+Subjects: inference, train, ops, data, eval, compile, memory, scaling, export. docs/benchmarks.md says what rows mean.
 Both sides get the same weights and images and take turns in one process. Prints a table; --json and --docs keep it.
 """
 

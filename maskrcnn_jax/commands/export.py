@@ -40,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="HEIGHTxWIDTH,...",
         help="padded sizes of images; if not given, those of the config, or any with ONNX, which takes at most one",
     )
-    parser.add_argument("--int8", action="store_true", help="store the weights in eight bits; with ONNX, compute with eight")
+    parser.add_argument(
+        "--int8", action="store_true", help="store the weights in eight bits; with ONNX, compute with eight"
+    )
     parser.add_argument(
         "--prune", type=float, default=0.0, metavar="SHARE", help="share of the channels to remove, below 1"
     )
@@ -58,6 +60,8 @@ def main(options: argparse.Namespace) -> None:
     form = _format(options)
     if options.coco_dir and not (options.int8 or options.prune):
         raise UserError("--coco_dir is for the AP that --int8 and --prune cost; give one of them, or use eval")
+    if form == "onnx" and options.int8 and not options.coco_dir:
+        raise UserError("--int8 with ONNX measures the ranges of activations on images; give a dataset, --coco_dir")
     from maskrcnn_jax.inference.predictor import Predictor
     from maskrcnn_jax.inference.pruning import prune_channels
     from maskrcnn_jax.paths import local_path
@@ -101,8 +105,6 @@ def _export_onnx(model: "Predictor", options: argparse.Namespace) -> "MaskRCNN |
     """Write the file and return what computes what it does."""
     from maskrcnn_jax.exporting.onnx_file import export_onnx
 
-    if options.int8 and not options.coco_dir:
-        raise UserError("--int8 with ONNX measures the ranges of activations on images; give a dataset, --coco_dir")
     export_onnx(model, options.output, sizes=options.sizes)
     if not options.int8:
         return model.network
@@ -115,7 +117,9 @@ def _export_onnx(model: "Predictor", options: argparse.Namespace) -> "MaskRCNN |
     quantize_onnx(options.output, batches)
     after, batch = OnnxDetect(options.output), next(iter(batches))
     for name, detect in (("float32", before), ("8 bits", after)):
-        print(f"{name}: {time_per_image(detect, batch.images, batch.sizes) * 1e3:.1f} ms per image in {detect.runtime}")
+        print(
+            f"{name}: {time_per_image(detect, batch.images, batch.sizes) * 1e3:.1f} ms per image in {detect.runtime}"
+        )
     return after
 
 

@@ -40,10 +40,10 @@ class Value:
     def __mod__(self, other: "Operand") -> "Value":
         return self.graph.op("Mod", self, other)
 
-    def __lt__(self, other: "Operand") -> "Value":
+    def __lt__(self, other: "Operand") -> "Value":  # type: ignore[misc]  # arrays are never on the left
         return self.graph.op("Less", self, other)
 
-    def __gt__(self, other: "Operand") -> "Value":
+    def __gt__(self, other: "Operand") -> "Value":  # type: ignore[misc]
         return self.graph.op("Greater", self, other)
 
     def __ge__(self, other: "Operand") -> "Value":

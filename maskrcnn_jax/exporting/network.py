@@ -10,17 +10,16 @@ import jax
 import numpy as np
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.exporting.graph import Graph, Value
+from maskrcnn_jax.exporting.graph import Value
 from maskrcnn_jax.models.box_head import BoxHead
 from maskrcnn_jax.models.convnext import NORM_EPS, ConvNeXt, Downsample, LayerNorm, PatchConv
 from maskrcnn_jax.models.convnext import Block as ConvNeXtBlock
 from maskrcnn_jax.models.fpn import FPN
 from maskrcnn_jax.models.layers import NUM_GROUPS, BatchNorm, Conv, ConvNorm, FrozenBatchNorm, GroupNorm, Linear
 from maskrcnn_jax.models.mask_head import MaskHead
-from maskrcnn_jax.models.mobilenet import ConvNormActivation, InvertedResidual, MobileNetV3, SqueezeExcitation
+from maskrcnn_jax.models.mobilenet import ConvNormActivation, MobileNetV3, SqueezeExcitation
 from maskrcnn_jax.models.resnet import Block, ResNet
 from maskrcnn_jax.models.rpn import RPNHead
-
 
 OUTPUT_LAYER = "output_"  # begins the names of operators that give scores and offsets
 
@@ -103,8 +102,9 @@ def backbone(network: Any, x: Value) -> list[Value]:
     """
     for kind, stem, layer in _BACKBONES:
         if isinstance(network, kind):
+            stages: Any = network.stages  # type: ignore[attr-defined]  # all of these have them
             x, maps = stem(network, x), []
-            for stage in network.stages:
+            for stage in stages:
                 for block in stage:
                     x = layer(block, x)
                 maps.append(x)
@@ -133,7 +133,7 @@ def _mobilenet_stem(network: MobileNetV3, x: Value) -> Value:
     return x
 
 
-def _mobilenet_layer(layer: ConvNormActivation | InvertedResidual, x: Value) -> Value:
+def _mobilenet_layer(layer: Any, x: Value) -> Value:
     if isinstance(layer, ConvNormActivation):
         y = conv_norm(layer, x)
         return x.graph.op("HardSwish", y) if layer.activation is jax.nn.hard_swish else relu(y)

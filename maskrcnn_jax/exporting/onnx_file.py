@@ -23,8 +23,6 @@ from maskrcnn_jax.exporting.description import check_sizes, describe
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.writing import replace_file
 
-INPUTS = ("images", "sizes", "original_sizes")
-
 
 def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequence[tuple[int, ...]] = ()) -> None:
     """Write a model as ONNX.
@@ -43,15 +41,16 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
         import onnx
     except ImportError:
         raise UserError("exporting as ONNX needs the package onnx; pip install 'maskrcnn-jax[onnx]'") from None
-    from maskrcnn_jax.exporting.detections import Found, detect
+    from maskrcnn_jax.exporting.detections import detect
     from maskrcnn_jax.exporting.graph import Graph
 
     sizes = check_sizes(sizes)
     if len(sizes) > 1:
-        raise UserError(f"an ONNX file is for images of one size or of any, not of {len(sizes)}; give one size or none")
+        raise UserError(
+            f"an ONNX file is for images of one size or of any, not of {len(sizes)}; give one size or none"
+        )
     network, graph = predictor.network, Graph()
     network.eval()
-    side, most = network.mask_size, "detections"
     height_width = sizes[0] if sizes else ("height", "width")
     dtype = RESIZE[predictor.options.data.resize]
     found = detect(
@@ -60,10 +59,12 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
         graph.input("sizes", np.int32, ("batch", 2)),
         graph.input("original_sizes", np.int32, ("batch", 2)),
     )
-    shapes = Found(boxes=(4,), scores=(), labels=(), masks=(side, side), valid=())
-    dtypes = Found(np.float32, np.float32, np.int32, np.float32, np.bool_)
-    for name, value in found._asdict().items():
-        graph.output(name, value, getattr(dtypes, name), ("batch", most, *getattr(shapes, name)))
+    rows = "batch", "detections"
+    graph.output("boxes", found.boxes, np.float32, (*rows, 4))
+    graph.output("scores", found.scores, np.float32, rows)
+    graph.output("labels", found.labels, np.int32, rows)
+    graph.output("masks", found.masks, np.float32, (*rows, network.mask_size, network.mask_size))
+    graph.output("valid", found.valid, np.bool_, rows)
     about = describe(predictor, sizes or buckets_for(predictor.options.data)) | {
         "any_size": not sizes,
         "version": __version__,

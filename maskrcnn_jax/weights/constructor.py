@@ -16,7 +16,12 @@ _COMMON: dict[str, tuple] = {
     "mask_deconv": (True,),
     "cls_agnostic_bbox_reg": (False,),
 }
-_V1: dict[str, tuple] = {"head_norm": ("none",), "rpn_conv_depth": (1,), "box_conv_channels": ((),), "box_fc_channels": ((1024, 1024),)}
+_V1: dict[str, tuple] = {
+    "head_norm": ("none",),
+    "rpn_conv_depth": (1,),
+    "box_conv_channels": ((),),
+    "box_fc_channels": ((1024, 1024),),
+}
 _V2: dict[str, tuple] = {
     "head_norm": ("batch",),
     "rpn_conv_depth": (2,),

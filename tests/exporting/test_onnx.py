@@ -1,24 +1,37 @@
 """ONNX files, run by both runtimes, beside the model that they were exported from."""
 
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import onnx
 import pytest
+from pycocotools import mask as coco_mask
 
 import maskrcnn_jax as mr
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.dataset import load_dataset
+from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.exporting.int8 import quantize_onnx
 from maskrcnn_jax.exporting.onnx_file import export_onnx
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.inference.results import unpad
 from maskrcnn_jax.inference.runtimes import RUNTIMES, OnnxDetect
 from maskrcnn_jax.options import DataOptions, Options
+from maskrcnn_jax.structures import Batch
 from tests.exporting.agreement import check_agreement
 from tests.models.tiny import tiny_model
+from tools.run_exported import run_lengths
 
+ROOT = Path(__file__).parents[2]
 CATEGORIES = Categories.create([900, 7, 12, 13], ["heart", "circle", "star", "ring"])
 SIZES = np.array([[64, 96], [50, 70], [1, 1]], np.int32)  # in the last, no object is large enough
 WIDE = {"fpn_channels": 32, "mask_channels": 32, "rpn_channels": 16}
@@ -33,7 +46,11 @@ NETWORKS = {
     "detectron2": {"roi_aligned": True, "roi_sampling_ratio": 0, "exact_anchors": True, "anchor_scales": (1.0, 1.5)},
     "bottlenecks": {"backbone": "resnet50", "stride_in_1x1": True, "norm": "batch", "bottleneck_channels": 8},
     "group norms, one box": {**WIDE, "head_norm": "group", "box_conv_channels": (32,), "cls_agnostic_bbox_reg": True},
-    "focal loss, RoIPool": {"box_score_thresh": 0.0, "classification_loss": "focal", "roi_operator": "pool", "mask_deconv": False},
+    "focal loss, RoIPool": {
+        "classification_loss": "focal",
+        "roi_operator": "pool",
+        "mask_deconv": False,
+    },
     "mobilenet": {"backbone": "mobilenet_v3_large", "in_channels": 4},
 }
 
@@ -70,7 +87,8 @@ def test_images_of_other_sizes_need_no_other_file(tmp_path):
     sizes = np.array([[150, 128]], np.int32)
     for runtime in RUNTIMES:
         check_agreement(
-            OnnxDetect(tmp_path / "model.onnx", runtime)(images, sizes), jax.device_get(predictor.detect(images, sizes))
+            OnnxDetect(tmp_path / "model.onnx", runtime)(images, sizes),
+            jax.device_get(predictor.detect(images, sizes)),
         )
 
 
@@ -162,3 +180,85 @@ def test_a_backbone_of_the_users_own_is_refused(tmp_path):
     with pytest.raises(UserError, match="a backbone of your own, Own, cannot be exported as ONNX"):
         export_onnx(predictor, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+# Runs a file where this package cannot be imported, and writes down what it prints.
+ALONE = """
+import runpy, sys
+sys.modules["maskrcnn_jax"] = None
+sys.argv = ["run_exported.py", "model.onnx", "photo.png", "--min_score=0", *sys.argv[1:]]
+runpy.run_path("run_exported.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_file_runs_without_the_package_and_gives_masks_and_pictures(runtime, exported, tmp_path):
+    predictor, path = exported
+    image = photos()[0]
+    cv2.imwrite(str(tmp_path / "photo.png"), image[..., ::-1])
+    shutil.copy(path, tmp_path / "model.onnx")
+    shutil.copy(ROOT / "tools" / "run_exported.py", tmp_path)
+    expected = predictor.predict(image, min_score=0)
+    for form in ("rle", "polygons"):
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE, f"--masks={form}", f"--runtime={runtime}", "--pictures=drawn"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = json.loads(done.stdout)["objects"]
+        assert [row["name"] for row in rows] == expected.names
+        for row, mask in zip(rows, expected.masks, strict=True):
+            found = row["segmentation"]
+            if form == "rle":
+                found = coco_mask.decode(coco_mask.frPyObjects(found, *image.shape[:2]))
+                assert (found != mask).mean() < 1e-3
+            elif found:
+                found = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(found, *image.shape[:2])))
+                # Polygons run through the centres of the cells at the border, and fill holes.
+                assert found.sum() > 0
+    assert (cv2.imread(str(tmp_path / "drawn" / "photo.png"))[..., ::-1] != image).any()
+
+
+@pytest.mark.parametrize("rows", [[0b00, 0b11], [0b11, 0b00], [0b11, 0b11], [0b00, 0b00], [0b10, 0b01]])
+def test_run_lengths_are_cocos(rows):
+    mask = np.array([[row >> i & 1 for i in (1, 0)] for row in rows], bool)
+    decoded = coco_mask.decode(coco_mask.frPyObjects(run_lengths(mask), 2, 2))
+    np.testing.assert_array_equal(decoded.astype(bool), mask)
+
+
+def test_eight_bits_find_nearly_the_same_in_a_quarter_of_the_space(exported, tmp_path):
+    predictor, path = exported
+    shutil.copy(path, tmp_path / "model.onnx")
+    images = images_of(predictor)
+    batch = Batch(images, SIZES, SIZES, np.arange(3, dtype=np.int32), np.array([True, True, False]), None)
+    quantize_onnx(tmp_path / "model.onnx", [batch])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds.count("QuantizeLinear") > 20
+    assert (tmp_path / "model.onnx").stat().st_size < 0.5 * path.stat().st_size
+    expected = predictor.detect(images, SIZES)
+    for runtime in RUNTIMES:
+        model = mr.load(tmp_path / "model.onnx", runtime=runtime)
+        assert model.options == predictor.options
+        scores = model.detect(images, SIZES).scores
+        np.testing.assert_allclose(scores[0, 0], np.asarray(expected.scores)[0, 0], atol=0.2)
+    with pytest.raises(UserError, match="there is no image to measure activations on"):
+        quantize_onnx(path, [batch._replace(valid=np.zeros(3, bool))])
+
+
+def test_an_exported_file_is_evaluated_like_the_model(tmp_path):
+    write_dataset(tmp_path / "shapes", num_train=1, num_val=3, image_size=64, seed=1)
+    categories = load_dataset(DataOptions(coco_dir=str(tmp_path / "shapes")), "val2017").categories
+    model = tiny_model(num_classes=categories.num_classes)
+    options = Options(model=model.options, data=DataOptions(short_side=64, long_side=64), eval_batch_size=2)
+    predictor = Predictor(model, categories, options)
+    export_onnx(predictor, tmp_path / "model.onnx")
+    dataset = tmp_path / "shapes"
+    ours = mr.evaluate(mr.load(tmp_path / "model.onnx"), dataset)
+    theirs = mr.evaluate(predictor, dataset)
+    assert len(ours.results) == len(theirs.results) > 3
+    assert abs(ours.metrics["bbox_AR100"] - theirs.metrics["bbox_AR100"]) < 0.02
+    with pytest.raises(UserError, match="as many detections as it was exported for"):
+        mr.evaluate(mr.load(tmp_path / "model.onnx"), dataset, max_detections=3)

@@ -29,8 +29,6 @@ def test_the_constructor_has_the_arrays_of_the_file(config, changes):
     options = dataclasses.replace(options, model=dataclasses.replace(options.model, **changes))
     expression = constructor(options, 7)
     torchvision = import_torchvision()
-    import torchvision.models.detection
-
     with torch.device("meta"):
         theirs = eval(expression, {"torchvision": torchvision})
     arrays = {name for name in theirs.state_dict() if not name.endswith("num_batches_tracked")}
