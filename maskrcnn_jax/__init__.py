@@ -30,7 +30,8 @@ _MODULES = {
     "ModelOptions": "options",
     "Predictor": "inference.predictor",
     "ImageDetections": "inference.detections",
-    "export_model": "inference.export",
+    "export_model": "exporting.stablehlo",
+    "export_onnx": "exporting.onnx_file",
     "UserError": "errors",
 }
 __all__ = ["__version__", *_MODULES, "ops", "options"]

@@ -18,12 +18,13 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
-from maskrcnn_jax.inference.detect import with_options
+from maskrcnn_jax.inference.detect import Detect, with_options
 from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.inference.runtimes import load_onnx
 from maskrcnn_jax.inference.views import Augmentation
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
-from maskrcnn_jax.options import Options
+from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.paths import as_path, expand
 from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
 from maskrcnn_jax.training import loop
@@ -43,22 +44,34 @@ def load(
     config: Config | None = None,
     checkpoint: str | int = "latest",
     categories: Categories | str | os.PathLike | None = None,
+    runtime: str | None = None,
+    bf16: bool = False,
 ) -> Predictor:
     """Load a model for prediction.
 
     Args:
         source: The folder of a run; the name of published weights, such as "torchvision:maskrcnn_resnet50_fpn_v2",
-            which are downloaded once; or a file of weights, .pth, .safetensors or .pkl.
+            which are downloaded once; a file of weights, .pth, .safetensors or .pkl; or an exported file, .onnx.
         config: What the weights of a file belong to: the folder of a run, the name or path of a configuration file,
             such as "torchvision_r50_fpn_v2", or a config. Runs and published weights have their own.
         checkpoint: Of a run: "latest", "best" (by the option ``best_metric``) or a step.
         categories: What the labels of the weights mean, or a categories.json. Defaults to those of ``config`` if it is
             the folder of a run, else to COCO's.
+        runtime: Of an .onnx file: "openvino" or "onnxruntime"; the first of them that is installed if not given.
+        bf16: Let OpenVINO compute an .onnx file in bfloat16.
 
     Raises:
         UserError: if one of these does not exist or they do not fit each other.
     """
     source = expand(source)
+    if as_path(source).suffix == ".onnx":
+        if config is not None or categories is not None:
+            raise UserError(f"{source} has its own config and categories; leave them out")
+        return load_onnx(source, runtime=runtime, bf16=bf16)
+    if runtime is not None or bf16:
+        raise UserError(
+            f"{source} runs in JAX; runtime and bf16 are for .onnx files, which maskrcnn-jax export writes"
+        )
     if as_path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")
@@ -179,9 +192,11 @@ def evaluate(
         model.options, coco_dir=dataset, split=split, limit=limit, max_detections=max_detections
     )
     evaluator = Evaluator(options, model.categories)
-    network = with_options(model.network, options.model)
-    augmentation = None if tta is None else Augmentation.parse(tta)
-    evaluation = evaluator.evaluate_augmented(network, augmentation) if augmentation else evaluator(network)
+    if tta is not None:
+        network = with_options(model.network, options.model)
+        evaluation = evaluator.evaluate_augmented(network, Augmentation.parse(tta))
+    else:
+        evaluation = evaluator(for_evaluation(model, options.model))
     if output is not None:
         evaluator.write(expand(output), evaluation)
     return evaluation
@@ -211,6 +226,19 @@ def evaluation_options(
     network = dataclasses.replace(options.model, box_detections_per_img=most)
     # Training images are measured only by evaluations during training.
     return dataclasses.replace(options, data=data, model=network, eval_train_limit=0)
+
+
+def for_evaluation(model: Predictor, options: ModelOptions) -> MaskRCNN | Detect:
+    """Return what an ``Evaluator`` takes: the network with these options, or an exported file, which has its own.
+
+    Raises:
+        UserError: if an exported file has others.
+    """
+    if model.has_network:
+        return with_options(model.network, options)
+    if options != model.options.model:
+        raise UserError("an exported file finds as many detections as it was exported for; leave max_detections out")
+    return model.detect
 
 
 def find_options(config: Config) -> Options:

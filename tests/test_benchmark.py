@@ -145,6 +145,15 @@ def test_inference_is_timed_with_many_and_with_few_of_the_same_detections(agains
 
 
 @pytest.mark.slow
+def test_exported_models_are_timed_beside_torchvisions_export(against):
+    rows = measured("export", against)
+    assert all(row.ratio > 0 for row in rows.values())
+    beside = {row.reference_name for row in rows.values()}
+    assert beside == {"torchvision's export", "JAX, float32", "torch autocast, bf16"}
+    assert rows["export, OpenVINO, float32"].settings["detections"] > 1
+
+
+@pytest.mark.slow
 def test_a_training_step_is_timed_with_equal_numbers_of_positives(against):
     rows = measured("train", dataclasses.replace(against, batch_size=2))
     full = rows["training step, batch 2, full quotas"].settings

@@ -29,6 +29,7 @@ ALLOWED = {
     "converting": _LEAVES | {"data"},
     "run_folder": _LEAVES | {"config", "data", "distributed", "models"},
     "inference": _LEAVES | {"config", "data", "distributed", "models", "ops"},
+    "exporting": _LEAVES | {"anchor_shapes", "data", "inference", "models", "ops"} | {"__version__"},
     "checking": _LEAVES | {"anchor_shapes", "config", "data", "gallery", "inference", "page"},
     "serving": _LEAVES | {"data", "inference", "page"},
     "training": _LEAVES | {"checking", "config", "data", "distributed", "models", "ops", "run_folder", "weights"},
@@ -38,8 +39,8 @@ ALLOWED = {
     "api": _LEAVES
     | {"config", "data", "distributed", "evaluation", "inference", "models", "run_folder", "training", "weights"},
     "commands": _LEAVES
-    | {"api", "checking", "config", "converting", "data", "distributed", "evaluation", "inference", "models", "ops"}
-    | {"run_folder", "serving", "training", "weights"}
+    | {"api", "checking", "config", "converting", "data", "distributed", "evaluation", "exporting", "inference"}
+    | {"models", "ops", "run_folder", "serving", "training", "weights"}
     | {"", "__version__"},  # the functions of the package, which import their modules when they are used
 }
 FORBIDDEN_LIBRARIES = {

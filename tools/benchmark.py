@@ -1,6 +1,6 @@
 """Time this project, beside torchvision where wanted: python tools/benchmark.py SUBJECT [--against=torchvision].
 
-Subjects: inference, train, ops, data, eval, compile, memory, scaling; docs/benchmarks.md says what each row means.
+Subjects: inference, train, ops, data, eval, compile, memory, scaling, export. docs/benchmarks.md says what rows mean.
 Both sides get the same weights and images and take turns in one process. Prints a table; --json and --docs keep it.
 """
 
@@ -23,7 +23,7 @@ from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.tables import write_docs
 from tools.benchmarks.timing import Row, cell, environment, table, write_json
 
-SUBJECTS = ("inference", "train", "ops", "data", "eval", "compile", "memory", "scaling")
+SUBJECTS = ("inference", "train", "ops", "data", "eval", "compile", "memory", "scaling", "export")
 
 
 def run(subject: str, settings: Settings) -> Iterable[Row]:

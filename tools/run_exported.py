@@ -1,35 +1,89 @@
 """Run a model that maskrcnn-jax export wrote. Needs what follows and nothing else; copy this file beside it.
 
-pip install jax flatbuffers numpy opencv-python-headless
-python run_exported.py MODEL IMAGE [IMAGE ...]      # prints a line of JSON for each image
+pip install numpy opencv-python-headless openvino         # an .onnx file; or onnxruntime and onnx instead of openvino
+pip install numpy opencv-python-headless jax flatbuffers  # an .mrcnn file
+python run_exported.py MODEL IMAGE [IMAGE ...]            # prints a line of JSON for each image
+
+--masks=rle gives masks as COCO's run lengths, --masks=polygons as outlines; --pictures=DIR draws them.
 """
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 import cv2
-import jax
-import jax.export
 import numpy as np
+
+OUTPUTS = ("boxes", "scores", "labels", "masks", "valid")
+COLOURS = ((230, 60, 60), (60, 140, 240), (60, 190, 90), (240, 170, 40), (170, 90, 220), (60, 200, 200))  # RGB
+
+
+def open_stablehlo(path, together=None):
+    """Return what a file of StableHLO programs says about itself, and a function that runs them.
+
+    Images are worked on together; on CPUs one by one, unless asked otherwise, because the programs for one image are
+    faster there.
+    """
+    import jax
+    import jax.export
+
+    file = np.load(path)  # which refuses pickles, so that nothing in the file runs but its programs
+    about = json.loads(file["model.json"])
+    weights = [jax.device_put(file[f"weights/{i}"]) for i in range(about["num_weights"])]
+    together = jax.default_backend() != "cpu" if together is None else together
+    programs = {}
+    for height, width in about["sizes"]:
+        program = file[f"{'' if together else '1x'}{height}x{width}.stablehlo"]
+        programs[height, width] = jax.jit(jax.export.deserialize(bytearray(program)).call)
+
+    def run(*inputs):
+        program = programs[inputs[0].shape[1:3]]
+        if together:
+            return program(weights, *inputs)
+        found = [program(weights, *(array[i : i + 1] for array in inputs)) for i in range(len(inputs[0]))]
+        return {name: np.concatenate([one[name] for one in found]) for name in OUTPUTS}
+
+    return about, run
+
+
+def open_openvino(path):
+    """Return what an ONNX file says about itself, and a function that runs it in OpenVINO."""
+    sys.modules.setdefault("openvino_telemetry", None)  # which would send statistics about the use of OpenVINO
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+
+    def run(images, sizes, original_sizes):
+        request.infer({"images": images, "sizes": sizes, "original_sizes": original_sizes})
+        return {name: np.array(request.get_tensor(name).data) for name in OUTPUTS}
+
+    return json.loads(model.get_rt_info(["framework", "model.json"]).astype(str)), run
+
+
+def open_onnxruntime(path):
+    """Return what an ONNX file says about itself, and a function that runs it in ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images, sizes, original_sizes):
+        inputs = {"images": images, "sizes": sizes, "original_sizes": original_sizes}
+        return dict(zip(OUTPUTS, session.run(OUTPUTS, inputs), strict=True))
+
+    return json.loads(session.get_modelmeta().custom_metadata_map["model.json"]), run
 
 
 class ExportedModel:
-    """Finds objects in images; programs are compiled when the first image of their size comes.
+    """Finds objects in images."""
 
-    Images of one padded size are worked on together; on CPUs each alone, which is faster there.
-    """
-
-    def __init__(self, path, together=None):
-        file = np.load(path)  # which refuses pickles, so that nothing in the file runs but its programs
-        self.about = json.loads(file["model.json"])
+    def __init__(self, path, runtime="openvino"):
+        """Load a file; ``runtime``, openvino or onnxruntime, is for .onnx."""
+        openers = {"openvino": open_openvino, "onnxruntime": open_onnxruntime}
+        self.about, self._run = (openers[runtime] if str(path).endswith(".onnx") else open_stablehlo)(str(path))
         self.categories = {row["label"]: row for row in self.about["categories"]}
-        self._weights = [jax.device_put(file[f"weights/{i}"]) for i in range(self.about["num_weights"])]
-        self._together = jax.default_backend() != "cpu" if together is None else together
-        prefix = "" if self._together else "1x"
-        self._programs = {
-            (height, width): _program(file[f"{prefix}{height}x{width}.stablehlo"])
-            for height, width in self.about["sizes"]
-        }
 
     def detect(self, images, min_score=0.5):
         """Find the objects in images [h, w, 3] uint8, in RGB.
@@ -39,13 +93,9 @@ class ExportedModel:
         """
         prepared = [self._prepare(image) for image in images]
         results = [None] * len(images)
-        batches = [[i] for i in range(len(images))]
-        if self._together:
-            sizes = [padded.shape[:2] for padded, _ in prepared]
-            batches = [[i for i, other in enumerate(sizes) if other == size] for size in set(sizes)]
-        for rows in batches:
-            found = self._programs[prepared[rows[0]][0].shape[:2]](
-                self._weights,
+        for size in {padded.shape[:2] for padded, _ in prepared}:
+            rows = [i for i, (padded, _) in enumerate(prepared) if padded.shape[:2] == size]
+            found = self._run(
                 np.stack([prepared[i][0] for i in rows]),
                 np.array([prepared[i][1] for i in rows], np.int32),
                 np.array([images[i].shape[:2] for i in rows], np.int32),
@@ -72,6 +122,8 @@ class ExportedModel:
         else:
             resized = cv2.resize(image.astype(about["dtype"]), (width, height), interpolation=cv2.INTER_LINEAR)
         fitting = [(h, w) for h, w in about["sizes"] if h >= height and w >= width]
+        if not fitting and about.get("any_size"):
+            fitting = [(-(-height // 32) * 32, -(-width // 32) * 32)]
         if not fitting:
             raise ValueError(f"an image of {height}x{width} after resizing fits none of {about['sizes']}; export more")
         padded = np.zeros((*fitting[0], image.shape[2]), about["dtype"])
@@ -94,8 +146,56 @@ class ExportedModel:
         return weights[1] @ mask @ weights[0].T >= 0.5
 
 
-def _program(serialized):
-    return jax.jit(jax.export.deserialize(bytearray(serialized)).call)
+def run_lengths(mask):
+    """Return a mask [h, w] bool as COCO's run lengths, column by column, beginning with those of False."""
+    pixels = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1])
+    ends = [*changes.tolist(), mask.size] if len(changes) == 0 or changes[-1] != mask.size else changes.tolist()
+    return {"size": list(mask.shape), "counts": np.diff([0, *ends]).tolist()}
+
+
+def polygons(mask):
+    """Return the outlines of a mask [h, w] bool as COCO's lists x, y, x, y, ...; holes are filled."""
+    # OpenCV's contours go through the centres of pixels. Those of a mask of twice the size tell the edges.
+    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [((contour + 1) // 2).ravel().tolist() for contour in contours]
+
+
+MASKS = {"rle": run_lengths, "polygons": polygons}
+
+
+def draw(image, rows, masks):
+    """Draw masks [K, h, w] bool, boxes, names and scores over an image [h, w, 3] RGB."""
+    drawn = image.copy()
+    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        colour = COLOURS[i % len(COLOURS)]
+        drawn[mask] = (drawn[mask] * 0.5 + np.array(colour) * 0.5).astype(np.uint8)
+        x1, y1, x2, y2 = (round(x) for x in row["box"])
+        cv2.rectangle(drawn, (x1, y1), (x2, y2), colour, 2)
+        caption = f"{row['name']} {row['score']:.2f}"
+        cv2.putText(drawn, caption, (x1, max(y1 - 4, 12)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
+    return drawn
+
+
+def describe(model, found, image_size, form):
+    """Return the rows of JSON of what was found in an image, and the masks [K, h, w] bool."""
+    rows, masks = [], []
+    for box, score, label, mask in zip(
+        *(found[name] for name in ("boxes", "scores", "labels", "masks")),
+        strict=True,
+    ):
+        category = model.categories[int(label)]
+        masks.append(model.paste(mask, box, image_size))
+        row = {
+            "name": category["name"],
+            "category_id": category["id"],
+            "score": round(float(score), 4),
+            "box": np.round(box.astype(float), 2).tolist(),
+            "mask_pixels": int(masks[-1].sum()),
+        }
+        rows.append(row | ({"segmentation": MASKS[form](masks[-1])} if form else {}))
+    return rows, masks
 
 
 def main():
@@ -103,10 +203,15 @@ def main():
     parser.add_argument("model", help="file that maskrcnn-jax export wrote")
     parser.add_argument("images", nargs="+", help="files that OpenCV reads")
     parser.add_argument("--min_score", type=float, default=0.5, help="leave out objects below this")
+    parser.add_argument("--masks", choices=MASKS, help="print the masks too, in this form")
+    parser.add_argument("--pictures", metavar="DIR", help="folder for pictures with the masks")
+    parser.add_argument("--runtime", choices=["openvino", "onnxruntime"], default="openvino", help="for .onnx files")
     args = parser.parse_args()
     try:
-        model = ExportedModel(args.model)
-    except (OSError, ValueError, KeyError) as error:
+        model = ExportedModel(args.model, args.runtime)
+    except ImportError as error:
+        raise SystemExit(f"{error}; install it, as {Path(__file__).name} says at its beginning") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SystemExit(f"{args.model} cannot be read as an exported model: {error}") from None
     for name in args.images:
         image = cv2.imread(name)
@@ -114,18 +219,12 @@ def main():
             raise SystemExit(f"{name} cannot be read as an image")
         image = np.ascontiguousarray(image[..., ::-1])
         (found,) = model.detect([image], args.min_score)
-        rows = []
-        for i, label in enumerate(found["labels"].tolist()):
-            box, category = found["boxes"][i], model.categories[label]
-            rows.append(
-                {
-                    "name": category["name"],
-                    "category_id": category["id"],
-                    "score": round(float(found["scores"][i]), 4),
-                    "box": np.round(box.astype(float), 2).tolist(),
-                    "mask_pixels": int(model.paste(found["masks"][i], box, image.shape[:2]).sum()),
-                }
-            )
+        rows, masks = describe(model, found, image.shape[:2], args.masks)
+        if args.pictures:
+            path = Path(args.pictures) / f"{Path(name).stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not cv2.imwrite(str(path), draw(image, rows, masks)[..., ::-1]):
+                raise SystemExit(f"{path} cannot be written")
         print(json.dumps({"image": name, "objects": rows}))
 
 

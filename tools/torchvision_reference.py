@@ -71,11 +71,24 @@ def import_torchvision():
     return torchvision
 
 
+def uses_stand_ins() -> bool:
+    """Return whether operators of torchvision have bodies in plain torch."""
+    return bool(_libraries)
+
+
+@functools.cache
+def declare_roi_align() -> None:
+    """Give the operator roi_align its body in plain torch too, so that torch's ONNX exporter finds it by name."""
+    _libraries[0].impl("roi_align", roi_align, "CompositeExplicitAutograd")
+
+
 def greedy_nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Return the indices that greedy suppression keeps, best first; as nms_kernel.cpp."""
     order = torch.sort(scores, stable=True, descending=True).indices
     # In numpy, whose calls on so few numbers cost a fraction of torch's: a slow reference would flatter our timings.
-    x1, y1, x2, y2 = boxes.detach()[order].T.contiguous().numpy()
+    boxes = boxes.detach()
+    boxes = boxes.float() if boxes.dtype == torch.bfloat16 else boxes  # which numpy does not have
+    x1, y1, x2, y2 = boxes[order].T.contiguous().numpy()
     areas = (x2 - x1) * (y2 - y1)
     alive = np.ones(len(areas), bool)
     with np.errstate(divide="ignore", invalid="ignore"):  # empty boxes

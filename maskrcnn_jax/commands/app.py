@@ -157,13 +157,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         metavar="FILE|NAME",
-        help="instead of a run: .pth, .safetensors, .pkl or published weights such as "
+        help="instead of a run: .pth, .safetensors, .pkl, an exported .onnx, or published weights such as "
         "torchvision:maskrcnn_resnet50_fpn_v2",
     )
     parser.add_argument("--config", help="config of the weights, by name or file; published weights have their own")
     parser.add_argument(
         "--categories", metavar="FILE", help="categories.json of the weights; COCO's categories if not given"
     )
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of running an exported ONNX file; ``load`` reads them."""
+    group = parser.add_argument_group("an .onnx file")
+    group.add_argument("--runtime", choices=("openvino", "onnxruntime"), help="what runs it; openvino if installed")
+    group.add_argument("--bf16", action="store_true", help="compute in bfloat16, with openvino")
 
 
 def at_least(low: int):
@@ -197,6 +204,8 @@ def load(options: argparse.Namespace) -> "Predictor":
         config=options.config,
         checkpoint=options.checkpoint,
         categories=options.categories,
+        runtime=getattr(options, "runtime", None),
+        bf16=getattr(options, "bf16", False),
     )
 
 

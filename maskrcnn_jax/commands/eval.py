@@ -14,7 +14,7 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
-from maskrcnn_jax.commands.app import add_model_options, add_process_options, at_least, load
+from maskrcnn_jax.commands.app import add_model_options, add_process_options, add_runtime_options, at_least, load
 from maskrcnn_jax.commands.detection import add_detection_options, with_detection_options
 from maskrcnn_jax.errors import UserError
 
@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|FILE",
         help="another run on the same images, or its detections.json, to show beside this one in the report",
     )
+    add_runtime_options(parser)
     add_process_options(parser)
 
 
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> None:
         raise UserError("--weights needs --output, a folder for the results")
     if options.compare and not options.report:
         raise UserError("--compare shows another run in the report; give --report=FILE too")
-    from maskrcnn_jax.api import evaluation_options, with_options
+    from maskrcnn_jax.api import evaluation_options, for_evaluation, with_options
     from maskrcnn_jax.distributed import is_first
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
@@ -79,8 +80,10 @@ def main(options: argparse.Namespace) -> None:
     other = None
     if options.compare and is_first():
         other = _read_run(options.compare, evaluator.truth, chosen.model.box_detections_per_img)
-    network = with_options(model.network, chosen.model)
-    evaluation = evaluator.evaluate_augmented(network, augmentation) if augmentation else evaluator(network)
+    if augmentation:
+        evaluation = evaluator.evaluate_augmented(with_options(model.network, chosen.model), augmentation)
+    else:
+        evaluation = evaluator(for_evaluation(model, chosen.model))
     output = as_path(options.output or options.workdir)
     make_folder(output)
     evaluator.write(output, evaluation)

@@ -25,14 +25,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     """Write the file."""
     from maskrcnn_jax.run_folder import load_run
+    from maskrcnn_jax.weights.constructor import constructor
     from maskrcnn_jax.weights.convert import to_torchvision
     from maskrcnn_jax.weights.files import write_arrays
     from maskrcnn_jax.weights.torchvision import without_counterpart
 
-    model, _, trained = load_run(options.workdir, checkpoint=options.checkpoint)
+    model, categories, trained = load_run(options.workdir, checkpoint=options.checkpoint)
     arrays = to_torchvision(model, backbone_only=options.backbone_only)
     write_arrays(options.output, arrays)
     print(f"{len(arrays)} arrays written to {options.output}")
+    if options.backbone_only:
+        return
+    expression = constructor(trained, categories.num_classes)
+    if expression is None:
+        print("torchvision has no constructor for a network of these options; build its MaskRCNN from parts")
+    else:
+        print(f"{expression} has the arrays of this file")
     others = without_counterpart(trained.model)
-    if others and not options.backbone_only:
+    if others:
         print(f"torchvision's own model refuses them or finds something else, because of {', '.join(others)}")

@@ -3,6 +3,7 @@
     maskrcnn-jax predict --workdir=runs/r50 --input=IMAGE|DIR|VIDEO --output=DIR
     maskrcnn-jax predict --weights=torchvision:maskrcnn_resnet50_fpn_v2 --input=photo.jpg --output=DIR
     maskrcnn-jax predict --weights=model.pth --config=torchvision_r50_fpn_v2 --input=photo.jpg --output=DIR
+    maskrcnn-jax predict --weights=r50.onnx --runtime=openvino --input=photo.jpg --output=DIR
 
 The output folder gets the pictures or the video, detections.json (COCO results), images.json (the file or frame of
 each image_id), detections.csv and counts.csv. Folders inside the folder of images are not read. Of a file with several
@@ -11,7 +12,7 @@ pages or frames, the first is read. Pictures below 512 pixels are enlarged so th
 
 import argparse
 
-from maskrcnn_jax.commands.app import add_model_options, at_least, comma_separated, load
+from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, comma_separated, load
 from maskrcnn_jax.commands.detection import add_detection_options, least_scores, share, with_detection_options
 from maskrcnn_jax.errors import UserError
 
@@ -21,6 +22,7 @@ _CHOICES = ("min_score", "classes", "tile", "overlap", "whole_image", "tta")  # 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_model_options(parser)
+    add_runtime_options(parser)
     parser.add_argument("--input", required=True, metavar="PATH", help="an image, a folder of images or a video")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures and the JSON files")
     parser.add_argument(

@@ -13,7 +13,7 @@ import argparse
 import logging
 import signal
 
-from maskrcnn_jax.commands.app import add_model_options, at_least, load
+from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, load
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     add_model_options(parser)
+    add_runtime_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; %(default)s is this computer alone")
     parser.add_argument("--port", type=at_least(0), default=8000, help="port; 0 takes a free one; %(default)s")
     parser.add_argument(

@@ -22,7 +22,7 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.evaluation.accuracy import measure_losses
 from maskrcnn_jax.evaluation.augmented import detect_augmented
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, write_files
-from maskrcnn_jax.inference.detect import make_detect, run_detection
+from maskrcnn_jax.inference.detect import Detect, make_detect, run_detection
 from maskrcnn_jax.inference.draw import draw_instances, grid, shrink, side_by_side
 from maskrcnn_jax.inference.views import Augmentation
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -92,8 +92,8 @@ class Evaluator:
         labels[list(listed.labels)] = [known.labels[known.ids.index(i)] for i in listed.ids]
         return dataclasses.replace(dataset, categories=known, labels=labels[dataset.labels])
 
-    def __call__(self, model: nnx.Module) -> Evaluation:
-        """Detect on every image and compute COCO's metrics, and the losses with ``eval_losses``.
+    def __call__(self, model: nnx.Module | Detect) -> Evaluation:
+        """Detect on every image and compute COCO's metrics, and of a network the losses with ``eval_losses``.
 
         Several processes do this together and share the images; each returns the same.
         """
@@ -122,10 +122,10 @@ class Evaluator:
         metrics |= {name if name.startswith("eval_") else f"without_tta_{name}": without[name] for name in without}
         return Evaluation(metrics, results, self._draw(results))
 
-    def _evaluate(self, model: nnx.Module, split: _Split) -> tuple[list[dict], dict]:
+    def _evaluate(self, model: nnx.Module | Detect, split: _Split) -> tuple[list[dict], dict]:
         batches = self._make_loader(split, annotations=False)
         results = run_detection(
-            make_detect(model),
+            make_detect(model) if isinstance(model, nnx.Module) else model,
             batches,
             image_ids=split.dataset.image_ids,
             category_ids=dict(zip(self._categories.labels, self._categories.ids, strict=True)),
@@ -134,7 +134,7 @@ class Evaluator:
             workers=self._options.eval_workers,
         )
         results, metrics = self._score(results, split)
-        if self._options.eval_losses:
+        if self._options.eval_losses and isinstance(model, nnx.Module):
             measured = measure_losses(model, self._make_loader(split, annotations=True))
             # Those of training steps have the same names, without a prefix.
             metrics |= {(split.prefix or "eval_") + name: value for name, value in measured.items()}
@@ -150,6 +150,10 @@ class Evaluator:
             max_detections=self._options.model.box_detections_per_img,
         )
         return results, {split.prefix + name: value for name, value in metrics.items()}
+
+    def batches(self) -> Loader:
+        """Return the images that are evaluated, in batches without annotations."""
+        return self._make_loader(self._split, annotations=False)
 
     def _make_loader(self, split: _Split, annotations: bool) -> Loader:
         return make_loader(

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.plan import buckets_for
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.inference.detect import detect_ahead, make_detect, with_options
+from maskrcnn_jax.inference.detect import Detect, detect_ahead, make_detect, with_options
 from maskrcnn_jax.inference.detections import ImageDetections
 from maskrcnn_jax.inference.inputs import Image, is_image, to_array, to_batch
 from maskrcnn_jax.inference.results import Instances, unpad
@@ -48,28 +49,55 @@ class Predictor:
     """A trained model, ready to predict.
 
     Attributes:
-        network: The ``MaskRCNN``, in evaluation mode.
         categories: Its classes.
         options: The options of its training.
     """
 
-    def __init__(self, network: MaskRCNN, categories: Categories, options: Options):
+    def __init__(
+        self, network: MaskRCNN | None, categories: Categories, options: Options, *, detect: Detect | None = None
+    ):
         """Prepare a network for prediction. Its parameters are copied; later training does not change predictions.
 
         Args:
-            network: With as many classes as ``categories``.
+            network: With as many classes as ``categories``; None if there is only ``detect``.
             categories: Names and ids of its labels.
             options: Of its training; they determine how images are resized and masks are pasted.
+            detect: Used instead of the network, such as an exported file in another runtime.
         """
-        self.network, self.categories, self.options = network, categories, options
-        self._detect = make_detect(network)
+        self._network, self.categories, self.options = network, categories, options
+        self._detect = make_detect(self.network) if detect is None else detect
         self._buckets = buckets_for(options.data)
         self._compiled: set[tuple[int, int]] = set()
         self._augmentations: dict[Augmentation, AugmentedDetection] = {}
 
     def __reduce__(self) -> tuple:
         """Pickle the network with its parameters; programs are compiled again where it is unpickled."""
-        return Predictor, (self.network, self.categories, self.options)
+        if self._network is None:
+            return functools.partial(Predictor, detect=self._detect), (None, self.categories, self.options)
+        return Predictor, (self._network, self.categories, self.options)
+
+    @property
+    def detect(self) -> Detect:
+        """What finds the objects in padded images, by the network or by an exported file."""
+        return self._detect
+
+    @property
+    def has_network(self) -> bool:
+        """Whether there is a network, and not only an exported file."""
+        return self._network is not None
+
+    @property
+    def network(self) -> MaskRCNN:
+        """The ``MaskRCNN``, in evaluation mode.
+
+        Raises:
+            UserError: if the model is an exported file.
+        """
+        if self._network is None:
+            raise UserError(
+                "an exported file can only predict and be evaluated; load the run or the weights that it is from"
+            )
+        return self._network
 
     def with_options(self, **changes: Any) -> "Predictor":
         """Return a predictor with the same parameters that detects by other options.
@@ -235,7 +263,7 @@ class Predictor:
         """Resize and pad an image, and warn when many programs are compiled."""
         batch = to_batch(image, self.options.data, self._buckets)
         padded = batch.images.shape[1:3]
-        if padded not in self._compiled:
+        if self.has_network and padded not in self._compiled:
             self._compiled.add(padded)
             if len(self._compiled) == _MANY_SIZES:
                 _log.warning(

@@ -15,6 +15,12 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 EXTRA_MEAN, EXTRA_STD = 0.5, 0.25
 
 
+def channel_statistics(in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of each channel of images scaled to 0..1."""
+    extra = in_channels - 3
+    return (*IMAGE_MEAN, *[EXTRA_MEAN] * extra), (*IMAGE_STD, *[EXTRA_STD] * extra)
+
+
 def normalize_images(
     images: Real[Array | np.ndarray, "B H W I"],
     sizes: Int[Array | np.ndarray, "B 2"],
@@ -36,9 +42,7 @@ def normalize_images(
     if images.shape[-1] != in_channels:
         raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {in_channels}")
     wide = at_least_float32(dtype)
-    extra = in_channels - 3
-    values = (*IMAGE_MEAN, *[EXTRA_MEAN] * extra), (*IMAGE_STD, *[EXTRA_STD] * extra)
-    mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in values)
+    mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in channel_statistics(in_channels))
     normalized = (images.astype(wide) / 255 - mean) / std
     inside_y = jnp.arange(images.shape[1])[None, :] < sizes[:, :1]
     inside_x = jnp.arange(images.shape[2])[None, :] < sizes[:, 1:]

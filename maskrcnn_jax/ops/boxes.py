@@ -78,10 +78,10 @@ def exceeds_iou(box: Float[Array, "4"], corners: Float[Array, "4 N"], iou_thresh
     """
     intersection, union = _intersection_and_union(box[:, None], corners)
     # Divided, as torchvision does: a product with the threshold would round differently at the border.
-    return intersection / jnp.where(union > 0, union, 1) > _rounded_down(iou_threshold, corners.dtype)
+    return intersection / jnp.where(union > 0, union, 1) > rounded_down(iou_threshold, corners.dtype)
 
 
-def _rounded_down(threshold: float, dtype: np.dtype) -> np.ndarray | np.floating:
+def rounded_down(threshold: float, dtype: np.dtype) -> np.ndarray | np.floating:
     """Return the largest number of a dtype that is not above a threshold.
 
     torchvision compares float32 overlaps with a float64 threshold. Rounding the threshold up would change results: an

@@ -23,7 +23,10 @@ def with_few_sizes(model: Predictor) -> Predictor:
     _log.info(
         "images are padded to the sizes of data.buckets=auto; scores may differ a little from data.buckets=exact"
     )
-    return Predictor(model.network, model.categories, dataclasses.replace(model.options, data=data))
+    options = dataclasses.replace(model.options, data=data)
+    if not model.has_network:  # an exported file
+        return Predictor(None, model.categories, options, detect=model.detect)
+    return Predictor(model.network, model.categories, options)
 
 
 def warm_up(model: Model, max_batch: int) -> None:

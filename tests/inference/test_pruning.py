@@ -8,7 +8,7 @@ from flax import nnx
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.inference.export import export_model
+from maskrcnn_jax.exporting.stablehlo import export_model
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.inference.pruning import prune_channels
 from maskrcnn_jax.models.resnet import ResNet

@@ -15,7 +15,7 @@ from flax import nnx
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.inference.export import dequantize, export_model, quantize, quantized_network
+from maskrcnn_jax.exporting.stablehlo import dequantize, export_model, quantize, quantized_network
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import DataOptions, Options
@@ -30,10 +30,11 @@ import sys
 sys.modules["maskrcnn_jax"] = None  # importing it fails
 sys.path.insert(0, ".")
 import numpy as np
-from run_exported import ExportedModel
+from run_exported import ExportedModel, open_stablehlo
 images = list(np.load("images.npz").values())
 for name, together in (("alone", False), ("together", True)):
-    model = ExportedModel("model.mrcnn", together)
+    model = ExportedModel("model.mrcnn")
+    model._run = open_stablehlo("model.mrcnn", together)[1]
     found = model.detect(images, min_score=0)
     for image, result in zip(images, found):
         pasted = [model.paste(mask, box, image.shape[:2]) for mask, box in zip(result["masks"], result["boxes"])]

@@ -2,7 +2,7 @@
 
 The file is what ``numpy.load`` reads, a zip without pickles, and holds
 
-- ``model.json``: how images are prepared and what comes out, see ``describe``;
+- ``model.json``: how images are prepared and what comes out, see ```describe``;
 - ``weights/0.npy``, ``weights/1.npy``, ...: arrays that every program takes, in this order;
 - ``800x1088.stablehlo`` and so on: for each padded size of images a program that ``jax.export.deserialize`` reads, for
   any number of images and for CPUs, GPUs and TPUs. The weights lie beside the programs, since they share them;
@@ -32,6 +32,7 @@ from jax.typing import DTypeLike
 from maskrcnn_jax.data.plan import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.exporting.description import check_sizes, describe
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.structures import Detections
@@ -92,13 +93,9 @@ def export_model(
     Raises:
         UserError: if there are no sizes or wrong ones, or the file cannot be written.
     """
-    data = predictor.options.data
-    sizes = [tuple(size) for size in sizes] or buckets_for(data)
+    sizes = check_sizes(sizes) or buckets_for(predictor.options.data)
     if not sizes:
         raise UserError("with data.buckets=exact every image has a size of its own; give the sizes to export")
-    wrong = [size for size in sizes if len(size) != 2 or min(size) < 32 or any(side % 32 for side in size)]
-    if wrong:
-        raise UserError(f"images padded to {'x'.join(map(str, wrong[0]))} do not fit the model; use multiples of 32")
     predictor.network.eval()
     graphdef, state = nnx.split(predictor.network)
     state = jax.tree.map(np.asarray, state)
@@ -111,43 +108,30 @@ def export_model(
         state = jax.tree.map(dequantize, state, is_leaf=lambda leaf: isinstance(leaf, Int8))
         return _in_original_pixels(nnx.merge(graphdef, state).detect(images, sizes), sizes, original_sizes)
 
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as file:
-        file.writestr("model.json", json.dumps(describe(predictor, sizes, len(weights), int8), indent=1))
-        for i, array in enumerate(weights):
-            with file.open(f"weights/{i}.npy", "w") as entry:
-                np.save(entry, array, allow_pickle=False)
-        for height, width in sizes:
-            (any_number,) = jax.export.symbolic_shape("batch", constraints=["batch >= 1"])
-            for name, batch in ((f"{height}x{width}", any_number), (f"1x{height}x{width}", 1)):
-                images = (batch, height, width, predictor.options.model.in_channels)
-                file.writestr(f"{name}.stablehlo", _program(detect, weights, images, RESIZE[data.resize]))
-    replace_file(path, content.getvalue())
-
-
-def describe(predictor: Predictor, sizes: Sequence[tuple[int, ...]], num_weights: int, int8: bool) -> dict:
-    """Return what ``model.json`` says: all that a program that runs the export has to know."""
-    data, model, categories = predictor.options.data, predictor.options.model, predictor.categories
-    rows = zip(categories.labels, categories.ids, categories.names, strict=True)
-    return {
+    about = describe(predictor, sizes) | {
         "format": FORMAT,
         "jax": jax.__version__,
         "platforms": list(PLATFORMS),
-        "num_weights": num_weights,
+        "num_weights": len(weights),
         "int8": int8,
-        "sizes": [list(size) for size in sizes],  # of the padded images, (height, width), smallest first
-        "channels": model.in_channels,
-        "dtype": np.dtype(RESIZE[data.resize]).name,  # of the images
-        "resize": data.resize,  # uint8 and float32: OpenCV's bilinear resizing in this dtype; pillow: Pillow's
-        "short_side": data.short_side,  # what the shorter side is resized to,
-        "long_side": data.long_side,  # unless the longer one would be more than this
-        "aligned_masks": model.roi_aligned,  # whether masks are pasted as in detectron2, not as in torchvision
-        "categories": [{"label": int(label), "id": int(i), "name": name} for label, i, name in rows],
     }
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("model.json", json.dumps(about, indent=1))
+        for i, array in enumerate(weights):
+            with file.open(f"weights/{i}.npy", "w") as entry:
+                np.save(entry, array, allow_pickle=False)
+        (any_number,) = jax.export.symbolic_shape("batch", constraints=["batch >= 1"])
+        channels, dtype = predictor.options.model.in_channels, RESIZE[predictor.options.data.resize]
+        for height, width in sizes:
+            for name, batch in ((f"{height}x{width}", any_number), (f"1x{height}x{width}", 1)):
+                program = _program(detect, weights, (batch, height, width, channels), dtype)
+                file.writestr(f"{name}.stablehlo", program)
+    replace_file(path, content.getvalue())
 
 
 def _in_original_pixels(detections: Detections, sizes: jax.Array, original_sizes: jax.Array) -> dict:
-    """Scale the boxes as evaluation.results.unpad does on the host."""
+    """Scale the boxes as inference.results.unpad does on the host."""
     original = original_sizes.astype(jnp.float32)
     ratios = original / jnp.maximum(sizes.astype(jnp.float32), 1)
     boxes = detections.boxes.astype(jnp.float32) * jnp.tile(ratios[:, ::-1], 2)[:, None]

@@ -1,0 +1,171 @@
+"""Predictions by an exported ONNX file, in OpenVINO or ONNX Runtime instead of JAX."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from maskrcnn_jax.config import to_options
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.predictor import Predictor
+from maskrcnn_jax.paths import as_path
+from maskrcnn_jax.structures import Detections
+
+RUNTIMES = ("openvino", "onnxruntime")  # by their speed on CPUs
+_TIMED_CALLS = 7
+_EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
+_METADATA = ("model.json", "config.json")
+_NAMES = ("boxes", "scores", "labels", "masks", "valid")
+
+
+class _Program(NamedTuple):
+    """A file in a runtime."""
+
+    run: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+    size: tuple[int, int] | None  # (height, width) of the images; None for any
+    metadata: Mapping[str, str]
+
+
+class OnnxDetect:
+    """Detects with a runtime: ``detect(images [B, H, W, I], sizes [B, 2]) -> Detections`` in numpy arrays."""
+
+    def __init__(self, path: str | os.PathLike, runtime: str | None = None, *, bf16: bool = False):
+        """Load a file.
+
+        Args:
+            path: Of the file.
+            runtime: One of RUNTIMES; the first that is installed if not given.
+            bf16: Compute in bfloat16; with OpenVINO only.
+
+        Raises:
+            UserError: if the file cannot be read, there is no such runtime, or it cannot compute in bfloat16.
+        """
+        runtime = runtime or next((name for name in RUNTIMES if importlib.util.find_spec(name)), "onnxruntime")
+        if runtime not in RUNTIMES:
+            raise UserError(f"the runtime is {runtime!r}; use {' or '.join(RUNTIMES)}")
+        if bf16 and runtime != "openvino":
+            raise UserError("only OpenVINO computes in bfloat16; choose the runtime openvino, or leave bf16 out")
+        if not importlib.util.find_spec(runtime):
+            raise UserError(f"{runtime} is not installed; pip install 'maskrcnn-jax[{_EXTRAS[runtime]}]'")
+        if not as_path(path).is_file():
+            raise UserError(f"there is no file {path}; give one that maskrcnn-jax export wrote")
+        self._arguments = os.fspath(path), runtime, bf16
+        try:
+            self._program = _openvino(os.fspath(path), bf16) if runtime == "openvino" else _onnxruntime(path)
+        except Exception as error:  # runtimes raise many types for damaged files
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise UserError(f"{path} cannot be read by {runtime} ({reason}); export it again") from None
+
+    @property
+    def runtime(self) -> str:
+        """One of RUNTIMES."""
+        return self._arguments[1]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says about itself."""
+        return self._program.metadata
+
+    def __reduce__(self) -> tuple:
+        """Pickle the name of the file, which is loaded again where it is unpickled."""
+        return _reload, self._arguments
+
+    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> Detections:
+        """Find the objects in padded images; boxes are in pixels of these, as those of the network."""
+        size, (height, width) = self._program.size, images.shape[1:3]
+        if size is not None:
+            missing = size[0] - height, size[1] - width
+            if min(missing) < 0:
+                raise UserError(
+                    f"images padded to {height}x{width} do not fit {self._arguments[0]}, which is for {size[0]}x"
+                    f"{size[1]}; export it for any size, without --sizes"
+                )
+            images = np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
+        # The original sizes are those of the input: boxes are not scaled.
+        sizes = np.asarray(sizes, np.int32)
+        found = self._program.run({"images": images, "sizes": sizes, "original_sizes": sizes})
+        return Detections(*(found[name] for name in _NAMES))
+
+
+def load_onnx(path: str | os.PathLike, *, runtime: str | None = None, bf16: bool = False) -> Predictor:
+    """Load an exported ONNX file for prediction.
+
+    Args:
+        path: Of the file.
+        runtime: As for ``OnnxDetect``.
+        bf16: Likewise.
+
+    Raises:
+        UserError: if the file cannot be read or is of another origin, or the runtime is missing.
+    """
+    detect = OnnxDetect(path, runtime, bf16=bf16)
+    try:
+        rows = json.loads(detect.metadata[_METADATA[0]])["categories"]
+        options = to_options(ConfigDict(json.loads(detect.metadata[_METADATA[1]])))
+        ids, names, labels = (tuple(row[key] for row in rows) for key in ("id", "name", "label"))
+    except (KeyError, ValueError, TypeError):
+        raise UserError(
+            f"{path} does not say what its labels mean and how images are prepared, as files of maskrcnn-jax export do"
+        ) from None
+    return Predictor(None, Categories(ids, names, labels, max(labels) + 1), options, detect=detect)
+
+
+def time_per_image(detect: OnnxDetect, images: np.ndarray, sizes: np.ndarray) -> float:
+    """Return the seconds that an image of a batch takes: the median of a few calls after a first one."""
+    seconds = []
+    for _ in range(_TIMED_CALLS + 1):
+        start = time.perf_counter()
+        detect(images, sizes)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:])) / len(images)
+
+
+def _reload(path: str, runtime: str, bf16: bool) -> OnnxDetect:
+    return OnnxDetect(path, runtime, bf16=bf16)
+
+
+def _openvino(path: str, bf16: bool) -> _Program:
+    # When it is imported, OpenVINO forks a process that sends usage statistics. Without this package of its own it
+    # sends none. A fork beside the threads of JAX may hang.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    # Without a hint, OpenVINO takes bfloat16 wherever the processor has it.
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"})
+    request, dtype = compiled.create_infer_request(), compiled.input("images").get_element_type().to_dtype()
+
+    def run(inputs):
+        request.infer(inputs | {"images": inputs["images"].astype(dtype, copy=False)})
+        return {name: np.array(request.get_tensor(name).data) for name in _NAMES}
+
+    entries = {name: ["framework", name] for name in _METADATA}
+    metadata = {
+        name: model.get_rt_info(entry).astype(str) for name, entry in entries.items() if model.has_rt_info(entry)
+    }
+    shape = model.input("images").get_partial_shape()
+    return _Program(run, None if shape[1].is_dynamic else (shape[1].get_length(), shape[2].get_length()), metadata)
+
+
+def _onnxruntime(path: str | os.PathLike) -> _Program:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    images = next(entry for entry in session.get_inputs() if entry.name == "images")
+    dtype = np.float32 if images.type == "tensor(float)" else np.uint8
+
+    def run(inputs):
+        inputs = inputs | {"images": inputs["images"].astype(dtype, copy=False)}
+        return dict(zip(_NAMES, session.run(list(_NAMES), inputs), strict=True))
+
+    size: Any = tuple(images.shape[1:3])
+    metadata = session.get_modelmeta().custom_metadata_map
+    return _Program(run, None if isinstance(size[0], str) else size, metadata)
