@@ -30,13 +30,14 @@ def write_report(path: Path, splits: Sequence[Split]) -> None:
         UserError: if the file cannot be written.
     """
     data = images_data(splits, path)
+    colours = {entry["name"]: i for i, entry in enumerate(data["classes"])}
     page.write_page(
         path,
         page.TEMPLATES / "dataset.html.j2",
         title="Dataset check",
         summary=summary(splits),
         counts=[_counts(split) for split in splits],
-        splits=[_split(split) for split in splits],
+        splits=[_split(split, colours) for split in splits],
         num_shown=len(data["images"]["names"]),
         num_images=data["total"],
         classes=[plain(entry["name"]) for entry in data["classes"]],
@@ -73,29 +74,29 @@ def _counts(split: Split) -> list:
     return [split.name, *counts, split.num_errors, len(split.findings) - split.num_errors]
 
 
-def _split(split: Split) -> dict:
+def _split(split: Split, colours: dict[str, int]) -> dict:
     counts = objects_per_category(split.data) if split.data else {}
     return {
         "name": split.name,
         "path": plain(str(split.json_path)),
-        "findings": [_finding(split, finding) for finding in split.findings],
+        "findings": [_finding(split, finding, colours) for finding in split.findings],
         "categories": [[plain(name), count] for name, count in counts.items()],
     }
 
 
-def _finding(split: Split, finding: Finding) -> dict:
+def _finding(split: Split, finding: Finding, colours: dict[str, int]) -> dict:
     return {
         "is_error": finding.is_error,
         "kind": finding.kind,
         "sentence": plain(finding.sentence),
         "num_entries": len(finding.rows),
         "examples": [plain(example) for example in finding.examples],
-        "pictures": list(_pictures(split, finding)),
+        "pictures": list(_pictures(split, finding, colours)),
     }
 
 
-def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
-    """Yield the source and the caption of a picture of each example that can be shown."""
+def _pictures(split: Split, finding: Finding, colours: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield the source and the caption of a picture of each example that can be shown; colours: by class."""
     places, index = finding.rows[:NUM_EXAMPLES].tolist(), split.data
     if index is None or finding.section not in ("images", "annotations"):
         return
@@ -109,12 +110,15 @@ def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
             continue
         rows = np.flatnonzero(index.image_ids == image_id)
         if len(rows):
-            picture = _draw(index, int(rows[0]), place if finding.section == "annotations" else None, entry)
+            drawn = place if finding.section == "annotations" else None
+            picture = _draw(index, int(rows[0]), drawn, entry, colours)
             if picture is not None:
                 yield page.image_source(picture), plain(example)
 
 
-def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.ndarray | None:
+def _draw(
+    index: CocoDataset, image: int, place: int | None, entry: dict, colours: dict[str, int]
+) -> np.ndarray | None:
     """Draw the annotation at a place of the file, or all of an image; None if the image cannot be shown."""
     pixels = read_picture(index.image_path(image))
     if pixels is None:
@@ -125,16 +129,19 @@ def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.
     scale = min(1, _SIDE / max(pixels.shape[:2]))
     small = shrink(pixels, _SIDE)
     boxes, names, masks = index.boxes[rows], [f"annotation {index.annotation_ids[row]}" for row in rows], None
+    categories = [_category(index, row) for row in rows.tolist()]
     if place is None:
-        names = [_category(index, row) for row in rows.tolist()]
+        names = categories
     elif not len(rows):  # the annotation was dropped or is malformed; its box may show why
         boxes = _box_as_given(entry)
         names = [f"annotation {short(entry.get('id'))}"][: len(boxes)]
+        categories = [""] * len(boxes)
     if pixels.shape[:2] == tuple(index.sizes[image].tolist()) and len(rows) and index.has_mask[rows].all():
         size = pixels.shape[:2]
         masks = [shrink_mask(index.crop(row, *size), size, small.shape[:2]) for row in rows.tolist()]
     boxes = np.clip(boxes * scale, -1, max(small.shape[:2]) + 1)
-    return draw_instances(small, boxes, [plain(name) for name in names], masks=masks, min_side=_SIDE)
+    names, places = [plain(name) for name in names], [colours.get(name, len(colours)) for name in categories]
+    return draw_instances(small, boxes, names, masks=masks, min_side=_SIDE, colours=places)
 
 
 def _category(index: CocoDataset, row: int) -> str:

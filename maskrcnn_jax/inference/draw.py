@@ -33,6 +33,7 @@ def draw_instances(
     masks: Sequence[dict | np.ndarray | Crop | None] | np.ndarray | None = None,
     *,
     min_side: int = MIN_SIDE,
+    colours: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Draw translucent masks, box outlines and captions such as "person 0.93".
 
@@ -46,6 +47,7 @@ def draw_instances(
             None.
         min_side: images whose longer side is below are enlarged by the smallest whole factor that reaches it;
             0 keeps the size.
+        colours: K arguments of ``instance_colour``, such as classes; by default, a colour for each instance.
 
     Returns:
         [H * factor, W * factor, 3] uint8 RGB.
@@ -54,21 +56,21 @@ def draw_instances(
     factor = max(1, -(-min_side // max(height, width)))
     picture = np.ascontiguousarray(np.repeat(np.repeat(image[..., :3], factor, axis=0), factor, axis=1))
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4) * factor
-    colours = [instance_colour(index) for index in range(len(boxes))]
+    chosen = [instance_colour(index) for index in (range(len(boxes)) if colours is None else colours)]
     thickness = max(1, round(max(picture.shape[:2]) / 400))
     order = range(len(boxes) - 1, -1, -1)
     if masks is not None:
         for index in order:
-            _blend_mask(picture, _crop(masks[index]), colours[index], factor, thickness)
+            _blend_mask(picture, _crop(masks[index]), chosen[index], factor, thickness)
     for index in order:
         x1, y1, x2, y2 = _round(boxes[index])
-        cv2.rectangle(picture, (x1, y1), (x2, y2), colours[index], thickness, cv2.LINE_AA)
+        cv2.rectangle(picture, (x1, y1), (x2, y2), chosen[index], thickness, cv2.LINE_AA)
     texts = list(names) if scores is None else [f"{name} {scores[i]:.2f}" for i, name in enumerate(names)]
     captions: list[_Caption] = []
     for index, text in enumerate(texts):
         captions.append(_lay_out(text, boxes[index], picture.shape[:2], [caption.place for caption in captions]))
     for index in order:
-        _draw_caption(picture, captions[index], colours[index])
+        _draw_caption(picture, captions[index], chosen[index])
     return picture
 
 

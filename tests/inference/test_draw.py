@@ -81,6 +81,13 @@ def test_a_mask_tints_its_pixels_and_no_others():
     assert (image == 90).all()
 
 
+def test_instances_have_the_colours_that_are_chosen():
+    boxes = np.array([[10, 10, 30, 30], [60, 60, 90, 90]])
+    picture = draw_instances(grey(100, 100), boxes, ["", ""], min_side=0, colours=[5, 2])
+    for (y, x), colour in (((30, 20), 5), ((90, 75), 2)):
+        assert picture[y, x].tolist() == pytest.approx(instance_colour(colour), abs=20), "edges are smoothed"
+
+
 def test_a_mask_is_enlarged_with_its_picture():
     mask = np.zeros((100, 128), bool)
     mask[50:90, 40:120] = True
