@@ -29,7 +29,7 @@ _MODULES = {
     "MaskRCNN": "models.mask_rcnn",
     "ModelOptions": "options",
     "Predictor": "inference.predictor",
-    "ImageDetections": "inference.predictor",
+    "ImageDetections": "inference.detections",
     "export_model": "inference.export",
     "UserError": "errors",
 }

@@ -6,8 +6,10 @@ text and markup; Python only prepares their data.
 
 import base64
 import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -26,12 +28,23 @@ def write_page(path: str | os.PathLike, template: Path, **data) -> None:
 
     Args:
         path: the file; its folder is made if it does not exist.
-        template: may use the templates beside it and those in ``TEMPLATES``. Values are escaped, except in Markdown
-            (``*.md.j2``).
-        data: the variables of the template. A variable that it uses but does not get is an error.
+        template: as for ``render``.
+        data: likewise.
 
     Raises:
         UserError: if the file cannot be written.
+    """
+    # File names may hold what UTF-8 cannot encode.
+    replace_file(path, render(template, **data).encode(errors="backslashreplace"))
+
+
+def render(template: Path, **data) -> str:
+    """Return the text of a page.
+
+    Args:
+        template: may use the templates beside it and those in ``TEMPLATES``. Values are escaped, except in Markdown
+            (``*.md.j2``).
+        data: the variables of the template. A variable that it uses but does not get is an error.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
@@ -41,17 +54,17 @@ def write_page(path: str | os.PathLike, template: Path, **data) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template(template.name).render(data)
-    replace_file(path, text.encode(errors="backslashreplace"))  # file names may hold what UTF-8 cannot encode
+    return environment.get_template(template.name).render(data)
 
 
-def image_source(image: np.ndarray) -> str:
+def image_source(image: np.ndarray, *, quality: int = 85) -> str:
     """Return an image as the ``src`` of an ``img`` element.
 
     Args:
         image: [h, w, 3] uint8 RGB; embedded as JPEG.
+        quality: of the JPEG, 1..100.
     """
-    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
 
 
@@ -62,3 +75,23 @@ def svg(figure: Figure) -> Markup:
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     drawing = text.getvalue()
     return Markup(drawing[drawing.index("<svg") :])  # without the XML declaration, which HTML does not allow
+
+
+def embed(data: Any) -> Markup:
+    """Return data as JSON for a ``script`` element.
+
+    No text in it can end the element or start another: what HTML reads as markup is written as escapes of JSON.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def pack(array: np.ndarray | list, dtype: type) -> dict[str, str]:
+    """Return an array as data of ``embed``: ``unpack`` of ``templates/gallery.js`` turns it into a typed array.
+
+    Args:
+        array: of any shape; read row by row.
+        dtype: int8, uint8, uint16, int32 or float32.
+    """
+    values = np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<"))
+    return {"type": np.dtype(dtype).name, "base64": base64.b64encode(values.tobytes()).decode()}

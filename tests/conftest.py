@@ -75,3 +75,15 @@ def bucket():
 
     with emulated() as bucket:
         yield bucket
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A tab of headless Chromium; skips where it is not installed."""
+    from tests.browser import CHROMIUM, Browser
+
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()

@@ -14,6 +14,7 @@ ALLOWED = {
     "errors": set(),
     "writing": {"errors", "paths"},
     "page": {"writing"},
+    "gallery": {"data", "inference", "page", "paths"},
     "paths": {"errors"},
     "option_fields": {"errors"},
     "model_options": {"option_fields", "errors"},
@@ -28,14 +29,17 @@ ALLOWED = {
     "converting": _LEAVES | {"data"},
     "run_folder": _LEAVES | {"config", "data", "distributed", "models"},
     "inference": _LEAVES | {"config", "data", "distributed", "models", "ops"},
-    "checking": _LEAVES | {"anchor_shapes", "config", "data", "inference", "page"},
+    "checking": _LEAVES | {"anchor_shapes", "config", "data", "gallery", "inference", "page"},
+    "serving": _LEAVES | {"data", "inference", "page"},
     "training": _LEAVES | {"checking", "config", "data", "distributed", "models", "ops", "run_folder", "weights"},
-    "evaluation": _LEAVES | {"config", "data", "distributed", "inference", "models", "ops", "page", "weights"},
+    "evaluation": _LEAVES
+    | {"config", "data", "distributed", "gallery", "inference", "models", "ops", "page", "run_folder", "weights"}
+    | {"__version__"},
     "api": _LEAVES
     | {"config", "data", "distributed", "evaluation", "inference", "models", "run_folder", "training", "weights"},
     "commands": _LEAVES
     | {"api", "checking", "config", "converting", "data", "distributed", "evaluation", "inference", "models", "ops"}
-    | {"run_folder", "training", "weights"}
+    | {"run_folder", "serving", "training", "weights"}
     | {"", "__version__"},  # the functions of the package, which import their modules when they are used
 }
 FORBIDDEN_LIBRARIES = {
@@ -47,6 +51,7 @@ FORBIDDEN_LIBRARIES = {
     "data": {"jax", "flax", "optax", "orbax"},
     "converting": {"jax", "flax", "optax", "orbax"},
     "checking": {"jax", "flax", "optax", "orbax"},
+    "gallery": {"jax", "flax", "optax", "orbax"},
     "weights": {"torch", "torchvision"},
 }
 # The code that is there for CPUs alone, and what may import it: everything else gets it from these.

@@ -14,29 +14,37 @@ import numpy as np
 
 
 class ExportedModel:
-    """Finds objects in images; programs are compiled when the first image of their size comes."""
+    """Finds objects in images; programs are compiled when the first image of their size comes.
 
-    def __init__(self, path):
+    Images of one padded size are worked on together; on CPUs each alone, which is faster there.
+    """
+
+    def __init__(self, path, together=None):
         file = np.load(path)  # which refuses pickles, so that nothing in the file runs but its programs
         self.about = json.loads(file["model.json"])
         self.categories = {row["label"]: row for row in self.about["categories"]}
         self._weights = [jax.device_put(file[f"weights/{i}"]) for i in range(self.about["num_weights"])]
+        self._together = jax.default_backend() != "cpu" if together is None else together
+        prefix = "" if self._together else "1x"
         self._programs = {
-            (height, width): jax.jit(jax.export.deserialize(bytearray(file[f"{height}x{width}.stablehlo"])).call)
+            (height, width): _program(file[f"{prefix}{height}x{width}.stablehlo"])
             for height, width in self.about["sizes"]
         }
 
     def detect(self, images, min_score=0.5):
-        """Find the objects in images [h, w, 3] uint8, in RGB; those of one padded size are worked on together.
+        """Find the objects in images [h, w, 3] uint8, in RGB.
 
         Objects with a lower score are left out. Returns a dict for each image: boxes [K, 4] x1, y1, x2, y2 in its
         pixels, scores [K], labels [K] and masks [K, 28, 28], best first.
         """
         prepared = [self._prepare(image) for image in images]
         results = [None] * len(images)
-        for size in {padded.shape[:2] for padded, _ in prepared}:
-            rows = [i for i, (padded, _) in enumerate(prepared) if padded.shape[:2] == size]
-            found = self._programs[size](
+        batches = [[i] for i in range(len(images))]
+        if self._together:
+            sizes = [padded.shape[:2] for padded, _ in prepared]
+            batches = [[i for i, other in enumerate(sizes) if other == size] for size in set(sizes)]
+        for rows in batches:
+            found = self._programs[prepared[rows[0]][0].shape[:2]](
                 self._weights,
                 np.stack([prepared[i][0] for i in rows]),
                 np.array([prepared[i][1] for i in rows], np.int32),
@@ -84,6 +92,10 @@ class ExportedModel:
             cells = (np.arange(length) + 0.5 - low) / max(high - low, 1e-6) * len(mask) - 0.5
             weights.append(np.maximum(1 - np.abs(cells[:, None] - np.arange(len(mask))), 0))
         return weights[1] @ mask @ weights[0].T >= 0.5
+
+
+def _program(serialized):
+    return jax.jit(jax.export.deserialize(bytearray(serialized)).call)
 
 
 def main():

@@ -12,6 +12,7 @@ import numpy as np
 
 from maskrcnn_jax.checking.anchors import Anchors, check_anchors
 from maskrcnn_jax.checking.examples import annotations_finding, images_finding, listed
+from maskrcnn_jax.data.annotations import repetitions
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.formats import overlaps, polygon_bounds
@@ -107,15 +108,11 @@ def misfits(index: CocoDataset, rows: np.ndarray, bounds: np.ndarray | dict[int,
 
 
 def _same_files(index: CocoDataset) -> list[Finding]:
-    rows = range(len(index))
-    first = dict(zip(reversed(index.file_names.tolist()), reversed(rows), strict=True))  # by name, the earliest stays
-    return images_finding(index, Kind.SAME_FILE, np.setdiff1d(rows, list(first.values())))
+    return images_finding(index, Kind.SAME_FILE, repetitions(index.file_names))
 
 
 def _annotation_ids(index: CocoDataset, evaluated: bool | None) -> list[Finding]:
-    first = np.unique(index.annotation_ids, return_index=True)[1]
-    later = np.setdiff1d(np.arange(len(index.annotation_ids)), first)
-    repeated = annotations_finding(index, Kind.SAME_ID, later)
+    repeated = annotations_finding(index, Kind.SAME_ID, repetitions(index.annotation_ids))
     if evaluated is False:
         return repeated
     zero = annotations_finding(index, Kind.ZERO_ID, np.flatnonzero(index.annotation_ids == 0))

@@ -1,4 +1,4 @@
-"""The findings of a dataset check as one HTML page, with pictures of examples."""
+"""A dataset check as one HTML page: findings with pictures of examples, and all images to look through."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,18 +8,15 @@ import numpy as np
 from maskrcnn_jax import page
 from maskrcnn_jax.checking.annotations import objects_per_category
 from maskrcnn_jax.checking.dataset import Split
+from maskrcnn_jax.checking.dataset_images import images_data, read_picture
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.findings import Finding
-from maskrcnn_jax.data.image_headers import image_size
-from maskrcnn_jax.data.images import decode_image
 from maskrcnn_jax.data.transforms import shrink_mask
 from maskrcnn_jax.inference.draw import draw_instances, shrink
-from maskrcnn_jax.paths import read_bytes
 
 _SIDE = 340  # pixels of a picture's longer side; three fit beside each other
-_MAX_PIXELS = 1 << 26  # of an image that is opened only to be shown
 
 
 def write_report(path: Path, splits: Sequence[Split]) -> None:
@@ -32,6 +29,7 @@ def write_report(path: Path, splits: Sequence[Split]) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
+    data = images_data(splits, path)
     page.write_page(
         path,
         page.TEMPLATES / "dataset.html.j2",
@@ -39,6 +37,11 @@ def write_report(path: Path, splits: Sequence[Split]) -> None:
         summary=summary(splits),
         counts=[_counts(split) for split in splits],
         splits=[_split(split) for split in splits],
+        num_shown=len(data["images"]["names"]),
+        num_images=data["total"],
+        classes=[plain(entry["name"]) for entry in data["classes"]],
+        shown_splits=data["splits"],
+        data=page.embed(data),
     )
 
 
@@ -113,7 +116,7 @@ def _pictures(split: Split, finding: Finding) -> Iterator[tuple[str, str]]:
 
 def _draw(index: CocoDataset, image: int, place: int | None, entry: dict) -> np.ndarray | None:
     """Draw the annotation at a place of the file, or all of an image; None if the image cannot be shown."""
-    pixels = _read(index.image_path(image))
+    pixels = read_picture(index.image_path(image))
     if pixels is None:
         return None
     rows = np.arange(index.offsets[image], index.offsets[image + 1])
@@ -146,16 +149,6 @@ def _box_as_given(entry: dict) -> np.ndarray:
     except (KeyError, TypeError, ValueError, OverflowError):
         return np.zeros((0, 4))
     return box if np.isfinite(box).all() else np.zeros((0, 4))
-
-
-def _read(path: Path) -> np.ndarray | None:
-    """Read an image; None if it cannot be read or is too large to be shown."""
-    try:
-        data = read_bytes(path)
-        height, width = image_size(data) or (0, 0)
-        return decode_image(data) if height * width <= _MAX_PIXELS else None
-    except (OSError, ValueError):  # a UserError is a ValueError
-        return None
 
 
 def plain(text: str) -> str:

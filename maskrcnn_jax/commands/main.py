@@ -9,7 +9,7 @@ from types import ModuleType
 from maskrcnn_jax import __version__
 from maskrcnn_jax.commands.app import run_command
 
-COMMANDS = ("train", "eval", "predict", "check", "convert", "export", "export-torchvision", "build-tfds")
+COMMANDS = ("train", "eval", "predict", "check", "convert", "export", "export-torchvision", "serve", "build-tfds")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from maskrcnn_jax.data.run_lengths import Crop
 # sizes rounded to the nearest pixel, which is detectron2's to the bit.
 RESIZE = {"uint8": np.uint8, "float32": np.float32, "pillow": np.uint8}
 
+_STRIP_PIXELS = 1 << 16
 _LUMA = np.array([0.2989, 0.587, 0.114], np.float32)  # of red, green, blue; torchvision's digits
 
 
@@ -97,20 +98,42 @@ def color_jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -
     Returns:
         [h, w, I] uint8.
     """
-    image, others = image[..., :3], image[..., 3:]
+    colors, others = image[..., :3], image[..., 3:]
+    pixels = colors.reshape(-1, 3)
     order = rng.permutation(3)
-    factors = rng.uniform(1 - strength, 1 + strength, 3)
+    factors = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
     for change in order:
-        factor = np.float32(factors[change])
-        pixels = image.astype(np.float32)
+        factor = factors[change]
         if change == 0:  # brightness: towards black
-            other = np.float32(0)
+            pixels = _blend(pixels, factor, np.float32(0))
         elif change == 1:  # contrast: towards the mean of the grey image
-            other = np.floor(pixels @ _LUMA).mean()
+            total = sum(_grey(strip).sum(dtype=np.float64) for strip in _strips(pixels))
+            pixels = _blend(pixels, factor, np.float32(total / max(len(pixels), 1)))
         else:  # saturation: towards the grey image
-            other = np.floor(pixels @ _LUMA)[:, :, None]
-        image = np.clip(factor * pixels + (1 - factor) * other, 0, 255).astype(np.uint8)
-    return np.concatenate([image, others], axis=2)
+            pixels = np.concatenate([_saturate(strip, factor) for strip in _strips(pixels)])
+    return np.concatenate([pixels.reshape(colors.shape), others], axis=2)
+
+
+def _strips(pixels: np.ndarray) -> Iterable[np.ndarray]:
+    """Cut pixels [n, 3] into parts that stay in the caches, which makes photographs several times as fast."""
+    return np.split(pixels, range(_STRIP_PIXELS, len(pixels), _STRIP_PIXELS))
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    """Return the grey values [n] float32 of pixels [n, 3]."""
+    return np.floor(pixels.astype(np.float32) @ _LUMA)
+
+
+def _blend(pixels: np.ndarray, factor: np.float32, other: np.float32) -> np.ndarray:
+    """Move all pixels [n, 3] uint8 towards one value, or away from it."""
+    values = np.arange(256, dtype=np.float32)
+    return cv2.LUT(pixels, np.clip(factor * values + (1 - factor) * other, 0, 255).astype(np.uint8))
+
+
+def _saturate(pixels: np.ndarray, factor: np.float32) -> np.ndarray:
+    """Move pixels [n, 3] uint8 towards their own grey values, or away from them."""
+    blended = factor * pixels.astype(np.float32) + ((1 - factor) * _grey(pixels))[:, None]
+    return np.clip(blended, 0, 255, out=blended).astype(np.uint8)
 
 
 def pack_masks(

@@ -1,81 +1,92 @@
-"""What was found beside what is there: which classes are taken for which, and in which images a model is wrong.
+"""What each detection is: correct, a wrong class, a poor box or mask, a duplicate, or nothing that is there.
 
-Detections with a score of MIN_SCORE and more are matched by their boxes, the surest first, each with the object left
-that it overlaps most, by MIN_OVERLAP and more, whatever their classes. Crowds count for nothing, nor do detections
-that match nothing but lie in one.
+Detections are matched by their boxes, the surest first, each with the object left that it overlaps most, by
+MIN_OVERLAP and more, whatever their classes. So the classes that are taken for each other can be counted. Crowds count
+for nothing, nor do detections that match nothing but lie in one. An object that no detection matches is missed.
 """
 
-from collections import Counter, defaultdict
+from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
-MIN_SCORE = 0.5
+MIN_SCORE = 0.5  # from which on a detection counts, unless another is chosen
 MIN_OVERLAP = 0.5
+NEAR = 0.1  # overlap with an object of the same class from which on a false positive is a poor box
 
 
-class ImageErrors(NamedTuple):
-    """What is right and wrong in an image."""
+class Kind(StrEnum):
+    """What a detection is."""
 
-    right: int  # objects found with their class
-    confused: int  # objects found with another class
-    missed: int  # objects not found
-    invented: int  # detections where nothing is
-
-    @property
-    def errors(self) -> int:
-        return self.confused + self.missed + self.invented
-
-    @property
-    def share_right(self) -> float:
-        """Right ones among all objects and inventions; 1 for an image where nothing is and nothing was found."""
-        return self.right / max(self.right + self.errors, 1) if self.right + self.errors else 1.0
+    CORRECT = "correct"
+    POOR_MASK = "poor mask"  # right but for its mask, which overlaps that of the object by less than MIN_OVERLAP
+    WRONG_CLASS = "wrong class"
+    POOR_BOX = "poor box"  # overlaps an object of its class by less than MIN_OVERLAP
+    DUPLICATE = "duplicate"  # overlaps an object that a surer detection is matched with
+    BACKGROUND = "background"
+    IGNORED = "ignored"  # lies in a crowd
 
 
-def confusion(truth: COCO, results: list[dict]) -> tuple[Counter, dict[int, ImageErrors]]:
-    """Compare detections with objects.
+MATCHED = (Kind.CORRECT, Kind.POOR_MASK, Kind.WRONG_CLASS)
+
+
+class Match(NamedTuple):
+    """What a detection is, and which object decides it."""
+
+    kind: Kind
+    place: int | None  # of the object in its image
+
+
+def match(objects: list[dict], detections: list[dict]) -> list[Match]:
+    """Match the detections of one image.
+
+    What becomes of a detection depends on surer ones only. So the matches of the detections above a score are the
+    first of the matches of all.
 
     Args:
-      truth: as ``ground_truth`` returns it.
-      results: COCO results.
+      objects: annotations.
+      detections: COCO results, the surest first.
 
     Returns:
-      How often each pair (category id of the object, category id of the detection) comes, None standing for missed or
-      invented; and the errors of every image by its id.
+      The match of each detection.
     """
-    found: defaultdict[int, list[dict]] = defaultdict(list)
-    for result in results:
-        if result["score"] >= MIN_SCORE:
-            found[result["image_id"]].append(result)
-    pairs: Counter[tuple] = Counter()
-    images = {}
-    for image_id in truth.imgs:
-        of_image = Counter(_pairs(truth.imgToAnns.get(image_id, []), found[image_id]))
-        pairs.update(of_image)
-        counts: Counter[str] = Counter()
-        for (there, said), number in of_image.items():
-            kind = "missed" if said is None else "invented" if there is None else "confused"
-            counts["right" if there == said else kind] += number
-        images[image_id] = ImageErrors(*(counts[name] for name in ImageErrors._fields))
-    return pairs, images
-
-
-def _pairs(objects: list[dict], detections: list[dict]) -> list[tuple[int | None, int | None]]:
     crowd = np.array([bool(o.get("iscrowd", 0)) for o in objects], bool)
-    detections = sorted(detections, key=lambda d: -d["score"])
-    if objects and detections:
-        boxes = [np.array([o["bbox"] for o in group], np.float64) for group in (detections, objects)]
-        overlaps = np.asarray(coco_mask.iou(*boxes, crowd.astype(np.uint8)))  # [detections, objects]
-    else:
-        overlaps = np.zeros((len(detections), len(objects)))
-    free, pairs = ~crowd, []
+    if not objects or not detections:
+        return [Match(Kind.BACKGROUND, None)] * len(detections)
+    boxes = [np.array([o["bbox"] for o in group], np.float64) for group in (detections, objects)]
+    overlaps = np.asarray(coco_mask.iou(*boxes, crowd.astype(np.uint8)))  # [detections, objects]
+    free, matches = ~crowd, []
     for detection, row in zip(detections, overlaps, strict=True):
         best = int(np.argmax(np.where(free, row, -1))) if free.any() else -1
         if best >= 0 and row[best] >= MIN_OVERLAP:
             free[best] = False
-            pairs.append((objects[best]["category_id"], detection["category_id"]))
-        elif not (row[crowd] >= MIN_OVERLAP).any():
-            pairs.append((None, detection["category_id"]))
-    return pairs + [(objects[i]["category_id"], None) for i in np.flatnonzero(free)]
+            matches.append(Match(_judge(detection, objects[best]), best))
+        elif (row[crowd] >= MIN_OVERLAP).any():
+            matches.append(Match(Kind.IGNORED, None))
+        else:
+            matches.append(_nearest(detection, objects, np.where(crowd, -1, row)))
+    return matches
+
+
+def _judge(detection: dict, found: dict) -> Kind:
+    """Say how well a detection matches the object that it is matched with by boxes."""
+    if detection["category_id"] != found["category_id"]:
+        return Kind.WRONG_CLASS
+    masks = [entry.get("segmentation") for entry in (detection, found)]
+    if all(isinstance(mask, dict) for mask in masks):
+        overlap = coco_mask.iou([masks[0]], [masks[1]], [0])[0, 0]
+        return Kind.CORRECT if overlap >= MIN_OVERLAP else Kind.POOR_MASK
+    return Kind.CORRECT
+
+
+def _nearest(detection: dict, objects: list[dict], overlaps: np.ndarray) -> Match:
+    """Say what a detection is that is matched with no object, by the object that it overlaps most."""
+    nearest = int(np.argmax(overlaps))
+    if overlaps[nearest] >= MIN_OVERLAP:
+        return Match(Kind.DUPLICATE, nearest)
+    same = np.array([o["category_id"] == detection["category_id"] for o in objects])
+    nearest = int(np.argmax(np.where(same, overlaps, -1)))
+    if same[nearest] and overlaps[nearest] >= NEAR:
+        return Match(Kind.POOR_BOX, nearest)
+    return Match(Kind.BACKGROUND, None)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -168,6 +169,20 @@ class Evaluator:
         """Annotations of the images that are evaluated."""
         return self._split.truth
 
+    @property
+    def image_dir(self) -> Path | None:
+        """Where the images lie; None if they are not files."""
+        return self._split.dataset.image_dir if self._options.data.source == "coco" else None
+
+    def read_image(self, image_id: int) -> np.ndarray | None:
+        """Read an image, [h, w, 3] uint8 RGB; None if it cannot be read."""
+        dataset = self._split.dataset
+        (row,) = np.flatnonzero(dataset.image_ids == image_id).tolist()
+        try:
+            return dataset.read_image(row)
+        except BrokenImageError:
+            return None  # the loader has named it, and stopped unless broken images are to be skipped
+
     def _draw(self, results: list[dict]) -> np.ndarray:
         """Draw ground truth beside predictions for some images, evenly spread over the split."""
         _, dataset, _, evaluated = self._split
@@ -178,12 +193,11 @@ class Evaluator:
 
     def draw_image(self, image_id: int, results: list[dict]) -> np.ndarray | None:
         """Draw an image with ground truth beside one with predictions, [h, w, 3] uint8; None if it cannot be read."""
+        image = self.read_image(image_id)
+        if image is None:
+            return None
         dataset = self._split.dataset
         (row,) = np.flatnonzero(dataset.image_ids == image_id).tolist()
-        try:
-            image = dataset.read_image(row)
-        except BrokenImageError:
-            return None  # the loader has named it, and stopped unless broken images are to be skipped
         _, labels, boxes, *_ = dataset.annotations(row)
         truth = draw_instances(
             image, boxes, [dataset.categories.name(label) for label in labels], None, dataset.rles(row)

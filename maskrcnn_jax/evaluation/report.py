@@ -1,10 +1,11 @@
-"""An evaluation as one HTML page: AP, precision and recall, confusion, errors by group, images, training curves."""
+"""An evaluation as one HTML page: metrics, precision and recall, confusions, errors by group, images, training curves.
 
-import contextlib
-import io
-import json
+With the detections of a second run, every table has its columns too, and every image is there twice.
+"""
+
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +13,28 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from maskrcnn_jax import page
-from maskrcnn_jax.evaluation.coco_metrics import (
-    COCO_DETECTIONS,
-    detection_limits,
-    load_results,
-    mask_truth,
-    statistics,
-)
-from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE, ImageErrors, confusion
+from maskrcnn_jax import gallery, page
+from maskrcnn_jax.evaluation.coco_metrics import COCO_DETECTIONS, statistics
+from maskrcnn_jax.evaluation.confusion import MIN_OVERLAP, MIN_SCORE
 from maskrcnn_jax.evaluation.failure_analysis import CROWDING, OCCLUSIONS, SIZES, Errors
-from maskrcnn_jax.paths import read_bytes
+from maskrcnn_jax.evaluation.report_data import KINDS, Counted, Run, objects_data, run_data
+from maskrcnn_jax.evaluation.run_summary import read_lines
+from maskrcnn_jax.paths import as_path
 
 _KINDS = {"bbox": "box", "segm": "mask"}
-_MAX_CLASSES = 20  # in a confusion matrix; with more categories, as many of the most frequent confusions are listed
 _NUM_CURVES = 8  # categories in one plot
-_NUM_IMAGES = 6  # best and worst ones
 
 
 def write_report(
     path: str | Path,
     truth: COCO,
-    results: list[dict],
-    metrics: dict,
+    runs: Sequence[Run],
     *,
     title: str,
-    draw: Callable[[int], np.ndarray | None],
+    read: Callable[[int], np.ndarray | None],
+    image_dir: Path | None = None,
+    summary: Sequence[tuple[str, str]] = (),
     training: Path | None = None,
     max_detections: int = COCO_DETECTIONS,
 ) -> None:
@@ -48,66 +43,102 @@ def write_report(
     Args:
         path: the file; its folder is made if it does not exist.
         truth: annotations of the evaluated images, as ``ground_truth`` returns them.
-        results: COCO results.
-        metrics: as ``coco_metrics.evaluate`` returns them.
+        runs: the evaluated one, and one to compare it with if wanted.
         title: of the page.
-        draw: takes the id of an image and returns ground truth beside predictions, [h, w, 3] uint8 RGB, or None if the
-            image cannot be read.
+        read: takes the id of an image and returns it, [h, w, 3] uint8 RGB, or None if it cannot be read.
+        image_dir: where the images lie; None if they are not files.
+        summary: names and values of what the run was made with.
         training: metrics.jsonl of the run, if there is one.
         max_detections: as the metrics were computed with.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    pairs, images = confusion(truth, results)
-    per_category = metrics["segm_per_category"]
+    path = as_path(path)
+    counted = [{kind: Counted(truth, run.results, kind, max_detections) for kind in _KINDS} for run in runs]
+    objects, places = objects_data(truth)
+    shown = [run_data(truth, run, places, of_run) for run, of_run in zip(runs, counted, strict=True)]
+    worst_first = np.argsort(-np.sum([errors for _, errors in shown], axis=0), kind="stable").tolist()
+    ids = list(truth.imgs)
+    names = [str(image.get("file_name", image_id)) for image_id, image in truth.imgs.items()]
+    data = {
+        "classes": gallery.classes([category["name"] for category in truth.cats.values()]),
+        "kinds": KINDS,
+        "images": gallery.images(
+            names,
+            np.array([[i["height"], i["width"]] for i in truth.imgs.values()], np.int64).reshape(-1, 2),
+            [image_dir and image_dir / name for name in names],
+            gallery.thumbnails(worst_first, lambda row: read(ids[row])),
+            path,
+        ),
+        "objects": objects,
+        "runs": [of_run for of_run, _ in shown],
+    }
     page.write_page(
         path,
         page.TEMPLATES / "report.html.j2",
         title=title,
+        summary=summary,
+        runs=[run.name for run in runs],
         num_images=len(truth.imgs),
         num_annotations=len(truth.anns),
-        num_detections=len(results),
-        statistics=[[n, *_scores(metrics[f"bbox_{n}"], metrics[f"segm_{n}"])] for n in statistics(metrics)],
-        categories=[[name, *_scores(ap, per_category[name])] for name, ap in metrics["bbox_per_category"].items()],
-        precision_recall=_precision_recall(truth, results, max_detections),
+        num_detections=[len(run.results) for run in runs],
+        statistics=[[n, *_scores(runs, n)] for n in statistics(runs[0].metrics)],
+        names=[category["name"] for category in truth.cats.values()],
+        categories=_categories(truth, runs),
+        precision_recall=_precision_recall(truth, runs, counted),
         min_score=MIN_SCORE,
         min_overlap=MIN_OVERLAP,
-        confusion=_confusion(truth, pairs),
-        groups=_groups(truth, results, max_detections),
+        lowest=max(of_run["lowest"] for of_run, _ in shown),
+        groups=_groups(truth, runs, max_detections),
         training=_training(training),
-        **_images(images, truth, draw),
+        data=page.embed(data),
     )
 
 
-def _scores(box: float, mask: float) -> tuple[float | str, float | str]:
+def _scores(runs: Sequence[Run], name: str) -> list[float | str]:
+    """Return a number of boxes and of masks of each run."""
+    return [score for run in runs for score in _told(run.metrics[f"bbox_{name}"], run.metrics[f"segm_{name}"])]
+
+
+def _categories(truth: COCO, runs: Sequence[Run]) -> list[list]:
+    """Return colour, name, and box AP and mask AP of each run, of each category."""
+    tables = [[run.metrics[f"{kind}_per_category"] for kind in _KINDS] for run in runs]
+    labels, rows = list(truth.cats), []
+    for category_id, name in zip(sorted(truth.cats), tables[0][0], strict=True):
+        scores = [score for box, mask in tables for score in _told(box[name], mask[name])]
+        rows.append([gallery.colour(labels.index(category_id)), name, *scores])
+    return rows
+
+
+def _told(box: float, mask: float) -> tuple[float | str, float | str]:
     """Return a box score and a mask score, or why there is none where COCO gives -1."""
     reason = "no objects" if box < 0 else "no masks"
     return box if box >= 0 else reason, mask if mask >= 0 else reason
 
 
-def _precision_recall(truth: COCO, results: list[dict], max_detections: int) -> dict | None:
+def _precision_recall(truth: COCO, runs: Sequence[Run], counted: Sequence[dict[str, Counted]]) -> dict | None:
     """Plot precision against recall of masks; None if there are no annotated masks."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(mask_truth(truth), load_results(truth, results), "segm")
-        evaluation.params.maxDets = detection_limits(max_detections)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # [thresholds, recalls, categories] of all areas with the most detections; -1 where there are no objects
-    precision = evaluation.eval["precision"][..., 0, -1]
-    known = np.flatnonzero((precision >= 0).all(axis=(0, 1)))
+    # [thresholds, recalls, categories] with the most detections; -1 where there are no objects
+    precisions = [of_run["segm"].precision() for of_run in counted]
+    known = np.flatnonzero((precisions[0] >= 0).all(axis=(0, 1)))
     if not len(known):
         return None
-    precision, recalls = precision[..., known], evaluation.params.recThrs
-    ids = [evaluation.params.catIds[column] for column in known]
+    params = counted[0]["segm"].evaluation.params
+    recalls, ids = params.recThrs, [params.catIds[column] for column in known]
+    labels = list(truth.cats)
     mean, axes = _plot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    for threshold, label in ((0, "IoU 0.50"), (5, "IoU 0.75")):
-        axes.plot(recalls, precision[threshold].mean(axis=-1), label=label)
-    axes.plot(recalls, precision.mean(axis=(0, 2)), label="mean of IoU 0.50 to 0.95")
+    for run, of_run, style in zip(runs, precisions, ("-", "--"), strict=False):
+        precision, suffix = of_run[..., known], f", {_plain(run.name)}" if len(runs) > 1 else ""
+        for colour, threshold, label in (("C0", 0, "IoU 0.50"), ("C1", 5, "IoU 0.75")):
+            axes.plot(recalls, precision[threshold].mean(axis=-1), style, color=colour, label=label + suffix)
+        label = "mean of IoU 0.50 to 0.95" + suffix
+        axes.plot(recalls, precision.mean(axis=(0, 2)), style, color="C2", label=label)
     by_category, other_axes = _plot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     counts = Counter(annotation["category_id"] for annotation in truth.anns.values())
     for i in sorted(range(len(ids)), key=lambda i: -counts[ids[i]])[:_NUM_CURVES]:
-        other_axes.plot(recalls, precision[0, :, i], label=truth.cats[ids[i]]["name"])
+        colour = gallery.colour(labels.index(ids[i]))
+        other_axes.plot(recalls, precisions[0][0, :, known[i]], color=colour, label=_plain(truth.cats[ids[i]]["name"]))
     return {
         "mean": _svg(mean),
         "by_category": _svg(by_category),
@@ -123,69 +154,33 @@ def _plot(**settings) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _plain(name: str) -> str:
+    """Return a name that matplotlib shows as it is: its legends hide some, and take some for formulas."""
+    shown = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _svg(figure: Figure) -> Markup:
     figure.axes[0].legend(fontsize="small")
-    return page.svg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the browser has more fonts
+        return page.svg(figure)
 
 
-def _confusion(truth: COCO, pairs: Counter) -> dict:
-    """Return the confusion matrix, or the most frequent confusions if there are too many categories for a matrix."""
-    names = {category["id"]: category["name"] for category in truth.cats.values()}
-    if len(names) <= _MAX_CLASSES:
-        ids = [*names, None]  # None: missed objects in the columns, false positives in the rows
-        matrix = [[pairs[i, j] if (i, j) != (None, None) else "" for j in ids] for i in ids]
-        return {"names": list(names.values()), "matrix": matrix}
-    wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
-    names[None] = "nothing"
-    return {"pairs": [[names[i], names[j], count] for (i, j), count in wrong.most_common(_MAX_CLASSES)]}
-
-
-def _groups(truth: COCO, results: list[dict], max_detections: int) -> list[list]:
-    """Return group, number of objects, box AP and mask AP of each group of objects."""
-    errors = [Errors(truth, results, kind, max_detections) for kind in _KINDS]
+def _groups(truth: COCO, runs: Sequence[Run], max_detections: int) -> list[list]:
+    """Return group, number of objects, and box AP and mask AP of each run, of each group of objects."""
+    errors = [[Errors(truth, run.results, kind, max_detections) for kind in _KINDS] for run in runs]
     no_draws = np.zeros((0, len(truth.imgs)))
-    return [
-        [
-            group,
-            errors[0].number_of_objects(group),
-            *_scores(*(e.average_precision(group, no_draws)[0] for e in errors)),
-        ]
-        for group in ("all", *OCCLUSIONS, *CROWDING, *SIZES)
-    ]
-
-
-def _images(
-    images: dict[int, ImageErrors], truth: COCO, draw: Callable[[int], np.ndarray | None]
-) -> dict[str, list[dict]]:
-    """Return the pictures of the worst and the best images; no image is both."""
-    order = sorted(images, key=lambda i: (images[i].share_right, -images[i].errors))
-    worst = [i for i in order if images[i].errors][:_NUM_IMAGES]
-    order = sorted(images, key=lambda i: (-images[i].share_right, -images[i].right))
-    best = [i for i in order if images[i].right and i not in worst][:_NUM_IMAGES]
-
-    def drawn(chosen: list[int]) -> list[dict]:
-        pictures = [(i, draw(i)) for i in chosen]
-        return [
-            {
-                "source": page.image_source(picture),
-                "name": truth.imgs[i].get("file_name", i),
-                "errors": images[i],
-            }
-            for i, picture in pictures
-            if picture is not None
-        ]
-
-    return {"worst": drawn(worst), "best": drawn(best)}
+    rows: list[list] = []
+    for group in ("all", *OCCLUSIONS, *CROWDING, *SIZES):
+        scores = [[e.average_precision(group, no_draws)[0] for e in of_run] for of_run in errors]
+        rows.append([group, errors[0][0].number_of_objects(group), *(s for pair in scores for s in _told(*pair))])
+    return rows
 
 
 def _training(path: Path | None) -> dict | None:
     """Plot the losses and evaluations of a training run; None if there are none."""
-    if path is None or not path.is_file():
-        return None
-    lines = []
-    for line in read_bytes(path).decode().splitlines():
-        with contextlib.suppress(ValueError):  # the last line is cut off if the run was killed
-            lines.append(json.loads(line))
+    lines = read_lines(path)
     steps = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "segm_AP" in line]
     if not steps:

@@ -5,7 +5,9 @@ The file is what ``numpy.load`` reads, a zip without pickles, and holds
 - ``model.json``: how images are prepared and what comes out, see ``describe``;
 - ``weights/0.npy``, ``weights/1.npy``, ...: arrays that every program takes, in this order;
 - ``800x1088.stablehlo`` and so on: for each padded size of images a program that ``jax.export.deserialize`` reads, for
-  any number of images and for CPUs, GPUs and TPUs. The weights lie beside the programs, since they share them.
+  any number of images and for CPUs, GPUs and TPUs. The weights lie beside the programs, since they share them;
+- ``1x800x1088.stablehlo`` and so on: the same for one image. It is faster on CPUs, because some forms of convolutions
+  need to know the number of images.
 
 A program is called with the list of weights, images [B, H, W, I] in RGB, padded with anything, their sizes [B, 2]
 int32 (height, width) inside the padding, and their sizes before they were resized, [B, 2] int32. It returns a dict:
@@ -25,6 +27,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from maskrcnn_jax.data.plan import buckets_for
 from maskrcnn_jax.data.transforms import RESIZE
@@ -34,7 +37,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.structures import Detections
 from maskrcnn_jax.writing import replace_file
 
-FORMAT = 1
+FORMAT = 2
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Smaller arrays stay as they are: they are biases and statistics, and all of them together are small.
 _MIN_QUANTIZED = 1024
@@ -115,7 +118,10 @@ def export_model(
             with file.open(f"weights/{i}.npy", "w") as entry:
                 np.save(entry, array, allow_pickle=False)
         for height, width in sizes:
-            file.writestr(f"{height}x{width}.stablehlo", _program(detect, weights, (height, width), predictor))
+            (any_number,) = jax.export.symbolic_shape("batch", constraints=["batch >= 1"])
+            for name, batch in ((f"{height}x{width}", any_number), (f"1x{height}x{width}", 1)):
+                images = (batch, height, width, predictor.options.model.in_channels)
+                file.writestr(f"{name}.stablehlo", _program(detect, weights, images, RESIZE[data.resize]))
     replace_file(path, content.getvalue())
 
 
@@ -149,14 +155,13 @@ def _in_original_pixels(detections: Detections, sizes: jax.Array, original_sizes
     return {**detections._asdict(), "boxes": jnp.clip(boxes, 0, limits)}
 
 
-def _program(detect, weights: list[np.ndarray], size: tuple[int, int], predictor: Predictor) -> bytes:
-    """Trace the program of one padded size for any number of images."""
-    (batch,) = jax.export.symbolic_shape("batch", constraints=["batch >= 1"])
-    shape = jax.ShapeDtypeStruct
+def _program(detect, weights: list[np.ndarray], shape: tuple, dtype: DTypeLike) -> bytes:
+    """Trace the program for images of a shape [B, H, W, I], in which B may be a symbol."""
+    struct = jax.ShapeDtypeStruct
     exported = jax.export.export(jax.jit(detect), platforms=PLATFORMS)(
-        [shape(array.shape, array.dtype) for array in weights],
-        shape((batch, *size, predictor.options.model.in_channels), RESIZE[predictor.options.data.resize]),
-        shape((batch, 2), jnp.int32),
-        shape((batch, 2), jnp.int32),
+        [struct(array.shape, array.dtype) for array in weights],
+        struct(shape, dtype),
+        struct((shape[0], 2), jnp.int32),
+        struct((shape[0], 2), jnp.int32),
     )
     return bytes(exported.serialize())

@@ -391,10 +391,9 @@ class MaskRCNN(nnx.Module):
     def detect_boxes(self, images: Images, sizes: Sizes) -> tuple[Pyramid, Array, Array, Array, Array]:
         """Find the boxes of :meth:`detect`: the pyramid, boxes [B, D, 4], and scores, labels and valid [B, D]."""
         features = self.features(images, sizes)
-        anchors = self.anchors(features, images.shape[1:3])
         with jax.named_scope("rpn"):
             objectness, deltas = self.rpn(features)
-        proposals = self.propose(objectness, deltas, anchors, sizes, train=False)
+        proposals = self.propose(objectness, deltas, self.anchors(features, images.shape[1:3]), sizes, train=False)
         pooled = self.pool(features, proposals.boxes, images.shape[1:3], BOX_POOL_SIZE)
         with jax.named_scope("box_head"):
             logits, box_deltas = self.box_head(pooled)

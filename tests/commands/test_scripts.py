@@ -33,6 +33,7 @@ def test_a_model_is_a_run_or_weights_with_their_config(refusal):
     assert "--workdir" in refusal("eval.py", "--workdir=run", "--weights=x.pth", "--output=out")
     assert "need the config" in refusal("eval.py", "--weights=x.pth", "--output=out")
     assert "--output" in refusal("eval.py", "--weights=x.pth", "--config=r50_fpn")
+    assert "--report" in refusal("eval.py", "--workdir=run", "--compare=other")
 
 
 def test_a_folder_without_a_run_is_named(refusal, tmp_path, shapes):

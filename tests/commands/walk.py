@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 # Changes of the config "shapes": two steps of a network that compiles fast, on images of 64 pixels.
@@ -99,8 +101,8 @@ def train_and_evaluate() -> dict:
     config = json.loads(Path("run/config.json").read_text())
     del config["eval_workers"]  # as in runs from before this option
     Path("run/config.json").write_text(json.dumps(config))
-    maskrcnn("eval", "--workdir=run", "--output=evaluated", "--report=report.html")
-    assert "Worst images" in Path("report.html").read_text()
+    maskrcnn("eval", "--workdir=run", "--output=evaluated", "--report=report.html", "--compare=run")
+    assert "most errors first" in Path("report.html").read_text()
     metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
     assert json.loads(Path("evaluated/metrics.json").read_text()) == metrics
     return metrics
@@ -144,6 +146,35 @@ def evaluate_exported_weights_on_tfds(metrics: dict) -> None:
     maskrcnn("train", *CONFIG, *tfds, "--weights=model.safetensors", "--workdir=fine_tuned")
 
 
+def serve() -> None:
+    """Start the service, ask it for a prediction, and stop it."""
+    start = time.monotonic()
+    command = ["maskrcnn-jax", "serve", "--workdir=run", "--port=0", "--max_batch=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            lines = []
+            while "listening on" not in (line := process.stdout.readline()):
+                lines.append(line)
+                assert line, f"it ended: {lines}"
+            assert "images of 64x64 are ready" in "".join(lines)
+            address, image = line.split()[-1], Path("data/val2017/000000000001.jpg").read_bytes()
+            with urllib.request.urlopen(f"{address}/predict?min_score=0", image) as response:
+                found = json.load(response)["detections"]
+            results = json.loads(Path("pictures/detections.json").read_text())
+            expected = [result for result in results if result["image_id"] == 1]
+            assert [row["category_id"] for row in found] == [result["category_id"] for result in expected]
+            assert [row["rle"] for row in found] == [result["segmentation"] for result in expected]
+            try:
+                urllib.request.urlopen(f"{address}/predict", b"no image")
+                raise AssertionError("it takes anything for an image")
+            except urllib.error.HTTPError as error:
+                assert error.code == 422
+        finally:
+            process.terminate()
+        assert process.wait(timeout=60) == 0
+    print(f"{time.monotonic() - start:5.0f} s  {' '.join(command)}", flush=True)
+
+
 def resume() -> None:
     """Train one more step, and with another network, which is refused and changes nothing."""
     resumed = maskrcnn("train", *CONFIG, "--config.max_steps=3", "--config.eval_every=0", "--workdir=run")
@@ -182,6 +213,7 @@ def main() -> None:
     evaluate_exported_weights_on_tfds(metrics)
     maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=pictures", "--min_score=0")
     assert len(list(Path("pictures").glob("*.jpg"))) == 3
+    serve()
     choices = ("--min_score=0", "--tile=48", "--whole_image", "--nms=linear", "--tta=flip")
     files = ("--masks=png", "--polygons=labelme")
     maskrcnn("predict", "--workdir=run", "--input=data/val2017", "--output=predicted", *choices, *files)

@@ -89,6 +89,14 @@ def test_colour_changes_follow_torchvisions_formulas(order, factors, expected):
     np.testing.assert_array_equal(transforms.color_jitter(image, 0.5, _Fixed(order, factors))[0], expected)
 
 
+def test_colour_changes_of_large_images_are_those_of_small_ones():
+    small = np.array([[[100, 0, 0], [200, 200, 200]]], np.uint8)
+    large = np.tile(small, (300, 250, 1))  # in several parts
+    factors = _Fixed([1, 2, 0], [1.2, 0.5, 1.5])
+    expected = np.tile(transforms.color_jitter(small, 0.5, factors), (300, 250, 1))
+    np.testing.assert_array_equal(transforms.color_jitter(large, 0.5, factors), expected)
+
+
 def test_colour_jitter_depends_on_the_generator_alone_and_strength_0_changes_nothing():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     first, again, other = (transforms.color_jitter(image, 0.4, np.random.default_rng(seed)) for seed in (1, 1, 2))

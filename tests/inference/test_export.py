@@ -24,17 +24,17 @@ from tools.run_exported import ExportedModel
 
 ROOT = Path(__file__).parents[2]
 CATEGORIES = Categories.create([900, 7, 12, 13], ["heart", "circle", "star", "ring"])
-# Runs an export on batches of one and of four images and writes down what it finds.
+# Runs an export on images one by one and together and writes down what it finds.
 SCRIPT = """
 import sys
 sys.modules["maskrcnn_jax"] = None  # importing it fails
 sys.path.insert(0, ".")
 import numpy as np
 from run_exported import ExportedModel
-model = ExportedModel("model.mrcnn")
 images = list(np.load("images.npz").values())
-for name, batches in (("one", [[image] for image in images]), ("four", [images])):
-    found = [result for batch in batches for result in model.detect(batch, min_score=0)]
+for name, together in (("alone", False), ("together", True)):
+    model = ExportedModel("model.mrcnn", together)
+    found = model.detect(images, min_score=0)
     for image, result in zip(images, found):
         pasted = [model.paste(mask, box, image.shape[:2]) for mask, box in zip(result["masks"], result["boxes"])]
         result["pasted"] = np.array(pasted).reshape(-1, *image.shape[:2])
@@ -68,7 +68,7 @@ def test_an_export_finds_what_the_model_finds_without_the_package(predictor, ima
     expected = predictor.predict(images, min_score=0)
     counts = [len(found) for found in expected]
     assert min(counts) == counts[2] == 0 and sorted(counts)[1] > 1
-    for name in ("one", "four"):
+    for name in ("alone", "together"):
         file = np.load(tmp_path / f"{name}.npz")
         for i, theirs in enumerate(expected):
             np.testing.assert_array_equal(file[f"{i}_labels"], theirs.labels)

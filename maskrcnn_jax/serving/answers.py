@@ -1,0 +1,65 @@
+"""Detections as JSON or as a picture."""
+
+import json
+from typing import Any
+
+import cv2
+import numpy as np
+
+from maskrcnn_jax.data.run_lengths import decode_crop
+from maskrcnn_jax.inference.detections import ImageDetections
+from maskrcnn_jax.inference.polygons import mask_to_polygons
+
+MASKS = ("rle", "polygons", "none")
+FORMATS = {"json": "application/json", "jpg": "image/jpeg", "png": "image/png"}
+
+
+def encode(found: ImageDetections, form: str, masks: str) -> bytes:
+    """Return the body of an answer.
+
+    Args:
+        found: The objects to answer with.
+        form: One of ``FORMATS``.
+        masks: One of ``MASKS``; how JSON holds the masks.
+    """
+    if form == "json":
+        return json.dumps(to_json(found, masks), ensure_ascii=False).encode()
+    return cv2.imencode(f".{form}", found.draw()[..., ::-1])[1].tobytes()
+
+
+def to_json(found: ImageDetections, masks: str) -> dict[str, Any]:
+    """Return detections as values of JSON.
+
+    Args:
+        found: K objects.
+        masks: "rle" adds COCO's compressed run lengths; "polygons" adds for each region of the mask its rings of
+            ``[x, y]``, the outline first and then the holes; "none" adds nothing.
+
+    Returns:
+        ``width`` and ``height`` of the image, and K ``detections``, best first.
+    """
+    height, width = found.image.shape[:2]
+    detections: list[dict[str, Any]] = []
+    for index, box in enumerate(found.boxes):
+        detections.append(
+            {
+                "name": found.names[index],
+                "category_id": int(found.category_ids[index]),
+                "score": _number(found.scores[index]),
+                "box": [_number(value) for value in box],
+            }
+        )
+    if masks != "none":
+        for row, result in zip(detections, found.to_coco(0), strict=True):
+            rle = result["segmentation"]
+            if masks == "rle":
+                row["rle"] = rle
+            else:
+                regions = mask_to_polygons(decode_crop(rle))
+                row["polygons"] = [[ring.astype(int).tolist() for ring in rings] for rings in regions]
+    return {"width": width, "height": height, "detections": detections}
+
+
+def _number(value: np.float32) -> float:
+    """Return the shortest decimal that reads back as the same float32."""
+    return float(str(value))

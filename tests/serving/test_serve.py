@@ -1,0 +1,93 @@
+"""The command, in a process of its own: what it refuses, and how it stops."""
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maskrcnn_jax.commands import serve
+from maskrcnn_jax.commands.app import parse
+from maskrcnn_jax.errors import UserError
+from tests.serving.service import Running, draw_regions, encoded
+
+ROOT = Path(__file__).parents[2]
+# The command with a model that finds colours and takes its time.
+SCRIPT = """
+import sys
+from maskrcnn_jax.commands import serve
+from maskrcnn_jax.commands.app import run_command
+from tests.serving.service import ColourPredictor
+
+def load(options):
+    model = ColourPredictor()
+    model.seconds = 0.4
+    return model
+
+serve.load = load
+run_command(serve, sys.argv[1:])
+"""
+
+
+@contextlib.contextmanager
+def started(*arguments):
+    """Run the command until it listens; yields the process and its service."""
+    command = [sys.executable, "-c", SCRIPT, "--workdir=.", "--port=0", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        try:
+            while "listening on" not in (line := process.stdout.readline()):
+                assert line, "it ended"
+            assert "http://127.0.0.1:" in line, "reachable from elsewhere"
+            yield process, Running(int(line.rpartition(":")[2]), None)
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_service_answers_what_is_in_its_queue(number):
+    with started("--max_batch=1") as (process, service), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(service.predict, encoded(draw_regions())) for _ in range(4)]
+        while b"maskrcnn_requests_in_work 4" not in service.ask("GET", "/metrics")[1]:
+            assert not any(future.done() and future.exception() for future in waiting)
+            time.sleep(0.01)
+        process.send_signal(number)
+        answers = [future.result() for future in waiting]
+        assert [code for code, _ in answers] == [200] * 4
+        assert all(len(answer["detections"]) == 2 for _, answer in answers)
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stdout.read()
+        with pytest.raises(ConnectionError):
+            service.ask("GET", "/health")
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_compiled(monkeypatch):
+    monkeypatch.setattr(serve, "load", lambda options: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = parse(serve, ["--workdir=.", f"--port={taken.getsockname()[1]}"])
+        with pytest.raises(UserError, match="--port"):
+            serve.main(options)
+    with pytest.raises(UserError, match="--host"):
+        serve.main(parse(serve, ["--workdir=.", "--host=no.such.host.invalid"]))
+
+
+@pytest.mark.parametrize("argument", ["--max_batch=3", "--max_batch=0", "--max_queue=0", "--timeout=0", "--port=-1"])
+def test_limits_without_sense_are_refused(argument):
+    with pytest.raises(UserError, match=argument.partition("=")[2]):
+        parse(serve, ["--workdir=.", argument])
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "maskrcnn_jax.serving.server", raising=False)
+    with pytest.raises(UserError, match=r'uvicorn is not installed.*pip install "\.\[serve\]"'):
+        serve.main(parse(serve, ["--workdir=."]))
