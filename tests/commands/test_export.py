@@ -12,9 +12,9 @@ from maskrcnn_jax.errors import UserError
     [
         (
             ["--output=x.onnx", "--format=stablehlo"],
-            "--format=stablehlo contradicts --output=x.onnx; .* end in .mrcnn",
+            "contradicts --output=x.onnx; .* end in .mrcnn",
         ),
-        (["--output=x.mrcnn", "--format=onnx"], "--format=onnx contradicts --output=x.mrcnn; .* end in .onnx"),
+        (["--output=x.mrcnn", "--format=onnx"], "contradicts --output=x.mrcnn; .* end in .onnx"),
         (["--output=x.pb"], "--output=x.pb ends in .pb; use .onnx for ONNX or .mrcnn for StableHLO"),
         (["--output=x"], "--output=x ends in nothing; use .onnx"),
         (["--output=x.onnx", "--int8"], "measures the ranges of activations on images; give a dataset, --coco_dir"),

@@ -65,7 +65,9 @@ def images_of(predictor, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i else ()) for i, name in enumerate(NETWORKS)]
+)
 def test_both_runtimes_find_what_the_model_finds(name, tmp_path):
     predictor = predictor_of(**NETWORKS[name])
     images = images_of(predictor)
@@ -248,6 +250,7 @@ def test_eight_bits_find_nearly_the_same_in_a_quarter_of_the_space(exported, tmp
         quantize_onnx(path, [batch._replace(valid=np.zeros(3, bool))])
 
 
+@pytest.mark.slow
 def test_an_exported_file_is_evaluated_like_the_model(tmp_path):
     write_dataset(tmp_path / "shapes", num_train=1, num_val=3, image_size=64, seed=1)
     categories = load_dataset(DataOptions(coco_dir=str(tmp_path / "shapes")), "val2017").categories
