@@ -222,10 +222,14 @@ def select(
     scores = graph.transpose(_without_background(scores), 0, 2, 1)  # [B, C, N]
     scores = graph.op("Where", is_large(boxes, options.box_min_size), scores, 0.0)
     shape = graph.op("Shape", scores)
-    if not options.cls_agnostic_bbox_reg:
+    lists, shares_boxes = graph.reshape(boxes, -1, number, 4), options.cls_agnostic_bbox_reg
+    if options.box_nms_class_agnostic:  # among the boxes of all classes, in the order of the classes
+        boxes, shares_boxes = graph.op("Expand", boxes, graph.concat([shape, np.array([4])], axis=0)), False
+        lists, scores = graph.reshape(boxes, 0, -1, 4), graph.reshape(scores, 0, 1, -1)
+    elif not shares_boxes:
         scores = graph.reshape(scores, -1, 1, number)
     kept = suppress(
-        graph.reshape(boxes, -1, number, 4),
+        lists,
         *(scores, scores, 0.0),
         most=options.box_detections_per_img,
         score_threshold=options.box_score_thresh,
@@ -235,7 +239,7 @@ def select(
     kept = graph.op("Flatten", graph.op("Reshape", kept, shape))
     most = graph.op("Min", graph.length(kept, 1), np.array([options.box_detections_per_img]))
     scores, index = graph.ops("TopK", 2, kept, most, axis=-1)
-    row = index % number if options.cls_agnostic_bbox_reg else index
+    row = index % number if shares_boxes else index
     return graph.take(graph.reshape(boxes, 0, -1, 4), row), scores, index // number + 1
 
 

@@ -50,6 +50,11 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
             f"an ONNX file is for images of one size or of any, not of {len(sizes)}; give one size or none"
         )
     network, graph = predictor.network, Graph()
+    if network.options.box_nms_method != "hard":
+        raise UserError(
+            f"ONNX has no soft suppression, but model.box_nms_method is {network.options.box_nms_method}; export with "
+            "hard, or as StableHLO with --format=stablehlo"
+        )
     network.eval()
     height_width = sizes[0] if sizes else ("height", "width")
     dtype = RESIZE[predictor.options.data.resize]

@@ -51,6 +51,8 @@ NETWORKS = {
         "roi_operator": "pool",
         "mask_deconv": False,
     },
+    "suppression among all classes": {"box_nms_class_agnostic": True},
+    "one box, suppression among all classes": {"cls_agnostic_bbox_reg": True, "box_nms_class_agnostic": True},
     "mobilenet": {"backbone": "mobilenet_v3_large", "in_channels": 4},
 }
 
@@ -173,6 +175,11 @@ def test_what_an_exported_file_cannot_do_is_refused(exported, tmp_path, monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"openvino is not installed; pip install 'maskrcnn-jax\[openvino\]'"):
         mr.load(path, runtime="openvino")
+
+
+def test_soft_suppression_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no soft suppression, but model.box_nms_method is linear; export with hard"):
+        export_onnx(predictor_of(box_nms_method="linear"), tmp_path / "model.onnx")
 
 
 def test_a_backbone_of_the_users_own_is_refused(tmp_path):

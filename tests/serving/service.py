@@ -33,11 +33,10 @@ class ColourPredictor(Predictor):
     """
 
     def __init__(self, *, side: int = 64, channels: int = 3):
-        self.categories = Categories.create([10, 20, 30], NAMES)
-        self.options = Options(
-            model=ModelOptions(in_channels=channels), data=DataOptions(short_side=side, long_side=side)
-        )
-        self._buckets, self._compiled = [(side, side)], set()
+        data = DataOptions(short_side=side, long_side=side)
+        options = Options(model=ModelOptions(in_channels=channels), data=data)
+        super().__init__(None, Categories.create([10, 20, 30], NAMES), options, detect=self._detect)
+        self._buckets = [(side, side)]
         self.batches, self.seconds, self.error = [], 0.0, None
 
     def _detect(self, images, sizes):
