@@ -53,6 +53,7 @@ NETWORKS = {
     },
     "suppression among all classes": {"box_nms_class_agnostic": True},
     "one box, suppression among all classes": {"cls_agnostic_bbox_reg": True, "box_nms_class_agnostic": True},
+    "convnext": {"backbone": "convnext_tiny"},
     "mobilenet": {"backbone": "mobilenet_v3_large", "in_channels": 4},
 }
 
