@@ -4,6 +4,7 @@ Without resizing and pasting: OpenVINO cannot convert the loop that pastes masks
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,7 +40,9 @@ def export_torchvision(model: torch.nn.Module, inputs, path: Path) -> None:
     _let_stand_ins_be_exported()
     core = _Core(model.float(), inputs.image_sizes).eval()
     pixels = inputs.tensors.contiguous()
-    torch.onnx.export(core, (pixels,), str(path), opset_version=17, dynamo=False, input_names=["pixels"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that become constants, as here they shall, and of a newer exporter
+        torch.onnx.export(core, (pixels,), str(path), opset_version=17, dynamo=False, input_names=["pixels"])
 
 
 def _let_stand_ins_be_exported() -> None:
