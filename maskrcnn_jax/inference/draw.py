@@ -164,8 +164,9 @@ def _blend_mask(picture: np.ndarray, crop: Crop, colour, factor: int, thickness:
         large = np.repeat(np.repeat(large, factor, axis=0), factor, axis=1)
     y, x = crop.y * factor, crop.x * factor
     part = picture[y : y + large.shape[0], x : x + large.shape[1]]
-    columns, rows = cv2.findNonZero(large).reshape(-1, 2).T
-    part[rows, columns] = (part[rows, columns] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY).astype(np.uint8)
+    tints = np.arange(256)[:, None] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY  # [values, channels]
+    tinted = cv2.LUT(part, tints.astype(np.uint8)[:, None])
+    np.copyto(part, tinted, where=large.astype(bool)[..., None])
     contours, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, colour, thickness, cv2.LINE_AA, offset=(x, y))
 
