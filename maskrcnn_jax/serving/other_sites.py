@@ -36,7 +36,7 @@ class OwnSiteOnly:
         """Return why a request is refused; nothing if it is not."""
         # Browsers tell where a request comes from. Links from other sites to the page are fine.
         if method == "POST" and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            return "a web page of another site sent this; only the page of the service may, and programs that are no pages"
+            return "a web page of another site sent this; use the page of the service, or a program outside a browser"
         host = headers.get("host", "localhost")
         if self._names is not None and not _is_local(name := _hostname(host)) and name not in self._names:
             return f"the service is not called {host[:100]!r}; use its address, or start it with --public_names"
