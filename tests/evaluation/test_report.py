@@ -438,6 +438,8 @@ def test_long_names_leave_room_for_the_numbers_beside_them(browser, truth, folde
         numbers = "document.querySelector('#rates tbody tr:last-child td:nth-child(2)').getBoundingClientRect().right"
         assert browser.look(numbers) < width
         assert browser.look("document.querySelector('#rates .class').title") == next(iter(truth.cats.values()))["name"]
+    plots = browser.look("[...document.querySelectorAll('#precision-recall svg')].map(n => n.viewBox.baseVal.width)")
+    assert max(plots) < 600, "the legend is wider than the plot"
     browser.click(f"{CARDS} button")
     assert max(browser.look("[...document.querySelectorAll('#panels text')].map(n => n.textContent.length)")) < 32
 
