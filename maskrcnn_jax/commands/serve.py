@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="names that a proxy on this computer passes on as the Host of requests, separated by commas",
     )
     parser.add_argument(
-        "--max_batch", type=_power_of_two, default=8, metavar="N", help="most images computed together; %(default)s"
+        "--max_batch", type=power_of_two, default=8, metavar="N", help="most images computed together; %(default)s"
     )
     parser.add_argument(
         "--max_queue", type=at_least(1), default=32, metavar="N", help="most requests at a time; %(default)s"
@@ -87,7 +87,8 @@ def main(options: argparse.Namespace) -> None:
     _log.info("stopped; what was in the queue has been answered")
 
 
-def _power_of_two(text: str) -> int:
+def power_of_two(text: str) -> int:
+    """Return an option that is a power of two."""
     number = at_least(1)(text)
     if number & (number - 1):
         raise argparse.ArgumentTypeError(f"{text} is not a power of two; give 1, 2, 4, 8, ...")
