@@ -135,7 +135,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of images to send")
     parser.add_argument("--clients", type=at_least(1), default=8, metavar="N", help="clients; %(default)s")
     parser.add_argument("--seconds", type=at_least(1), default=180, metavar="N", help="for each size; %(default)s")
-    parser.add_argument("--max_batch", type=_batches, default=[1, 8], metavar="N,N", help="sizes of batches, such as 1,8")
+    parser.add_argument(
+        "--max_batch", type=_batches, default=[1, 8], metavar="N,N", help="sizes of batches, such as 1,8"
+    )
     parser.add_argument("--json", metavar="FILE", help="file for all rows")
 
 

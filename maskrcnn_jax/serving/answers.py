@@ -28,7 +28,8 @@ def encode(found: ImageDetections, form: str, masks: str) -> bytes:
         UserError: A JPEG cannot have a side of this length.
     """
     if form == "json":
-        return json.dumps(to_json(found, masks), ensure_ascii=False).encode()
+        # Half of a surrogate pair in a name becomes an escape of JSON.
+        return json.dumps(to_json(found, masks), ensure_ascii=False).encode(errors="backslashreplace")
     if form == "jpg" and max(found.image.shape[:2]) > _JPEG_SIDE:
         raise UserError(f"a side of the image has more than {_JPEG_SIDE:,} pixels, which no JPEG has; ask for png")
     return cv2.imencode(f".{form}", found.draw()[..., ::-1])[1].tobytes()

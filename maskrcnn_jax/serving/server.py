@@ -133,7 +133,8 @@ def listen(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)  # its connections inherit it
         listener.listen()
     except OSError as error:
-        raise _cannot_listen(*listener.getsockname()[:2], error.strerror or error) from None
+        host, port = listener.getsockname()[:2]
+        raise _cannot_listen(host, port, error.strerror or error) from None
 
 
 def _cannot_listen(host: str, port: int, reason: object) -> UserError:

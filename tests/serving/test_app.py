@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.serving.app import Service, create_app
 from maskrcnn_jax.serving.limits import Limits
 from tests.serving.service import NAMES, ColourPredictor, draw_regions, encoded, running
@@ -44,6 +45,18 @@ def test_the_objects_are_those_of_the_model(service, model):
     np.testing.assert_array_equal(np.float32([found["score"] for found in answer["detections"]]), expected.scores)
     masks = [coco_mask.decode(found["rle"]) for found in answer["detections"]]
     np.testing.assert_array_equal(np.array(masks, bool), expected.masks)
+
+
+def test_names_come_as_they_are_whatever_they_hold():
+    model = ColourPredictor()
+    names = ["\U0001f600 \u05e9\u05dc\u05d5\u05dd", "</script>\"'&", "half \udcff"]
+    model.categories = Categories.create([10, 20, 30], names)
+    with running(model) as service:
+        answer = service.predict(encoded(IMAGE), "?min_score=0")[1]
+        assert [found["name"] for found in answer["detections"]] == names
+        assert service.ask("POST", "/predict?min_score=0&format=png", encoded(IMAGE))[0].status == 200
+        response, page = service.ask("GET", "/")
+        assert response.status == 200 and page.count(b"</script>") == 1
 
 
 def test_low_scores_are_left_out(service):
