@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 import numpy as np
 
 from maskrcnn_jax.commands.app import add_model_options, at_least, comma_separated, run_command
+from maskrcnn_jax.commands.serve import power_of_two
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.media import list_images
 from maskrcnn_jax.writing import write_json
@@ -134,8 +135,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of images to send")
     parser.add_argument("--clients", type=at_least(1), default=8, metavar="N", help="clients; %(default)s")
     parser.add_argument("--seconds", type=at_least(1), default=180, metavar="N", help="for each size; %(default)s")
-    parser.add_argument("--max_batch", type=comma_separated, default=["1", "8"], help="sizes of batches, such as 1,8")
+    parser.add_argument(
+        "--max_batch", type=_batches, default=[1, 8], metavar="N,N", help="sizes of batches, such as 1,8"
+    )
     parser.add_argument("--json", metavar="FILE", help="file for all rows")
+
+
+def _batches(text: str) -> list[int]:
+    return [power_of_two(part) for part in comma_separated(text)]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -143,7 +150,7 @@ def main(options: argparse.Namespace) -> None:
     files = [Path(path).read_bytes() for path in list_images(options.images)]
     given = [f"--{name}={value}" for name in _MODEL if (value := getattr(options, name)) is not None]
     rows = []
-    for max_batch in map(int, options.max_batch):
+    for max_batch in options.max_batch:
         with started([*given, f"--max_batch={max_batch}"]) as port:
             for file in files[:20]:  # the first images find threads and caches cold
                 load_service(port, [file], clients=1, seconds=0.05, max_batch=max_batch)

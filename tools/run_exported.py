@@ -173,7 +173,7 @@ def draw(image, rows, masks):
         drawn[mask] = (drawn[mask] * 0.5 + np.array(colour) * 0.5).astype(np.uint8)
         x1, y1, x2, y2 = (round(x) for x in row["box"])
         cv2.rectangle(drawn, (x1, y1), (x2, y2), colour, 2)
-        caption = f"{row['name']} {row['score']:.2f}"
+        caption = f"{row['name']} {row['score']:.2f}".encode(errors="backslashreplace").decode()  # others end OpenCV
         cv2.putText(drawn, caption, (x1, max(y1 - 4, 12)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
     return drawn
 

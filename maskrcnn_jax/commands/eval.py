@@ -21,6 +21,7 @@ from maskrcnn_jax.errors import UserError
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
+    from maskrcnn_jax.data.categories import Categories
     from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
     from maskrcnn_jax.evaluation.report_data import Run
     from maskrcnn_jax.options import Options
@@ -79,7 +80,7 @@ def main(options: argparse.Namespace) -> None:
     evaluator = Evaluator(chosen, model.categories)
     other = None
     if options.compare and is_first():
-        other = _read_run(options.compare, evaluator.truth, chosen.model.box_detections_per_img)
+        other = read_run(options.compare, evaluator.truth, chosen.model.box_detections_per_img)
     if augmentation:
         evaluation = evaluator.evaluate_augmented(with_options(model.network, chosen.model), augmentation)
     else:
@@ -134,13 +135,28 @@ def _write_report(
     )
 
 
-def _read_run(source: str, truth: "COCO", max_detections: int) -> "Run":
+def read_run(source: str, truth: "COCO", max_detections: int) -> "Run":
     """Read and evaluate the detections of another run on the same images."""
+    from maskrcnn_jax.data.categories import Categories
     from maskrcnn_jax.evaluation.coco_metrics import evaluate
     from maskrcnn_jax.evaluation.detections_file import read_results
     from maskrcnn_jax.evaluation.report_data import Run
     from maskrcnn_jax.paths import as_path
 
-    path = as_path(source) / "detections.json" if as_path(source).is_dir() else as_path(source)
+    folder = as_path(source)
+    if (folder / "categories.json").is_file():
+        _check_categories(source, Categories.load(folder / "categories.json"), truth)
+    path = folder / "detections.json" if folder.is_dir() else folder
     results = read_results(path, truth.imgs, truth.cats)
     return Run(str(path.parent), results, evaluate(truth, results, max_detections=max_detections))
+
+
+def _check_categories(source: str, categories: "Categories", truth: "COCO") -> None:
+    """Refuse a run that was trained on other classes under the same ids."""
+    for category_id, name in zip(categories.ids, categories.names, strict=True):
+        ours = truth.cats.get(category_id, {}).get("name", name)
+        if ours != name:
+            raise UserError(
+                f"{source} was trained on other classes: category {category_id} is {name!r} there and {ours!r} here; "
+                "compare runs on the same dataset"
+            )

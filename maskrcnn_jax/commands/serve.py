@@ -10,10 +10,11 @@ proxy that has them before it. docs/serve.md describes requests and answers. Nee
 """
 
 import argparse
+import ipaddress
 import logging
 import signal
 
-from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, load
+from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, comma_separated, load
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; %(default)s is this computer alone")
     parser.add_argument("--port", type=at_least(0), default=8000, help="port; 0 takes a free one; %(default)s")
     parser.add_argument(
-        "--max_batch", type=_power_of_two, default=8, metavar="N", help="most images computed together; %(default)s"
+        "--public_names",
+        type=comma_separated,
+        default=[],
+        metavar="NAMES",
+        help="names that a proxy on this computer passes on as the Host of requests, separated by commas",
+    )
+    parser.add_argument(
+        "--max_batch", type=power_of_two, default=8, metavar="N", help="most images computed together; %(default)s"
     )
     parser.add_argument(
         "--max_queue", type=at_least(1), default=32, metavar="N", help="most requests at a time; %(default)s"
@@ -51,7 +59,7 @@ def main(options: argparse.Namespace) -> None:
     try:
         from maskrcnn_jax.serving.app import Service, create_app
         from maskrcnn_jax.serving.limits import Limits
-        from maskrcnn_jax.serving.server import bind, make_server
+        from maskrcnn_jax.serving.server import bind, listen, make_server
         from maskrcnn_jax.serving.warm_up import warm_up, with_few_sizes
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is not installed, which serve needs; run pip install ".[serve]"') from None
@@ -66,17 +74,21 @@ def main(options: argparse.Namespace) -> None:
         model = with_few_sizes(load(options))
         warm_up(model, options.max_batch)
         service = Service(model, limits, title=str(options.workdir or options.weights))
-        server = make_server(create_app(service), timeout=limits.timeout, metrics=service.metrics)
+        # Anybody may reach an address of the network anyway, by whatever name it has there.
+        is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        app = create_app(service, names=[name.lower() for name in options.public_names] if is_local else None)
+        server = make_server(app, timeout=limits.timeout, metrics=service.metrics)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends them again at its end, to these handlers
             signal.signal(number, server.handle_exit)
-        listener.listen()  # whoever reads the next line may connect at once
+        listen(listener)  # whoever reads the next line may connect at once
         host, port = listener.getsockname()[:2]
         _log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         server.run(sockets=[listener])
     _log.info("stopped; what was in the queue has been answered")
 
 
-def _power_of_two(text: str) -> int:
+def power_of_two(text: str) -> int:
+    """Return an option that is a power of two."""
     number = at_least(1)(text)
     if number & (number - 1):
         raise argparse.ArgumentTypeError(f"{text} is not a power of two; give 1, 2, 4, 8, ...")

@@ -167,8 +167,16 @@ def _size_by_pillow(data: bytes) -> tuple[int, int] | None:
         return None
 
 
+def is_avif(data: bytes) -> bool:
+    """Return whether a file is an AVIF, whose header tells how to turn it instead of EXIF."""
+    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1")
+
+
 def orientation(data: bytes) -> int:
-    """Return the orientation in EXIF, 1 to 8; 1 if there is none. From 5 on, height and width are exchanged."""
+    """Return the orientation in EXIF, or in the header of an AVIF, 1 to 8; 1 if there is none.
+
+    From 5 on, height and width are exchanged.
+    """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             return opened.getexif().get(0x0112, 1)

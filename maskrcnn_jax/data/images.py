@@ -7,7 +7,14 @@ import cv2
 import numpy as np
 
 from maskrcnn_jax.data.findings import Kind
-from maskrcnn_jax.data.image_headers import as_stored, image_size, is_complete, orientation, without_long_chunks
+from maskrcnn_jax.data.image_headers import (
+    as_stored,
+    image_size,
+    is_avif,
+    is_complete,
+    orientation,
+    without_long_chunks,
+)
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
@@ -90,10 +97,12 @@ def decode_image(
     data = without_long_chunks(data)
     if channels > 3:
         image = _decode(as_stored(data), cv2.IMREAD_UNCHANGED)
-    elif upright:
+    elif upright and not is_avif(data):
         image = _decode(data, cv2.IMREAD_COLOR)
     else:
         image = _decode(as_stored(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if upright and image is not None:  # an AVIF, the one format that OpenCV does not turn
+            image = _turn(image, orientation(data))
     if image is None or image.dtype not in (np.uint8, np.uint16):
         raise UndecodableError(_unreadable_form(data))
     if image.dtype == np.uint16:
@@ -102,6 +111,17 @@ def decode_image(
     if image.shape[2] == 3:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image upright by its orientation in EXIF, 1 to 8."""
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
 
 
 def too_few_channels(image: np.ndarray, channels: int) -> str:

@@ -77,4 +77,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _no_results(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} holds no COCO results ({reason}); give the detections.json of eval.py")
+    return UserError(
+        f"{path} holds no COCO results ({reason}); give the detections.json that eval wrote for the same images and "
+        "classes"
+    )

@@ -24,6 +24,7 @@ from maskrcnn_jax.paths import as_path
 
 _KINDS = {"bbox": "box", "segm": "mask"}
 _NUM_CURVES = 8  # categories in one plot
+_LONGEST_LABEL = 32  # letters of a name in it
 
 
 def write_report(
@@ -156,6 +157,8 @@ def _plot(**settings) -> tuple[Figure, Axes]:
 
 def _plain(name: str) -> str:
     """Return a name that matplotlib shows as it is: its legends hide some, and take some for formulas."""
+    if len(name) > _LONGEST_LABEL:  # the curves would have no room
+        name = f"{name[: _LONGEST_LABEL // 2]}\u2026{name[-_LONGEST_LABEL // 2 :]}"
     shown = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

@@ -57,7 +57,7 @@ def draw_instances(
     picture = np.ascontiguousarray(np.repeat(np.repeat(image[..., :3], factor, axis=0), factor, axis=1))
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4) * factor
     chosen = [instance_colour(index) for index in (range(len(boxes)) if colours is None else colours)]
-    thickness = max(1, round(max(picture.shape[:2]) / 400))
+    thickness = max(1, round(_extent(picture.shape[:2]) / 400))
     order = range(len(boxes) - 1, -1, -1)
     if masks is not None:
         for index in order:
@@ -208,6 +208,7 @@ class _Caption(NamedTuple):
 
 
 def _lay_out(text: str, box: np.ndarray, picture_size: tuple[int, int], taken: Sequence[Rectangle]) -> _Caption:
+    text = text.encode(errors="backslashreplace").decode()  # half of a surrogate pair ends OpenCV, and the process
     scale, thickness = _font(picture_size)
     (width, height), baseline = cv2.getTextSize(text, FONT, scale, thickness)
     margin = max(2, height // 4)
@@ -239,8 +240,13 @@ def _round(box: np.ndarray) -> tuple[int, int, int, int]:
 
 def _font(picture_size: tuple[int, int]) -> tuple[float, int]:
     """Let letters grow with the longer side, and keep them large enough to read."""
-    scale = max(0.4, max(picture_size) / 1300)
+    scale = max(0.4, _extent(picture_size) / 1300)
     return scale, max(1, round(scale * 1.6))
+
+
+def _extent(picture_size: tuple[int, int]) -> int:
+    """Return the longer side, but of a strip no more than its width allows: giant letters would take minutes."""
+    return min(max(picture_size), 10 * min(picture_size))
 
 
 def _with_title(picture: np.ndarray, title: str) -> np.ndarray:

@@ -7,11 +7,13 @@ import cv2
 import numpy as np
 
 from maskrcnn_jax.data.run_lengths import decode_crop
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detections import ImageDetections
 from maskrcnn_jax.inference.polygons import mask_to_polygons
 
 MASKS = ("rle", "polygons", "none")
 FORMATS = {"json": "application/json", "jpg": "image/jpeg", "png": "image/png"}
+_JPEG_SIDE = 65_500  # pixels of the longest side that libjpeg writes
 
 
 def encode(found: ImageDetections, form: str, masks: str) -> bytes:
@@ -21,9 +23,15 @@ def encode(found: ImageDetections, form: str, masks: str) -> bytes:
         found: The objects to answer with.
         form: One of ``FORMATS``.
         masks: One of ``MASKS``; how JSON holds the masks.
+
+    Raises:
+        UserError: A JPEG cannot have a side of this length.
     """
     if form == "json":
-        return json.dumps(to_json(found, masks), ensure_ascii=False).encode()
+        # Half of a surrogate pair in a name becomes an escape of JSON.
+        return json.dumps(to_json(found, masks), ensure_ascii=False).encode(errors="backslashreplace")
+    if form == "jpg" and max(found.image.shape[:2]) > _JPEG_SIDE:
+        raise UserError(f"a side of the image has more than {_JPEG_SIDE:,} pixels, which no JPEG has; ask for png")
     return cv2.imencode(f".{form}", found.draw()[..., ::-1])[1].tobytes()
 
 

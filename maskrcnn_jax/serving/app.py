@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detections import ImageDetections
 from maskrcnn_jax.inference.selection import MIN_SCORE
 from maskrcnn_jax.page import TEMPLATES, render
@@ -24,6 +26,7 @@ from maskrcnn_jax.serving.answers import FORMATS, MASKS, encode
 from maskrcnn_jax.serving.batching import Batcher, Model
 from maskrcnn_jax.serving.limits import Limits
 from maskrcnn_jax.serving.metrics import CONTENT_TYPE, Metrics
+from maskrcnn_jax.serving.other_sites import OwnSiteOnly
 from maskrcnn_jax.serving.uploads import GONE, decode, read_body
 
 _log = logging.getLogger(__name__)
@@ -128,16 +131,22 @@ class Service:
 
 
 def _chosen(found: ImageDetections, min_score: float, form: str, masks: str) -> bytes:
-    return encode(found[found.scores >= min_score], form, masks)
+    try:
+        return encode(found[found.scores >= min_score], form, masks)
+    except UserError as error:
+        raise HTTPException(422, str(error)) from None
 
 
 def _parameters(request: Request) -> tuple[float, str, str]:
     """Return min_score, format and masks of a request.
 
     Raises:
-        HTTPException: one has a value that is not allowed, or there is another.
+        HTTPException: one has a value that is not allowed, or is there twice, or there is another.
     """
     given = dict(request.query_params)
+    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if times > 1:
+            raise HTTPException(400, f"{name[:100]} is given {times} times; give it once")
     text = given.pop("min_score", str(MIN_SCORE))
     try:
         min_score = float(text)
@@ -190,8 +199,13 @@ async def _fail(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "the service failed at this request; its log says why"}, 500)
 
 
-def create_app(service: Service) -> ASGIApp:
-    """Return the application of a service; it closes the service when it shuts down."""
+def create_app(service: Service, *, names: Collection[str] | None = None) -> ASGIApp:
+    """Return the application of a service; it closes the service when it shuts down.
+
+    Args:
+        service: What answers.
+        names: By which the service is called, besides localhost and IP addresses; None allows all names.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -209,4 +223,4 @@ def create_app(service: Service) -> ASGIApp:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # the address would be taken from the request's Host
-    return _Counted(app, service.metrics)  # around everything, so that it sees failures
+    return _Counted(OwnSiteOnly(app, names), service.metrics)  # around everything, so that it sees failures

@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn, with limits on slow and broken connections that it lacks."""
 
 import asyncio
+import errno
 import json
 import logging
 import socket
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.serving.metrics import Metrics
 
+_LAST_PORT = 65535
 _MAX_CONNECTIONS = 512  # half of the files that Linux lets a process open by default
 _GRACE = 2.0  # seconds more than the application allows, which can say more about the request
 # Seconds in which the rest of a refused upload is read and dropped: most clients read no answer before they have sent
@@ -87,26 +89,56 @@ class _Connection(H11Protocol):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Reserve an address; connections are refused until :func:`run` listens on it.
+    """Reserve an address, for no other process; connections are refused until :func:`listen`.
 
     Raises:
         UserError: the address does not exist, is taken, or not allowed.
     """
+    if not 0 <= port <= _LAST_PORT:  # the system would take the remainder
+        raise _cannot_listen(host, port, f"ports are numbers from 0 to {_LAST_PORT}")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"the service cannot listen on {host}:{port} ({reason}); give another --host or --port"
-        ) from None
+            return _bind(found, reuse=False)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return _bind(found, reuse=True)  # connections that have just ended hold the port for a minute
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, getattr(error, "strerror", None) or "no such host") from None
+
+
+def _bind(found: tuple, *, reuse: bool) -> socket.socket:
+    """Bind a socket to what ``getaddrinfo`` has found."""
+    family, kind, protocol, _, address = found
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        listener.bind(address)
+        # Until a socket listens, those that reuse addresses could bind to the same one.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
+    except BaseException:
+        listener.close()
+        raise
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Let connections come.
+
+    Raises:
+        UserError: another process listens at this address by now.
+    """
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)  # its connections inherit it
+        listener.listen()
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _cannot_listen(host, port, error.strerror or error) from None
+
+
+def _cannot_listen(host: str, port: int, reason: object) -> UserError:
+    return UserError(f"the service cannot listen on {host}:{port} ({reason}); give another --host or --port")
 
 
 def make_server(app: ASGIApp, *, timeout: float, metrics: Metrics) -> uvicorn.Server:

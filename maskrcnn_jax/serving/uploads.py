@@ -20,7 +20,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     Raises:
         HTTPException: it is too large, too slow, empty, or a form; or the client has left.
     """
-    if request.headers.get("content-type", "").startswith("multipart/"):
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
         raise HTTPException(
             415, "a form was sent; send the image file itself as the body, as curl --data-binary @photo.jpg does"
         )

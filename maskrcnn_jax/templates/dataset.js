@@ -49,7 +49,7 @@ function choose(filters) {
 function panels(row) {
   const items = placesOf(objects, row).map(o => ({
     instances: objects, index: o, kind: "found", wrong: ofObject.has(o),
-    label: `${className(objects.classes[o])}${objects.crowds[o] ? ", crowd" : ""}`,
+    label: `${shortName(objects.classes[o])}${objects.crowds[o] ? ", crowd" : ""}`,
   }));
   return [{title: [...ofImage[row]].join("; "), items}];
 }

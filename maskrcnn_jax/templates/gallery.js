@@ -3,6 +3,7 @@
 // maskrcnn_jax/gallery.py, in the element "data"; the controls are those of gallery.html.j2.
 
 const PER_PAGE = 24;
+const LONGEST_LABEL = 24;  // letters of a class in a picture
 const TYPES = {int8: Int8Array, uint8: Uint8Array, uint16: Uint16Array, int32: Int32Array, float32: Float32Array};
 
 function unpack(value) {
@@ -51,10 +52,21 @@ function inkOn(colour) {
   return 0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#000" : "#fff";
 }
 
+// For the picture: a longer name would leave it, and take the score along.
+function shortName(index) {
+  const letters = [...className(index)];
+  return letters.length > LONGEST_LABEL ? `${letters.slice(0, LONGEST_LABEL - 1).join("")}\u2026` : letters.join("");
+}
+
+// The name of a class; what is too long for a table is cut off, and shown where the mouse rests.
+function named(index, ...before) {
+  return html("span", {class: "class", title: className(index)}, ...before, className(index));
+}
+
 function chip(index) {
   const mark = html("span", {class: "chip"});
   mark.style.background = colourOf(index);
-  return html("span", {class: "class"}, mark, className(index));
+  return named(index, mark);
 }
 
 // A path as a URL; none for names that are not Unicode.

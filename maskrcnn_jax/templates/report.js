@@ -1,6 +1,7 @@
 // What an evaluation report counts and shows at the chosen score. The data is that of evaluation/report_data.py.
 
 const SMALL_MATRIX = 20;  // classes; with more, the cells of the confusion matrix are too small for numbers
+const LARGEST_MATRIX = 100;  // classes; a matrix of 1,000 would have a million cells, which stop a browser
 const NUM_CONFUSIONS = 10;
 const STEPS = 100;  // of the slider, from 0 to 1
 const {runs, objects, kinds} = page;
@@ -123,12 +124,25 @@ function told(truth, predicted) {
   return `ground truth ${className(truth)}, predicted ${className(predicted)}`;
 }
 
+// The classes of the matrix, in the order of the page: all, or those with the most errors.
+function matrixClasses(counts) {
+  const side = numClasses + 1, errors = new Int32Array(numClasses);
+  counts.forEach((count, i) => {
+    const places = [Math.floor(i / side), i % side];
+    if (count && places[0] !== places[1]) for (const c of places) if (c < numClasses) errors[c] += count;
+  });
+  const classes = Array.from(errors.keys()).sort((a, b) => errors[b] - errors[a]);
+  return classes.slice(0, LARGEST_MATRIX).sort((a, b) => a - b);
+}
+
 function matrix(counts, index) {
-  const side = numClasses + 1, small = numClasses > SMALL_MATRIX;
-  const names = last => [...page.classes.map((_, c) => small ? className(c) : chip(c)), last];
-  const lines = names("false positives").map((name, truth) => {
+  const side = numClasses + 1, small = numClasses > SMALL_MATRIX, classes = matrixClasses(counts);
+  const names = last => [...classes.map(c => small ? named(c) : chip(c)), last], places = [...classes, numClasses];
+  const lines = names("false positives").map((name, line) => {
+    const truth = places[line];
     const row = counts.subarray(truth * side, (truth + 1) * side), total = row.reduce((a, b) => a + b, 0);
-    const cells = Array.from(row, (count, predicted) => {
+    const cells = places.map(predicted => {
+      const count = row[predicted];
       if (truth === numClasses && predicted === numClasses) return html("td");
       const cell = html("td", {class: `cell number${count ? "" : " muted"}`}, small ? "" : count);
       if (!count) return cell;
@@ -166,7 +180,9 @@ function frequentErrors(counts, index) {
 function showConfusion(score) {
   document.getElementById("matrices").replaceChildren(...runs.flatMap((run, index) => {
     const counts = confusion(run, score);
-    return [...(runs.length > 1 ? [html("h3", {}, run.name)] : []), matrix(counts, index), frequentErrors(counts, index)];
+    const some = numClasses > LARGEST_MATRIX ? [`The ${LARGEST_MATRIX} classes with the most errors:`] : [];
+    return [...(runs.length > 1 ? [html("h3", {}, run.name)] : []), ...some.map(text => html("p", {}, text)),
+            matrix(counts, index), frequentErrors(counts, index)];
   }));
 }
 
@@ -246,14 +262,14 @@ function choose(filters) {
 function truthItems(run, row, score) {
   return placesOf(objects, row).map(o => ({
     instances: objects, index: o, kind: "truth", wrong: run && isMissed(run, o, score),
-    label: `${className(objects.classes[o])}${objects.crowds[o] ? ", crowd" : ""}`,
+    label: `${shortName(objects.classes[o])}${objects.crowds[o] ? ", crowd" : ""}`,
   }));
 }
 
 function foundItems(run, row, score) {
   return placesOf(run, row).slice(0, numShown(run, row, score)).map(d => ({
     instances: run, index: d, kind: "found", wrong: run.kinds[d] !== CORRECT && run.kinds[d] !== IGNORED,
-    label: `${className(run.classes[d])} ${run.scores[d].toFixed(2)}`,
+    label: `${shortName(run.classes[d])} ${run.scores[d].toFixed(2)}`,
   }));
 }
 
@@ -336,7 +352,9 @@ document.getElementById("matrices").addEventListener("click", event => {
   if (cell) choosePair(cell);
 });
 document.getElementById("matrices").addEventListener("keydown", event => {
-  if (event.key === "Enter" && event.target.dataset.pair) choosePair(event.target);
+  if (!["Enter", " "].includes(event.key) || !event.target.dataset.pair) return;
+  event.preventDefault();  // the space bar scrolls
+  choosePair(event.target);
 });
 document.getElementById("pair").addEventListener("click", () => {
   pair = null;

@@ -207,7 +207,7 @@ def test_pixels_that_are_no_bytes_are_named():
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 def test_training_reads_the_pixels_as_stored_and_prediction_upright(form, turn, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = turn

@@ -411,3 +411,42 @@ def test_many_categories_have_a_matrix_of_small_cells(browser, truth, tmp_path):
     assert [row[1] for row in rows_of(browser, "#matrices div:last-child")] == ["other0"] * 2
     browser.click("#matrices div:last-child [data-pair]")
     assert num_cards(browser) in (1, 2)
+
+
+def test_of_very_many_categories_the_matrix_has_those_with_the_most_errors(browser, truth, tmp_path):
+    truth.dataset["categories"] += [{"id": 100 + i, "name": f"other{i}"} for i in range(150)]
+    truth.createIndex()
+    results = perfect(truth)
+    for result in results[:3]:
+        result["category_id"] = 100 + 149
+    browser.open(report(tmp_path / "page.html", truth, results))
+    names = [row[0] for row in rows_of(browser, "#matrices table.small")]
+    assert len(names) == 101 and names[-2:] == ["other149", "false positives"]
+    assert "The 100 classes with the most errors" in browser.text("#matrices")
+    shown = browser.look("[...document.querySelectorAll('#matrices table.small [data-pair]')].map(c => c.title)")
+    confused = [int(text.rsplit(" ", 1)[1]) for text in shown if "predicted other149" in text]
+    assert sum(confused) == 3
+    browser.click("#matrices table.small tbody tr:nth-child(1) [data-pair]")
+    assert browser.text("#pair").startswith("ground truth")
+
+
+def test_long_names_leave_room_for_the_numbers_beside_them(browser, truth, folder, tmp_path):
+    for category in truth.cats.values():
+        category["name"] = "long " * 40 + category["name"]
+    for width in (1200, 400):
+        browser.open(report(tmp_path / "page.html", truth, wrong(truth), folder=folder), width=width)
+        numbers = "document.querySelector('#rates tbody tr:last-child td:nth-child(2)').getBoundingClientRect().right"
+        assert browser.look(numbers) < width
+        assert browser.look("document.querySelector('#rates .class').title") == next(iter(truth.cats.values()))["name"]
+    plots = browser.look("[...document.querySelectorAll('#precision-recall svg')].map(n => n.viewBox.baseVal.width)")
+    assert max(plots) < 600, "the legend is wider than the plot"
+    browser.click(f"{CARDS} button")
+    assert max(browser.look("[...document.querySelectorAll('#panels text')].map(n => n.textContent.length)")) < 32
+
+
+@pytest.mark.parametrize("key", ["Enter", " "])
+def test_the_keys_of_buttons_work_in_the_confusion_matrix(browser, counted, key):
+    browser.open(counted[0])
+    browser.look("document.querySelector('#matrices [data-pair]').focus()")
+    browser.press(key)
+    assert not browser.look("document.getElementById('pair').hidden")

@@ -1,5 +1,7 @@
 """Drawings stay inside the picture, keep the picture they were given, and tell instances apart."""
 
+import time
+
 import cv2
 import numpy as np
 import pytest
@@ -156,3 +158,17 @@ def test_a_picture_is_written_in_its_colours_and_a_wrong_name_is_the_users_to_me
     for name in ("a", "a.xyz", "absent/a.png"):
         with pytest.raises(UserError, match="cannot be written"):
             write_picture(tmp_path / name, picture)
+
+
+@pytest.mark.parametrize("size", [(1, 400_000), (400_000, 1)])
+def test_a_strip_is_drawn_with_small_letters_in_no_time(size):
+    box = [[0, 0, size[1], size[0]]]
+    start = time.monotonic()
+    draw_instances(np.zeros((*size, 3), np.uint8), np.float32(box * 10), ["person"] * 10, [0.5] * 10)
+    assert time.monotonic() - start < 5
+
+
+def test_half_of_a_surrogate_pair_in_a_name_is_drawn_as_its_escape():
+    image, box = np.full((64, 64, 3), 90, np.uint8), np.float32([[8, 30, 50, 60]])
+    broken, escaped = (draw_instances(image, box, [name], [0.5]) for name in ("a\udcff", r"a\udcff"))
+    np.testing.assert_array_equal(broken, escaped)

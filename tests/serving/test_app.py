@@ -1,5 +1,6 @@
 """What the service answers, over HTTP."""
 
+import asyncio
 import concurrent.futures
 import http.client
 import io
@@ -14,6 +15,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.serving.app import Service, create_app
+from maskrcnn_jax.serving.limits import Limits
 from tests.serving.service import NAMES, ColourPredictor, draw_regions, encoded, running
 
 IMAGE = draw_regions()
@@ -41,6 +45,18 @@ def test_the_objects_are_those_of_the_model(service, model):
     np.testing.assert_array_equal(np.float32([found["score"] for found in answer["detections"]]), expected.scores)
     masks = [coco_mask.decode(found["rle"]) for found in answer["detections"]]
     np.testing.assert_array_equal(np.array(masks, bool), expected.masks)
+
+
+def test_names_come_as_they_are_whatever_they_hold():
+    model = ColourPredictor()
+    names = ["\U0001f600 \u05e9\u05dc\u05d5\u05dd", "</script>\"'&", "half \udcff"]
+    model.categories = Categories.create([10, 20, 30], names)
+    with running(model) as service:
+        answer = service.predict(encoded(IMAGE), "?min_score=0")[1]
+        assert [found["name"] for found in answer["detections"]] == names
+        assert service.ask("POST", "/predict?min_score=0&format=png", encoded(IMAGE))[0].status == 200
+        response, page = service.ask("GET", "/")
+        assert response.status == 200 and page.count(b"</script>") == 1
 
 
 def test_low_scores_are_left_out(service):
@@ -100,6 +116,7 @@ def test_other_formats_are_read(service, form):
         ("?masks=rel", "rel.*rle, polygons, none"),
         ("?score=0.5", "score.*min_score, format and masks"),
         ("?%00=%ff", "no parameter"),
+        ("?min_score=0.1&min_score=0.9", "min_score is given 2 times"),
     ],
 )
 def test_a_wrong_parameter_is_named(service, query, words):
@@ -115,9 +132,55 @@ def test_wrong_methods_and_paths_are_told_what_is_right(service):
     assert response.status == 404 and "/predict" in json.loads(content)["error"]
 
 
-def test_a_form_is_refused_with_the_command_that_works(service):
-    code, answer = service.predict(b"--x", headers={"Content-Type": "multipart/form-data; boundary=x"})
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "Multipart/Form-Data; boundary=x"])
+def test_a_form_is_refused_with_the_command_that_works(service, kind):
+    code, answer = service.predict(b"--x", headers={"Content-Type": kind})
     assert code == 415 and "--data-binary" in answer["error"]
+
+
+def test_an_image_too_long_for_a_jpeg_is_refused_as_jpeg_only(service):
+    image = encoded(np.zeros((1, 65_501, 3), np.uint8))
+    code, answer = service.predict(image, "?format=jpg")
+    assert code == 422 and "65,500 pixels" in answer["error"] and "png" in answer["error"]
+    assert service.predict(image)[0] == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_pages_of_other_sites_cannot_send_images(service, site):
+    code, answer = service.predict(encoded(IMAGE), headers={"Sec-Fetch-Site": site, "Origin": "http://other.example"})
+    assert code == 403 and "another site" in answer["error"]
+    assert service.predict(encoded(IMAGE), headers={"Sec-Fetch-Site": "same-origin"})[0] == 200
+    assert service.ask("GET", "/", headers={"Sec-Fetch-Site": site})[0].status == 200, "a link"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("LOCALHOST", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("proxy.example", 200),
+        ("other.example:8000", 403),
+        ("127.0.0.1.other.example", 403),
+        ("[", 403),
+        ("", 403),
+    ],
+)
+def test_a_local_service_answers_to_its_own_names_only(model, host, status):
+    service = Service(model, Limits(), title="")
+    try:
+        app = create_app(service, names=["proxy.example"])
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/health", "headers": [(b"host", host.encode())]}
+        asyncio.run(app(scope | {"query_string": b""}, None, send))
+        assert sent[0]["status"] == status
+    finally:
+        service.close()
 
 
 def test_files_and_images_that_are_too_large_are_refused(service):

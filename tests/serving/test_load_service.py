@@ -2,7 +2,10 @@
 
 import pytest
 
+from maskrcnn_jax.commands.app import parse
+from maskrcnn_jax.errors import UserError
 from tests.serving.service import ColourPredictor, draw_regions, encoded, running
+from tools import load_service as tool
 from tools.load_service import load_service
 
 
@@ -17,3 +20,10 @@ def test_throughput_latency_batches_and_errors_are_those_of_the_clients():
     assert row.errors > 10, "every second file is no image"
     assert 0 < row.p50 <= row.p95 < 1
     assert len(row.memory) == 20 and min(row.memory) > 50
+
+
+@pytest.mark.parametrize("sizes", ["abc", "", "1,3", "1,,8"])
+def test_sizes_of_batches_that_the_service_refuses_are_refused_before_it_starts(sizes):
+    with pytest.raises(UserError, match="--max_batch"):
+        parse(tool, ["--workdir=.", "--images=.", f"--max_batch={sizes}"])
+    assert parse(tool, ["--workdir=.", "--images=.", "--max_batch=1,4"]).max_batch == [1, 4]

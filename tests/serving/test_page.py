@@ -98,6 +98,25 @@ def test_the_object_under_the_mouse_is_shown_alone(page):
     assert page.look(chosen) is None, "the hole of the green circle"
 
 
+def test_the_keys_lead_through_the_objects(page):
+    page.open(page.address)
+    drop(page, encoded(draw_regions(256)))
+    chosen = "document.querySelector('#objects .chosen .name')?.textContent"
+    page.look("document.querySelector('#objects li').focus()")
+    assert page.look(chosen) == "red"
+    page.look("document.querySelector('#objects li').blur()")
+    assert page.look(chosen) is None
+
+
+def test_long_names_leave_room_for_the_score_in_the_picture(page):
+    page.open(page.address)
+    drop(page, encoded(draw_regions(256)))
+    page.look("answer.detections[0].name = 'long name '.repeat(40)")
+    page.look("window.written = []; context.fillText = text => written.push(text)")
+    page.look("update()")
+    assert page.look("written.map(text => text.length <= 30 && / 0\\.\\d\\d$/.test(text))") == [True, True]
+
+
 def test_what_is_no_image_is_said_and_the_last_answer_stays(page):
     page.open(page.address)
     drop(page, encoded(draw_regions(256)))
@@ -106,6 +125,16 @@ def test_what_is_no_image_is_said_and_the_last_answer_stays(page):
     assert objects(page) == NAMES[:2]
     drop(page, bytes(1_000_001))
     assert "at most 1 MB" in status(page)
+
+
+def test_a_service_that_does_not_answer_is_told_of(page):
+    page.open(page.address)
+    page.look("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
+    drop(page, encoded(draw_regions(256)))
+    assert status(page) == "The service cannot be reached."
+    page.look("window.fetch = async () => new Response('<html>', {status: 502})")
+    drop(page, encoded(draw_regions(256)))
+    assert status(page) == "The service gave no answer (status 502)."
 
 
 def test_images_that_browsers_cannot_show_are_drawn_on_grey(page):

@@ -15,7 +15,9 @@ import pytest
 from maskrcnn_jax.commands import serve
 from maskrcnn_jax.commands.app import parse
 from maskrcnn_jax.errors import UserError
-from tests.serving.service import Running, draw_regions, encoded
+from maskrcnn_jax.serving import app, server
+from maskrcnn_jax.serving.server import bind, listen
+from tests.serving.service import ColourPredictor, Running, draw_regions, encoded
 
 ROOT = Path(__file__).parents[2]
 # The command with a model that finds colours and takes its time.
@@ -78,6 +80,39 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_compiled(monkeypat
             serve.main(options)
     with pytest.raises(UserError, match="--host"):
         serve.main(parse(serve, ["--workdir=.", "--host=no.such.host.invalid"]))
+
+
+def test_two_services_cannot_reserve_one_port():
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} .*in use.*--port"):
+            bind("127.0.0.1", port)
+        listen(first)
+        with socket.create_connection(("127.0.0.1", port)):
+            first.accept()[0].close()  # for a minute the system keeps what is left of the connection
+    bind("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("a" * 64, 0), ("", 0)])
+def test_addresses_that_do_not_exist_are_refused(host, port):
+    with pytest.raises(UserError, match="--port"):
+        bind(host, port)
+
+
+def test_only_a_local_service_minds_how_it_is_called(monkeypatch):
+    def names_of(*arguments):
+        monkeypatch.setattr(serve, "load", lambda options: ColourPredictor())
+        given = []
+        monkeypatch.setattr(app, "create_app", lambda service, *, names: given.append(names) or service.close())
+        monkeypatch.setattr(server, "listen", lambda listener: None)
+        monkeypatch.setattr(server.uvicorn.Server, "run", lambda *arguments, **options: None)
+        monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+        serve.main(parse(serve, ["--workdir=.", "--port=0", *arguments]))
+        return given[0]
+
+    assert names_of() == []
+    assert names_of("--host=::1", "--public_names=A.example,b") == ["a.example", "b"]
+    assert names_of("--host=0.0.0.0") is None
 
 
 @pytest.mark.parametrize("argument", ["--max_batch=3", "--max_batch=0", "--max_queue=0", "--timeout=0", "--port=-1"])
