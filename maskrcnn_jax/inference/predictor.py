@@ -95,7 +95,8 @@ class Predictor:
         """
         if self._network is None:
             raise UserError(
-                "an exported file can only predict and be evaluated; load the run or the weights that it is from"
+                "an exported file detects only as it was exported: with its suppression, without test-time "
+                "augmentation; for anything else, load the run or the weights that it is from"
             )
         return self._network
 
@@ -139,7 +140,7 @@ class Predictor:
             min_score: Objects with lower scores are left out. A number, or a dict with a number for each class by
                 name, such as ``{"person": 0.7, None: 0.4}``; None stands for the other classes, whose number is 0.5
                 without it. The model itself leaves out those below ``model.box_score_thresh``.
-            classes: Names of the classes to keep. Defaults to all. The model counts
+            classes: Names of the classes to keep, or one name. Defaults to all. The model counts
                 ``model.box_detections_per_img`` before.
             tile: Detect in tiles of so many pixels of the image and merge the results: for objects that would be too
                 small in a large image as it is resized. A tile is resized as an image is.
@@ -182,8 +183,10 @@ class Predictor:
         The device processes the next image while the caller uses the result, so one image more is read than results
         are yielded.
         """
-        if whole_image and tile is None:
+        if tile is None and whole_image:
             raise UserError("whole_image goes with tile; without tiles, the whole image is detected in anyway")
+        if tile is None and overlap != DEFAULT_OVERLAP:
+            raise UserError(f"the overlap {overlap} is that of tiles; give their size too, such as tile=1024")
         model = self.options.model
         least = least_scores(self.categories, min_score, classes)
         find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find

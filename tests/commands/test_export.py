@@ -16,6 +16,7 @@ from maskrcnn_jax.errors import UserError
         ),
         (["--output=x.mrcnn", "--format=onnx"], "contradicts --output=x.mrcnn; .* end in .onnx"),
         (["--output=x.pb"], "--output=x.pb ends in .pb; use .onnx for ONNX or .mrcnn for StableHLO"),
+        (["--output=x.pth"], "--output=x.pth is for torchvision; maskrcnn-jax export-torchvision writes it"),
         (["--output=x"], "--output=x ends in nothing; use .onnx"),
         (["--output=x.onnx", "--int8"], "measures the ranges of activations on images; give a dataset, --coco_dir"),
         (["--output=x.onnx", "--coco_dir=data"], "give one of them, or use eval"),

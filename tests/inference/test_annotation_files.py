@@ -144,6 +144,11 @@ def test_tables_count_the_objects_of_each_class_and_image(tmp_path, results):
     assert int(rows[0]["mask_pixels"]) == coco_mask.area(results[0]["segmentation"])
 
 
+def test_tables_escape_what_is_not_utf_8_in_file_names(tmp_path, results):
+    write_tables(tmp_path, [{"id": 1, "file_name": "caf\udce9.png"}], results, CATEGORIES)
+    assert "caf\\udce9.png" in (tmp_path / "counts.csv").read_text("utf-8-sig")
+
+
 def test_a_folder_of_images_gets_the_files_that_are_wanted(tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

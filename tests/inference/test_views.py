@@ -148,3 +148,12 @@ def test_a_predictor_with_other_options_shares_its_parameters_and_follows_them(p
         predictor.with_options(backbone="resnet50")
     with pytest.raises(UserError, match="box_nms_method"):
         predictor.with_options(box_nms_method="fuzzy")
+
+
+def test_options_of_tiles_are_refused_without_tiles(predictor, image):
+    with pytest.raises(UserError, match="overlap 0.5 is that of tiles; give their size too"):
+        predictor.predict(image, overlap=0.5)
+    with pytest.raises(UserError, match="whole_image goes with tile"):
+        predictor.predict(image, whole_image=True)
+    with pytest.raises(UserError, match="tiles cannot have 64.5 pixels; use a whole number from 32"):
+        predictor.predict(image, tile=64.5)
