@@ -30,8 +30,8 @@ class Annotations(NamedTuple):
     masks: bool = False  # label images
     polygons: str = ""  # "geojson", "labelme" or neither
 
-    def check(self, categories: Categories, *, of_video: bool = False) -> None:
-        """Raise UserError if these files cannot be written."""
+    def check(self, output: Path, categories: Categories, *, of_video: bool = False) -> None:
+        """Raise UserError if these files cannot be written into a folder, or would replace what was corrected."""
         if self.masks and not (min(categories.ids) > 0 and max(categories.ids) <= _MOST):
             raise UserError(
                 f"label images hold category ids from 1 to {_MOST}, but the model has {min(categories.ids)} to "
@@ -39,6 +39,11 @@ class Annotations(NamedTuple):
             )
         if self.polygons == "labelme" and of_video:
             raise UserError("labelme annotates image files and no videos; use geojson, or give the frames as images")
+        if self.polygons == "labelme" and any((output / "labelme").glob("*.json")):
+            raise UserError(
+                f"{output / 'labelme'} holds annotations, which may have been corrected; use another output folder, "
+                "or remove them"
+            )
 
     def write(
         self,

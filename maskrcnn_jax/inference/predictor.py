@@ -188,16 +188,18 @@ class Predictor:
         if tile is None and overlap != DEFAULT_OVERLAP:
             raise UserError(f"the overlap {overlap} is that of tiles; give their size too, such as tile=1024")
         model = self.options.model
-        least = least_scores(self.categories, min_score, classes)
+        sure = least_scores(self.categories, min_score)
+        wanted = least_scores(self.categories, min_score, classes)
         find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find
 
-        def find_wanted(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
-            return (keep(found, least) for found in find(arrays))
+        def find_sure(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
+            return (keep(found, sure) for found in find(arrays))
 
-        find_all: Find = find_wanted
+        # Tiles merge no unsure detections, but those of unwanted classes, which tell what is a piece of them.
+        find_all: Find = find_sure
         if tile is not None:
             find_all = in_tiles(
-                find_wanted,
+                find_sure,
                 Tiling(tile, overlap, whole_image),
                 iou_threshold=model.box_nms_thresh,
                 class_agnostic=model.box_nms_class_agnostic,
@@ -210,7 +212,8 @@ class Predictor:
                 yield read[-1]
 
         for found in find_all(arrays()):
-            yield ImageDetections(read.popleft(), found, self.categories, aligned_masks=model.roi_aligned)
+            chosen = keep(found, wanted)
+            yield ImageDetections(read.popleft(), chosen, self.categories, aligned_masks=model.roi_aligned)
 
     @property
     def padded_sizes(self) -> list[tuple[int, int]]:

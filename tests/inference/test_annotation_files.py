@@ -174,4 +174,14 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_detected(tm
     with pytest.raises(UserError, match="labelme annotates image files"):
         predict_video(FakePredictor(), tmp_path / "a.mp4", tmp_path / "out", annotations=Annotations(False, "labelme"))
     with pytest.raises(UserError, match="label images hold category ids from 1 to 65535"):
-        Annotations(masks=True).check(Categories.create([0, 1], ["cup", "dog"]))
+        Annotations(masks=True).check(tmp_path, Categories.create([0, 1], ["cup", "dog"]))
+
+
+def test_corrected_annotations_are_not_replaced(tmp_path):
+    write_image(tmp_path / "a.png", 30)
+    wanted = {"min_score": 0.2, "annotations": Annotations(False, "labelme")}
+    predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path / "out", **wanted)
+    (tmp_path / "out" / "labelme" / "a.json").write_text("corrected")
+    with pytest.raises(UserError, match="labelme holds annotations, which may have been corrected; use another"):
+        predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path / "out", **wanted)
+    assert (tmp_path / "out" / "labelme" / "a.json").read_text() == "corrected"
