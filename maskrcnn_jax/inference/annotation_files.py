@@ -17,8 +17,8 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.run_lengths import decode_crop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.polygons import join_holes, mask_to_polygons, simplify
-from maskrcnn_jax.paths import read_bytes, write_bytes
-from maskrcnn_jax.writing import make_folder, write_json
+from maskrcnn_jax.paths import read_bytes
+from maskrcnn_jax.writing import make_folder, replace_file, write_json
 
 _MOST = (1 << 16) - 1  # of a PNG with 16 bits
 _TOLERANCE = 0.75  # pixels by which labelme's polygons may miss the border of a mask; stairs of pixels become lines
@@ -68,13 +68,13 @@ class Annotations(NamedTuple):
         if self.masks:
             for kind, labels in zip(("instances", "classes"), label_images(results, size), strict=True):
                 make_folder(output / kind)
-                write_bytes(output / kind / f"{name}.png", cv2.imencode(".png", labels)[1].tobytes())
+                replace_file(output / kind / f"{name}.png", cv2.imencode(".png", labels)[1].tobytes())
         if self.polygons == "geojson":
             make_folder(output / "geojson")
             write_json(output / "geojson" / f"{name}.geojson", to_geojson(results, names))
         if self.polygons == "labelme" and image is not None:
             make_folder(output / "labelme")
-            write_bytes(output / "labelme" / image.name, read_bytes(image))
+            replace_file(output / "labelme" / image.name, read_bytes(image))
             write_json(output / "labelme" / f"{name}.json", to_labelme(results, names, size, image.name), indent=1)
 
 

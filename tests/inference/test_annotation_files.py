@@ -177,6 +177,17 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_detected(tm
         Annotations(masks=True).check(tmp_path, Categories.create([0, 1], ["cup", "dog"]))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "file"),
+    [(Annotations(masks=True), "classes/a.png"), (Annotations(polygons="labelme"), "labelme/a.png")],
+)
+def test_a_file_that_the_disk_refuses_is_named(tmp_path, results, wanted, file):
+    write_image(tmp_path / "a.png", 30, SIZE)
+    (tmp_path / "out" / file).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{file} cannot be written"):
+        wanted.write(tmp_path / "out", "a", results, CATEGORIES, SIZE, tmp_path / "a.png")
+
+
 def test_corrected_annotations_are_not_replaced(tmp_path):
     write_image(tmp_path / "a.png", 30)
     wanted = {"min_score": 0.2, "annotations": Annotations(False, "labelme")}
