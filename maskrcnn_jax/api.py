@@ -171,7 +171,7 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     max_detections: int | None = None,
-    tta: str | Iterable[str | int] | None = None,
+    tta: str | int | Iterable[str | int] | None = None,
     output: str | os.PathLike | None = None,
 ) -> Evaluation:
     """Compute COCO's box and mask AP of a model.

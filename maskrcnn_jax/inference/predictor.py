@@ -126,7 +126,7 @@ class Predictor:
         tile: int | None = None,
         overlap: float = DEFAULT_OVERLAP,
         whole_image: bool = False,
-        tta: str | Iterable[str | int] | None = None,
+        tta: str | int | Iterable[str | int] | None = None,
     ) -> ImageDetections | list[ImageDetections]:
         """Find the objects in one image or in several.
 
@@ -176,7 +176,7 @@ class Predictor:
         tile: int | None = None,
         overlap: float = DEFAULT_OVERLAP,
         whole_image: bool = False,
-        tta: str | Iterable[str | int] | None = None,
+        tta: str | int | Iterable[str | int] | None = None,
     ) -> Iterator[ImageDetections]:
         """Yield what ``predict`` returns, image by image, for more images than fit in memory.
 

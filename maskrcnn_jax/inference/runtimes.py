@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -174,9 +175,12 @@ def _openvino(path: str, bf16: bool) -> _Program:
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"})
     request, dtype = compiled.create_infer_request(), compiled.input("images").get_element_type().to_dtype()
 
+    lock = threading.Lock()  # a request works for one thread at a time
+
     def run(inputs):
-        request.infer(inputs | {"images": inputs["images"].astype(dtype, copy=False)})
-        return {name: np.array(request.get_tensor(name).data) for name in _NAMES}
+        with lock:
+            request.infer(inputs | {"images": inputs["images"].astype(dtype, copy=False)})
+            return {name: np.array(request.get_tensor(name).data) for name in _NAMES}
 
     shape = model.input("images").get_partial_shape()
     return _Program(run, None if shape[1].is_dynamic else (shape[1].get_length(), shape[2].get_length()), metadata)

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -173,6 +174,18 @@ def test_a_file_in_capitals_is_read_and_labels_without_a_category_are_dropped(ru
     assert loaded.categories == predictor.categories
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     assert loaded.predict(image, min_score=0).names == predictor.predict(image, min_score=0).names
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_several_threads_share_a_model(runtime, exported):
+    detect = OnnxDetect(exported[1], runtime)
+    images = np.random.default_rng(0).integers(0, 256, (8, 1, 64, 96, 3), dtype=np.uint8)
+    alone = [detect(image, SIZES[:1]) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(detect, images, [SIZES[:1]] * 8))
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
 
 
 def test_a_pickled_model_is_found_from_another_folder(exported, tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ def assert_same(ours, theirs, atol=1e-4):
         ("flip", (True, ())),
         ("flip,400,600", (True, (400, 600))),
         ("400", (False, (400,))),
+        (400, (False, (400,))),
         (("flip", 400), (True, (400,))),
         (Augmentation(False, (3,)), (False, (3,))),
     ],
@@ -59,7 +60,7 @@ def test_views_are_read_as_written(text, expected):
     assert Augmentation.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "flop", "flip,0", "-4", "400,400", "4.5", ()])
+@pytest.mark.parametrize("text", ["", "flop", "flip,0", "-4", "400,400", "4.5", (), True])
 def test_views_that_make_no_sense_are_refused(text):
     with pytest.raises(UserError, match="test-time augmentation"):
         Augmentation.parse(text)
