@@ -64,7 +64,13 @@ def load(
         UserError: if one of these does not exist or they do not fit each other.
     """
     source = expand(source)
-    if as_path(source).suffix == ".onnx":
+    ending = as_path(source).suffix.lower()
+    if ending == ".mrcnn":
+        raise UserError(
+            f"{source} is for programs without this package, see tools/run_exported.py; load the run or the weights "
+            "that it is from, or export it as .onnx"
+        )
+    if ending == ".onnx":
         if config is not None or categories is not None:
             raise UserError(f"{source} has its own config and categories; leave them out")
         return load_onnx(source, runtime=runtime, bf16=bf16)
@@ -165,7 +171,7 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     max_detections: int | None = None,
-    tta: str | Iterable[str | int] | None = None,
+    tta: str | int | Iterable[str | int] | None = None,
     output: str | os.PathLike | None = None,
 ) -> Evaluation:
     """Compute COCO's box and mask AP of a model.

@@ -1,20 +1,25 @@
 """Run a model that maskrcnn-jax export wrote. Needs what follows and nothing else; copy this file beside it.
 
-pip install numpy opencv-python-headless openvino         # an .onnx file; or onnxruntime and onnx instead of openvino
+pip install numpy opencv-python-headless openvino         # an .onnx file; or onnxruntime instead of openvino
 pip install numpy opencv-python-headless jax flatbuffers  # an .mrcnn file
+pip install pillow                                        # besides, if data.resize of the model is pillow
 python run_exported.py MODEL IMAGE [IMAGE ...]            # prints a line of JSON for each image
 
 --masks=rle gives masks as COCO's run lengths, --masks=polygons as outlines; --pictures=DIR draws them.
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+RUNTIMES = ("openvino", "onnxruntime")
 OUTPUTS = ("boxes", "scores", "labels", "masks", "valid")
 COLOURS = ((230, 60, 60), (60, 140, 240), (60, 190, 90), (240, 170, 40), (170, 90, 220), (60, 200, 200))  # RGB
 
@@ -28,6 +33,8 @@ def open_stablehlo(path, together=None):
     import jax
     import jax.export
 
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no zip archive, as .mrcnn files are; the name of an ONNX file ends in .onnx")
     file = np.load(path)  # which refuses pickles, so that nothing in the file runs but its programs
     about = json.loads(file["model.json"])
     weights = [jax.device_put(file[f"weights/{i}"]) for i in range(about["num_weights"])]
@@ -79,17 +86,22 @@ def open_onnxruntime(path):
 class ExportedModel:
     """Finds objects in images."""
 
-    def __init__(self, path, runtime="openvino"):
-        """Load a file; ``runtime``, openvino or onnxruntime, is for .onnx."""
+    def __init__(self, path, runtime=None):
+        """Load a file; ``runtime``, openvino or onnxruntime, is for .onnx: the first that is installed by default."""
+        runtime = runtime or next((name for name in RUNTIMES if importlib.util.find_spec(name)), RUNTIMES[0])
         openers = {"openvino": open_openvino, "onnxruntime": open_onnxruntime}
-        self.about, self._run = (openers[runtime] if str(path).endswith(".onnx") else open_stablehlo)(str(path))
+        is_onnx = str(path).lower().endswith(".onnx")
+        self.about, self._run = (openers[runtime] if is_onnx else open_stablehlo)(str(path))
+        if self.about["resize"] == "pillow":
+            importlib.import_module("PIL.Image")  # fails now, and not at the first image
         self.categories = {row["label"]: row for row in self.about["categories"]}
 
     def detect(self, images, min_score=0.5):
-        """Find the objects in images [h, w, 3] uint8, in RGB.
+        """Find the objects in images [h, w, I] uint8, RGB first; I is ``about["channels"]``, usually 3.
 
         Objects with a lower score are left out. Returns a dict for each image: boxes [K, 4] x1, y1, x2, y2 in its
-        pixels, scores [K], labels [K] and masks [K, 28, 28], best first.
+        pixels, scores [K], labels [K] and masks [K, 28, 28], best first. Raises ValueError for an image that the model
+        does not take.
         """
         prepared = [self._prepare(image) for image in images]
         results = [None] * len(images)
@@ -111,6 +123,8 @@ class ExportedModel:
     def _prepare(self, image):
         """Resize an image and pad it; returns it and its size inside the padding."""
         about = self.about
+        if image.ndim != 3 or image.shape[2] != about["channels"] or image.dtype != np.uint8:
+            raise ValueError(f"an image {image.dtype} {image.shape} is none of {about['channels']} channels in 8 bits")
         height, width = image.shape[:2]
         scale = min(about["short_side"] / min(height, width), about["long_side"] / max(height, width))
         rounding = 0.5 if about["resize"] == "pillow" else 0
@@ -118,7 +132,10 @@ class ExportedModel:
         if about["resize"] == "pillow":
             from PIL import Image
 
-            resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+            # Not all at once: a fourth channel would count as opacity, by which Pillow weighs the others.
+            parts = [image[..., :3], *np.moveaxis(image[..., 3:], -1, 0)]
+            parts = [Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR) for part in parts]
+            resized = np.dstack(parts)
         else:
             resized = cv2.resize(image.astype(about["dtype"]), (width, height), interpolation=cv2.INTER_LINEAR)
         fitting = [(h, w) for h, w in about["sizes"] if h >= height and w >= width]
@@ -166,8 +183,8 @@ MASKS = {"rle": run_lengths, "polygons": polygons}
 
 
 def draw(image, rows, masks):
-    """Draw masks [K, h, w] bool, boxes, names and scores over an image [h, w, 3] RGB."""
-    drawn = image.copy()
+    """Draw masks [K, h, w] bool, boxes, names and scores over an image [h, w, I], RGB first."""
+    drawn = image[..., :3].copy()
     for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         drawn[mask] = (drawn[mask] * 0.5 + np.array(colour) * 0.5).astype(np.uint8)
@@ -198,6 +215,28 @@ def describe(model, found, image_size, form):
     return rows, masks
 
 
+def read(name, channels):
+    """Read an image file as [h, w, channels] uint8, RGB first; of 16 bits the upper 8."""
+    image = cv2.imread(name, cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise SystemExit(f"{name} cannot be read as an image")
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    image = np.atleast_3d(image)[..., :channels]
+    return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
+
+
+def picture_paths(folder, names):
+    """Return a file for the picture of each image; no two are the same, and none is one of the images."""
+    paths = [Path(folder) / f"{Path(name).stem}.png" for name in names]
+    taken = {Path(name).resolve() for name in names}
+    for path in paths:
+        if path.resolve() in taken:
+            raise SystemExit(f"{path} would be overwritten; use another folder, or images of other names")
+        taken.add(path.resolve())
+    return paths
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prints what an exported model finds, a line of JSON for each image.")
     parser.add_argument("model", help="file that maskrcnn-jax export wrote")
@@ -205,23 +244,27 @@ def main():
     parser.add_argument("--min_score", type=float, default=0.5, help="leave out objects below this")
     parser.add_argument("--masks", choices=MASKS, help="print the masks too, in this form")
     parser.add_argument("--pictures", metavar="DIR", help="folder for pictures with the masks")
-    parser.add_argument("--runtime", choices=["openvino", "onnxruntime"], default="openvino", help="for .onnx files")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="for .onnx files; openvino if installed")
     args = parser.parse_args()
+    pictures = picture_paths(args.pictures, args.images) if args.pictures else []
+    if not Path(args.model).is_file():
+        raise SystemExit(f"there is no file {args.model}")
     try:
         model = ExportedModel(args.model, args.runtime)
     except ImportError as error:
         raise SystemExit(f"{error}; install it, as {Path(__file__).name} says at its beginning") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise SystemExit(f"{args.model} cannot be read as an exported model: {error}") from None
-    for name in args.images:
-        image = cv2.imread(name)
-        if image is None:
-            raise SystemExit(f"{name} cannot be read as an image")
-        image = np.ascontiguousarray(image[..., ::-1])
-        (found,) = model.detect([image], args.min_score)
+    except Exception as error:  # libraries raise many types for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise SystemExit(f"{args.model} cannot be read as an exported model: {reason}") from None
+    for i, name in enumerate(args.images):
+        image = read(name, model.about["channels"])
+        try:
+            (found,) = model.detect([image], args.min_score)
+        except ValueError as error:
+            raise SystemExit(f"{name} cannot be detected in: {error}") from None
         rows, masks = describe(model, found, image.shape[:2], args.masks)
         if args.pictures:
-            path = Path(args.pictures) / f"{Path(name).stem}.png"
+            path = pictures[i]
             path.parent.mkdir(parents=True, exist_ok=True)
             if not cv2.imwrite(str(path), draw(image, rows, masks)[..., ::-1]):
                 raise SystemExit(f"{path} cannot be written")

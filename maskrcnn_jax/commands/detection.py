@@ -1,6 +1,7 @@
 """Options of commands that choose how a trained model detects."""
 
 import argparse
+import csv
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tta",
         metavar="VIEWS",
-        help="test-time augmentation: flip, short sides in pixels, or both, such as flip,400,600; takes as much "
-        "longer as there are views",
+        help="test-time augmentation: flip, short sides in pixels, or both, such as flip,400,600; takes as "
+        "many times longer as there are views",
     )
 
 
@@ -54,10 +55,15 @@ def share(text: str) -> float:
     return value
 
 
+def class_names(text: str) -> list[str]:
+    """Read names of classes, such as ``person,dog``; one with a comma is quoted, such as ``"cup, blue",dog``."""
+    return next(csv.reader([text], skipinitialspace=True)) or [""]
+
+
 def least_scores(text: str) -> float | dict[str | None, float]:
     """Read a score for all classes, or for some by name, such as ``0.4,person=0.7``."""
     scores: dict[str | None, float] = {}
-    for part in text.split(","):
+    for part in class_names(text):
         name, is_named, value = part.rpartition("=")
         key = name if is_named else None
         if key in scores:

@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
     from maskrcnn_jax.paths import as_path
     from maskrcnn_jax.writing import make_folder
 
-    augmentation = Augmentation.parse(options.tta) if options.tta else None
+    augmentation = Augmentation.parse(options.tta) if options.tta is not None else None
     model = with_detection_options(load(options), options)
     chosen = evaluation_options(
         model.options,

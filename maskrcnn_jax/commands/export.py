@@ -13,6 +13,7 @@ before and after is computed. docs/export.md explains more.
 
 import argparse
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from maskrcnn_jax.models.mask_rcnn import MaskRCNN
     from maskrcnn_jax.options import Options
 
+_TORCHVISION = (".pth", ".pt", ".safetensors")  # of another command
 ENDINGS = {"onnx": ".onnx", "stablehlo": ".mrcnn"}  # of files, by their format
 
 
@@ -47,7 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prune", type=float, default=0.0, metavar="SHARE", help="share of the channels to remove, below 1"
     )
     parser.add_argument(
-        "--coco_dir", metavar="DIR", help="dataset for computing AP before and after --int8 or --prune"
+        "--coco_dir",
+        metavar="DIR",
+        help="dataset for the AP before and after --int8 or --prune; --int8 with ONNX also measures ranges on it",
     )
     parser.add_argument("--split", help="of this dataset; data.eval_split of the config if not given")
     parser.add_argument(
@@ -80,6 +84,8 @@ def main(options: argparse.Namespace) -> None:
 def _format(options: argparse.Namespace) -> str:
     """Return the format of the file, which --format and its ending must not contradict."""
     ending = Path(options.output).suffix
+    if ending in _TORCHVISION:
+        raise UserError(f"--output={options.output} is for torchvision; maskrcnn-jax export-torchvision writes it")
     by_ending = next((form for form, known in ENDINGS.items() if known == ending), None)
     if by_ending is None:
         raise UserError(
@@ -105,16 +111,21 @@ def _export_onnx(model: "Predictor", options: argparse.Namespace) -> "MaskRCNN |
     """Write the file and return what computes what it does."""
     from maskrcnn_jax.exporting.onnx_file import export_onnx
 
-    export_onnx(model, options.output, sizes=options.sizes)
     if not options.int8:
+        export_onnx(model, options.output, sizes=options.sizes)
         return model.network
     from maskrcnn_jax.evaluation.evaluator import Evaluator
     from maskrcnn_jax.exporting.int8 import quantize_onnx
     from maskrcnn_jax.inference.runtimes import OnnxDetect, time_per_image
+    from maskrcnn_jax.writing import replace_file
 
     batches = Evaluator(_evaluation_options(model, options), model.categories).batches()
-    before = OnnxDetect(options.output)
-    quantize_onnx(options.output, batches)
+    with tempfile.TemporaryDirectory() as folder:  # so that no file in float32 is left if this fails
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, sizes=options.sizes)
+        before = OnnxDetect(path)
+        quantize_onnx(path, batches)
+        replace_file(options.output, path.read_bytes())
     after, batch = OnnxDetect(options.output), next(iter(batches))
     for name, detect in (("float32", before), ("8 bits", after)):
         print(

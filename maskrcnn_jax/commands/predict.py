@@ -12,8 +12,14 @@ pages or frames, the first is read. Pictures below 512 pixels are enlarged so th
 
 import argparse
 
-from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, comma_separated, load
-from maskrcnn_jax.commands.detection import add_detection_options, least_scores, share, with_detection_options
+from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, load
+from maskrcnn_jax.commands.detection import (
+    add_detection_options,
+    class_names,
+    least_scores,
+    share,
+    with_detection_options,
+)
 from maskrcnn_jax.errors import UserError
 
 _CHOICES = ("min_score", "classes", "tile", "overlap", "whole_image", "tta")  # of Predictor.stream
@@ -33,7 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="leave out detections with a lower score; %(default)s. For some classes by name: 0.4,person=0.7",
     )
     parser.add_argument(
-        "--classes", type=comma_separated, metavar="NAMES", help="leave out other classes; such as person,dog"
+        "--classes",
+        type=class_names,
+        metavar="NAMES",
+        help="leave out other classes; such as person,dog. A name with a comma is quoted",
     )
     add_detection_options(parser)
     large = parser.add_argument_group("large images")

@@ -65,9 +65,12 @@ def suppress(
         score_threshold: Rank at or below which a box is never kept.
         iou_threshold: Overlap above which the worse box goes.
     """
-    graph = boxes.graph
-    threshold = np.array([rounded_down(iou_threshold, np.dtype(np.float32))])
-    limits = np.array([most]), threshold, np.array([score_threshold], np.float32)
+    graph, single = boxes.graph, np.dtype(np.float32)
+    # OpenVINO also drops boxes whose overlap equals the threshold, so that it gets the next number; no denormal one,
+    # which it takes for 0.
+    threshold = np.nextafter(rounded_down(iou_threshold, single), np.float32(1))
+    threshold = np.maximum(threshold, np.finfo(single).tiny)
+    limits = np.array([most]), threshold[None], np.array([score_threshold], np.float32)
     index = graph.op("NonMaxSuppression", boxes, ranks, *limits)  # [K, 3]: P, S, N
     nothing = graph.full([graph.length(scores, axis) for axis in range(3)], lowest)
     return graph.op("ScatterND", nothing, index, graph.op("GatherND", scores, index))

@@ -33,5 +33,6 @@ def describe(predictor: Predictor, sizes: Sequence[tuple[int, ...]]) -> dict:
         "short_side": data.short_side,  # what the shorter side is resized to,
         "long_side": data.long_side,  # unless the longer one would be more than this
         "aligned_masks": model.roi_aligned,  # whether masks are pasted as in detectron2, not as in torchvision
+        "num_classes": categories.num_classes,  # background included
         "categories": [{"label": int(label), "id": int(i), "name": name} for label, i, name in rows],
     }

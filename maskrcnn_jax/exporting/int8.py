@@ -15,6 +15,7 @@ import numpy as np
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.exporting.network import OUTPUT_LAYER
+from maskrcnn_jax.inference.runtimes import pad_to
 from maskrcnn_jax.structures import Batch
 from maskrcnn_jax.writing import replace_file
 
@@ -29,7 +30,8 @@ def quantize_onnx(path: str | os.PathLike, batches: Iterable[Batch]) -> None:
         batches: Images to measure activations on, the first NUM_IMAGES batches.
 
     Raises:
-        UserError: if onnxruntime is not installed, there is no image, or the file cannot be written.
+        UserError: if onnxruntime is not installed, there is no image, the images are larger than those that the file
+            is for, or the file cannot be written.
     """
     try:
         import onnx
@@ -37,14 +39,20 @@ def quantize_onnx(path: str | os.PathLike, batches: Iterable[Batch]) -> None:
     except ImportError:
         raise UserError("computing in 8 bits needs onnxruntime; pip install 'maskrcnn-jax[onnx]'") from None
 
+    model = onnx.load(path)
+    _, *sides, _ = next(entry for entry in model.graph.input if entry.name == "images").type.tensor_type.shape.dim
+    height, width = (side.dim_value for side in sides)  # 0 for any
+
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
             self._inputs = _inputs(batches)
 
         def get_next(self) -> dict | None:
-            return next(self._inputs, None)
+            inputs = next(self._inputs, None)
+            if inputs and height:
+                inputs["images"] = pad_to(inputs["images"], (height, width))
+            return inputs
 
-    model = onnx.load(path)
     weights = {tensor.name for tensor in model.graph.initializer}
     kept = [
         node.name

@@ -17,8 +17,8 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.run_lengths import decode_crop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.polygons import join_holes, mask_to_polygons, simplify
-from maskrcnn_jax.paths import read_bytes, write_bytes
-from maskrcnn_jax.writing import make_folder, write_json
+from maskrcnn_jax.paths import read_bytes
+from maskrcnn_jax.writing import make_folder, replace_file, write_json
 
 _MOST = (1 << 16) - 1  # of a PNG with 16 bits
 _TOLERANCE = 0.75  # pixels by which labelme's polygons may miss the border of a mask; stairs of pixels become lines
@@ -30,8 +30,8 @@ class Annotations(NamedTuple):
     masks: bool = False  # label images
     polygons: str = ""  # "geojson", "labelme" or neither
 
-    def check(self, categories: Categories, *, of_video: bool = False) -> None:
-        """Raise UserError if these files cannot be written."""
+    def check(self, output: Path, categories: Categories, *, of_video: bool = False) -> None:
+        """Raise UserError if these files cannot be written into a folder, or would replace what was corrected."""
         if self.masks and not (min(categories.ids) > 0 and max(categories.ids) <= _MOST):
             raise UserError(
                 f"label images hold category ids from 1 to {_MOST}, but the model has {min(categories.ids)} to "
@@ -39,6 +39,11 @@ class Annotations(NamedTuple):
             )
         if self.polygons == "labelme" and of_video:
             raise UserError("labelme annotates image files and no videos; use geojson, or give the frames as images")
+        if self.polygons == "labelme" and any((output / "labelme").glob("*.json")):
+            raise UserError(
+                f"{output / 'labelme'} holds annotations, which may have been corrected; use another output folder, "
+                "or remove them"
+            )
 
     def write(
         self,
@@ -63,13 +68,13 @@ class Annotations(NamedTuple):
         if self.masks:
             for kind, labels in zip(("instances", "classes"), label_images(results, size), strict=True):
                 make_folder(output / kind)
-                write_bytes(output / kind / f"{name}.png", cv2.imencode(".png", labels)[1].tobytes())
+                replace_file(output / kind / f"{name}.png", cv2.imencode(".png", labels)[1].tobytes())
         if self.polygons == "geojson":
             make_folder(output / "geojson")
             write_json(output / "geojson" / f"{name}.geojson", to_geojson(results, names))
         if self.polygons == "labelme" and image is not None:
             make_folder(output / "labelme")
-            write_bytes(output / "labelme" / image.name, read_bytes(image))
+            replace_file(output / "labelme" / image.name, read_bytes(image))
             write_json(output / "labelme" / f"{name}.json", to_labelme(results, names, size, image.name), indent=1)
 
 

@@ -94,7 +94,7 @@ def predict_images(
     output = _make_folder(output)
     if any(path.resolve().parent == output.resolve() for path in paths):
         raise UserError(f"pictures in {output} would overwrite the input; choose another output folder")
-    annotations.check(predictor.categories)
+    annotations.check(output, predictor.categories)
     readable, unreadable, images, results = [], [], [], []
     names: set[str] = set()
 
@@ -157,7 +157,7 @@ def predict_video(
         raise UserError(f"the input {path} does not exist; give an image, a folder of images or a video")
     if target.resolve() == path.resolve():
         raise UserError(f"the video in {output} would overwrite the input; choose another output folder")
-    annotations.check(predictor.categories, of_video=True)
+    annotations.check(output, predictor.categories, of_video=True)
     capture = cv2.VideoCapture(str(path))
     fps = _writable_rate(capture.get(cv2.CAP_PROP_FPS))
     images: list[dict] = []

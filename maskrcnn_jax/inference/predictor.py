@@ -95,7 +95,8 @@ class Predictor:
         """
         if self._network is None:
             raise UserError(
-                "an exported file can only predict and be evaluated; load the run or the weights that it is from"
+                "an exported file detects only as it was exported: with its suppression, without test-time "
+                "augmentation; for anything else, load the run or the weights that it is from"
             )
         return self._network
 
@@ -125,7 +126,7 @@ class Predictor:
         tile: int | None = None,
         overlap: float = DEFAULT_OVERLAP,
         whole_image: bool = False,
-        tta: str | Iterable[str | int] | None = None,
+        tta: str | int | Iterable[str | int] | None = None,
     ) -> ImageDetections | list[ImageDetections]:
         """Find the objects in one image or in several.
 
@@ -139,7 +140,7 @@ class Predictor:
             min_score: Objects with lower scores are left out. A number, or a dict with a number for each class by
                 name, such as ``{"person": 0.7, None: 0.4}``; None stands for the other classes, whose number is 0.5
                 without it. The model itself leaves out those below ``model.box_score_thresh``.
-            classes: Names of the classes to keep. Defaults to all. The model counts
+            classes: Names of the classes to keep, or one name. Defaults to all. The model counts
                 ``model.box_detections_per_img`` before.
             tile: Detect in tiles of so many pixels of the image and merge the results: for objects that would be too
                 small in a large image as it is resized. A tile is resized as an image is.
@@ -175,26 +176,30 @@ class Predictor:
         tile: int | None = None,
         overlap: float = DEFAULT_OVERLAP,
         whole_image: bool = False,
-        tta: str | Iterable[str | int] | None = None,
+        tta: str | int | Iterable[str | int] | None = None,
     ) -> Iterator[ImageDetections]:
         """Yield what ``predict`` returns, image by image, for more images than fit in memory.
 
         The device processes the next image while the caller uses the result, so one image more is read than results
         are yielded.
         """
-        if whole_image and tile is None:
+        if tile is None and whole_image:
             raise UserError("whole_image goes with tile; without tiles, the whole image is detected in anyway")
+        if tile is None and overlap != DEFAULT_OVERLAP:
+            raise UserError(f"the overlap {overlap} is that of tiles; give their size too, such as tile=1024")
         model = self.options.model
-        least = least_scores(self.categories, min_score, classes)
+        sure = least_scores(self.categories, min_score)
+        wanted = least_scores(self.categories, min_score, classes)
         find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find
 
-        def find_wanted(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
-            return (keep(found, least) for found in find(arrays))
+        def find_sure(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
+            return (keep(found, sure) for found in find(arrays))
 
-        find_all: Find = find_wanted
+        # Tiles merge no unsure detections, but those of unwanted classes, which tell what is a piece of them.
+        find_all: Find = find_sure
         if tile is not None:
             find_all = in_tiles(
-                find_wanted,
+                find_sure,
                 Tiling(tile, overlap, whole_image),
                 iou_threshold=model.box_nms_thresh,
                 class_agnostic=model.box_nms_class_agnostic,
@@ -207,7 +212,8 @@ class Predictor:
                 yield read[-1]
 
         for found in find_all(arrays()):
-            yield ImageDetections(read.popleft(), found, self.categories, aligned_masks=model.roi_aligned)
+            chosen = keep(found, wanted)
+            yield ImageDetections(read.popleft(), chosen, self.categories, aligned_masks=model.roi_aligned)
 
     @property
     def padded_sizes(self) -> list[tuple[int, int]]:

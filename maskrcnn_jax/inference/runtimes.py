@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.predictor import Predictor
-from maskrcnn_jax.paths import as_path
+from maskrcnn_jax.paths import local_path
 from maskrcnn_jax.structures import Detections
 
 RUNTIMES = ("openvino", "onnxruntime")  # by their speed on CPUs
@@ -54,13 +55,18 @@ class OnnxDetect:
             raise UserError("only OpenVINO computes in bfloat16; choose the runtime openvino, or leave bf16 out")
         if not importlib.util.find_spec(runtime):
             raise UserError(f"{runtime} is not installed; pip install 'maskrcnn-jax[{_EXTRAS[runtime]}]'")
-        if not as_path(path).is_file():
+        local = os.fspath(local_path(path, "the exported file"))
+        if not os.path.isfile(local):
             raise UserError(f"there is no file {path}; give one that maskrcnn-jax export wrote")
-        self._arguments = os.fspath(path), runtime, bf16
+        self._arguments = local, runtime, bf16
         try:
-            self._program = _openvino(os.fspath(path), bf16) if runtime == "openvino" else _onnxruntime(path)
+            self._program = _openvino(local, bf16) if runtime == "openvino" else _onnxruntime(local)
+        except UserError:
+            raise
         except Exception as error:  # runtimes raise many types for damaged files
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            # OpenVINO begins with the places in its source.
+            lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+            reason = next(line for line in reversed(lines) if line.strip())[:200]
             raise UserError(f"{path} cannot be read by {runtime} ({reason}); export it again") from None
 
     @property
@@ -74,20 +80,14 @@ class OnnxDetect:
         return self._program.metadata
 
     def __reduce__(self) -> tuple:
-        """Pickle the name of the file, which is loaded again where it is unpickled."""
-        return _reload, self._arguments
+        """Pickle the whole name of the file, which is loaded again where it is unpickled."""
+        path, *others = self._arguments
+        return _reload, (os.path.abspath(path), *others)
 
     def __call__(self, images: np.ndarray, sizes: np.ndarray) -> Detections:
         """Find the objects in padded images; boxes are in pixels of these, as those of the network."""
-        size, (height, width) = self._program.size, images.shape[1:3]
-        if size is not None:
-            missing = size[0] - height, size[1] - width
-            if min(missing) < 0:
-                raise UserError(
-                    f"images padded to {height}x{width} do not fit {self._arguments[0]}, which is for {size[0]}x"
-                    f"{size[1]}; export it for any size, without --sizes"
-                )
-            images = np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
+        if self._program.size is not None:
+            images = pad_to(images, self._program.size)
         # The original sizes are those of the input: boxes are not scaled.
         sizes = np.asarray(sizes, np.int32)
         found = self._program.run({"images": images, "sizes": sizes, "original_sizes": sizes})
@@ -107,14 +107,32 @@ def load_onnx(path: str | os.PathLike, *, runtime: str | None = None, bf16: bool
     """
     detect = OnnxDetect(path, runtime, bf16=bf16)
     try:
-        rows = json.loads(detect.metadata[_METADATA[0]])["categories"]
+        about = json.loads(detect.metadata[_METADATA[0]])
         options = to_options(ConfigDict(json.loads(detect.metadata[_METADATA[1]])))
-        ids, names, labels = (tuple(row[key] for row in rows) for key in ("id", "name", "label"))
-    except (KeyError, ValueError, TypeError):
+        ids, names, labels = (tuple(row[key] for row in about["categories"]) for key in ("id", "name", "label"))
+        categories = Categories(ids, names, labels, about["num_classes"])
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(
-            f"{path} does not say what its labels mean and how images are prepared, as files of maskrcnn-jax export do"
+            f"{path} does not say what its labels mean and how images are prepared, as files of maskrcnn-jax export "
+            "of this version do; export it again"
         ) from None
-    return Predictor(None, Categories(ids, names, labels, max(labels) + 1), options, detect=detect)
+    return Predictor(None, categories, options, detect=detect)
+
+
+def pad_to(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return images [B, H, W, I] padded to the (height, width) of an exported file.
+
+    Raises:
+        UserError: if they are larger.
+    """
+    height, width = images.shape[1:3]
+    missing = size[0] - height, size[1] - width
+    if min(missing) < 0:
+        raise UserError(
+            f"images padded to {height}x{width} do not fit the exported file, which is for {size[0]}x{size[1]}; "
+            "export it for any size, without --sizes"
+        )
+    return np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
 
 
 def time_per_image(detect: OnnxDetect, images: np.ndarray, sizes: np.ndarray) -> float:
@@ -131,6 +149,15 @@ def _reload(path: str, runtime: str, bf16: bool) -> OnnxDetect:
     return OnnxDetect(path, runtime, bf16=bf16)
 
 
+def _check_origin(path: str, metadata: Mapping[str, str]) -> None:
+    """Raise a UserError for a file that this package did not write."""
+    if not metadata.keys() >= set(_METADATA):
+        raise UserError(
+            f"{path} is of another origin: it does not say what its labels mean and how images are prepared; give a "
+            "file that maskrcnn-jax export wrote"
+        )
+
+
 def _openvino(path: str, bf16: bool) -> _Program:
     # When it is imported, OpenVINO forks a process that sends usage statistics. Without this package of its own it
     # sends none. A fork beside the threads of JAX may hang.
@@ -139,26 +166,32 @@ def _openvino(path: str, bf16: bool) -> _Program:
 
     core = openvino.Core()
     model = core.read_model(path)
-    # Without a hint, OpenVINO takes bfloat16 wherever the processor has it.
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"})
-    request, dtype = compiled.create_infer_request(), compiled.input("images").get_element_type().to_dtype()
-
-    def run(inputs):
-        request.infer(inputs | {"images": inputs["images"].astype(dtype, copy=False)})
-        return {name: np.array(request.get_tensor(name).data) for name in _NAMES}
-
     entries = {name: ["framework", name] for name in _METADATA}
     metadata = {
         name: model.get_rt_info(entry).astype(str) for name, entry in entries.items() if model.has_rt_info(entry)
     }
+    _check_origin(path, metadata)
+    # Without a hint, OpenVINO takes bfloat16 wherever the processor has it.
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"})
+    request, dtype = compiled.create_infer_request(), compiled.input("images").get_element_type().to_dtype()
+
+    lock = threading.Lock()  # a request works for one thread at a time
+
+    def run(inputs):
+        with lock:
+            request.infer(inputs | {"images": inputs["images"].astype(dtype, copy=False)})
+            return {name: np.array(request.get_tensor(name).data) for name in _NAMES}
+
     shape = model.input("images").get_partial_shape()
     return _Program(run, None if shape[1].is_dynamic else (shape[1].get_length(), shape[2].get_length()), metadata)
 
 
-def _onnxruntime(path: str | os.PathLike) -> _Program:
+def _onnxruntime(path: str) -> _Program:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    _check_origin(path, metadata)
     images = next(entry for entry in session.get_inputs() if entry.name == "images")
     dtype = np.float32 if images.type == "tensor(float)" else np.uint8
 
@@ -167,5 +200,4 @@ def _onnxruntime(path: str | os.PathLike) -> _Program:
         return dict(zip(_NAMES, session.run(list(_NAMES), inputs), strict=True))
 
     size: Any = tuple(images.shape[1:3])
-    metadata = session.get_modelmeta().custom_metadata_map
     return _Program(run, None if isinstance(size[0], str) else size, metadata)

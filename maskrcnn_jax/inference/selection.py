@@ -1,8 +1,9 @@
 """Which of the detections are wanted: by class, and by a least score that may differ between classes. Without JAX."""
 
 import difflib
+import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeAlias
+from typing import SupportsFloat, TypeAlias
 
 import numpy as np
 
@@ -23,17 +24,21 @@ def least_scores(
     Args:
         categories: of the model.
         min_score: for all classes, or by name.
-        classes: names of the classes that are wanted; None means all.
+        classes: names of the classes that are wanted, or one name; None means all.
 
     Returns:
         [num_classes] float32, by label; infinite for unwanted classes and for labels that stand for no category, which
         torchvision's 91 classes contain.
 
     Raises:
-        UserError: if there is no such class.
+        UserError: if there is no such class, or a score is no number.
     """
     scores: Mapping[str | None, float] = min_score if isinstance(min_score, Mapping) else {None: min_score}
-    wanted = categories.names if classes is None else classes
+    for score in scores.values():
+        # Not a number would leave out everything.
+        if not isinstance(score, SupportsFloat) or math.isnan(score):
+            raise UserError(f"the least score is {score!r}; use a number from 0 to 1, such as 0.5")
+    wanted = categories.names if classes is None else [classes] if isinstance(classes, str) else [*classes]
     _check_names(categories, [*(name for name in scores if name is not None), *wanted])
     least = np.full(categories.num_classes, np.inf, np.float32)
     for label, name in zip(categories.labels, categories.names, strict=True):
@@ -51,5 +56,5 @@ def keep(found: Instances, least: np.ndarray) -> Instances:
 def _check_names(categories: Categories, names: Iterable[str]) -> None:
     for name in names:
         if name not in categories.names:
-            close = difflib.get_close_matches(name, categories.names) or categories.names[:5]
+            close = difflib.get_close_matches(str(name), categories.names) or categories.names[:5]
             raise UserError(f"the model has no class {name!r}; it has, among others, {', '.join(close)}")

@@ -45,5 +45,6 @@ def write_tables(output: Path, images: Sequence[dict], results: Sequence[dict], 
 def _write(path: Path, rows: list[list]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    # Spreadsheets take a file without this mark for one in the encoding of the system.
-    replace_file(path, text.getvalue().encode("utf-8-sig"))
+    # Spreadsheets take a file without this mark for one in the encoding of the system. File names need not be UTF-8;
+    # what is not is escaped as in images.json.
+    replace_file(path, text.getvalue().encode("utf-8-sig", errors="backslashreplace"))

@@ -54,8 +54,10 @@ class Tiling(NamedTuple):
 
     def check(self) -> None:
         """Raise UserError if the sizes are not possible."""
-        if self.size < _SMALLEST_TILE:
-            raise UserError(f"tiles of {self.size} pixels are too small; use {_SMALLEST_TILE} or more, such as 1024")
+        if not isinstance(self.size, int | np.integer) or self.size < _SMALLEST_TILE:
+            raise UserError(
+                f"tiles cannot have {self.size} pixels; use a whole number from {_SMALLEST_TILE}, such as 1024"
+            )
         if not 0 <= self.overlap <= _LARGEST_OVERLAP:
             raise UserError(f"the overlap of tiles is {self.overlap}; use 0 to {_LARGEST_OVERLAP}, such as 0.2")
 

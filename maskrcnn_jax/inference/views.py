@@ -33,7 +33,7 @@ class Augmentation(NamedTuple):
     short_sides: tuple[int, ...]  # pixels, a view for each; () means that of the training alone
 
     @classmethod
-    def parse(cls, text: "str | Iterable[str | int] | Augmentation") -> "Augmentation":
+    def parse(cls, text: "str | int | Iterable[str | int] | Augmentation") -> "Augmentation":
         """Read what ``--tta`` says.
 
         Args:
@@ -44,7 +44,7 @@ class Augmentation(NamedTuple):
         """
         if isinstance(text, Augmentation):
             return text
-        parts = text.split(",") if isinstance(text, str) else [str(part) for part in text]
+        parts = str(text).split(",") if isinstance(text, str | int) else [str(part) for part in text]
         sizes = [part for part in parts if part != "flip"]
         if not parts or len(set(parts)) < len(parts) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise UserError(f"test-time augmentation is {text!r}; use flip, short sides in pixels, or flip,400,600")

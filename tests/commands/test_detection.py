@@ -22,6 +22,7 @@ PREDICT = ["--workdir=run", "--input=photos", "--output=out"]
         ("person=0.7,dog=0.25", {"person": 0.7, "dog": 0.25}),
         ("0.4,traffic light=0.7", {None: 0.4, "traffic light": 0.7}),
         ("a=b=1", {"a=b": 1.0}),
+        ('0.4, "cup, blue=0.7"', {None: 0.4, "cup, blue": 0.7}),
     ],
 )
 def test_least_scores_are_read_for_all_classes_or_by_name(text, expected):
@@ -44,6 +45,14 @@ def test_options_of_detection_change_the_model_only_if_given():
     assert with_detection_options(model, parse(predict_command, [*PREDICT, "--nms=linear"])).network.options == (
         tiny_options(box_nms_method="linear")
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("cup", ["cup"]), ("cup, dog", ["cup", "dog"]), ('"cup, blue",dog', ["cup, blue", "dog"]), ("", [""])],
+)
+def test_names_of_classes_are_read(text, expected):
+    assert parse(predict_command, [*PREDICT, f"--classes={text}"]).classes == expected
 
 
 def test_choices_of_prediction_are_read():

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -154,22 +155,71 @@ def test_a_file_of_one_size_pads_smaller_images_and_refuses_larger_ones(runtime,
         model.predict(np.zeros((90, 60, 3), np.uint8))
 
 
+def model_of_another_origin():
+    helper = onnx.helper
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_file_in_capitals_is_read_and_labels_without_a_category_are_dropped(runtime, tmp_path):
+    model = tiny_model(num_classes=9)
+    options = Options(model=model.options, data=DataOptions(short_side=64, long_side=96))
+    names = "heart", "circle"
+    predictor = Predictor(model, Categories((5, 6), names, (2, 4), 9), options)
+    export_onnx(predictor, tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").rename(tmp_path / "MODEL.ONNX")
+    loaded = mr.load(tmp_path / "MODEL.ONNX", runtime=runtime)
+    assert loaded.categories == predictor.categories
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    assert loaded.predict(image, min_score=0).names == predictor.predict(image, min_score=0).names
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_several_threads_share_a_model(runtime, exported):
+    detect = OnnxDetect(exported[1], runtime)
+    images = np.random.default_rng(0).integers(0, 256, (8, 1, 64, 96, 3), dtype=np.uint8)
+    alone = [detect(image, SIZES[:1]) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(detect, images, [SIZES[:1]] * 8))
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+
+
+def test_a_pickled_model_is_found_from_another_folder(exported, tmp_path, monkeypatch):
+    shutil.copy(exported[1], tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps(mr.load("model.onnx"))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert pickle.loads(content).categories == CATEGORIES
+
+
 def test_what_an_exported_file_cannot_do_is_refused(exported, tmp_path, monkeypatch):
     predictor, path = exported
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "", [], [])), tmp_path / "other.onnx")
+    onnx.save(model_of_another_origin(), tmp_path / "other.onnx")
+    (tmp_path / "part.onnx").write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "model.mrcnn").write_bytes(b"PK")
     for arguments, said in (
         ({"source": path, "config": "shapes"}, "has its own config and categories"),
         ({"source": path, "runtime": "onnxruntime", "bf16": True}, "only OpenVINO computes in bfloat16"),
         ({"source": path, "runtime": "tensorrt"}, "use openvino or onnxruntime"),
         ({"source": tmp_path / "broken.onnx", "runtime": "onnxruntime"}, "cannot be read by onnxruntime"),
         ({"source": tmp_path / "broken.onnx", "runtime": "openvino"}, "cannot be read by openvino"),
+        ({"source": tmp_path / "part.onnx", "runtime": "onnxruntime"}, "Protobuf parsing failed.*; export it again"),
+        ({"source": tmp_path / "part.onnx", "runtime": "openvino"}, r"openvino \(Model can't be parsed\); export it"),
+        ({"source": tmp_path / "other.onnx", "runtime": "onnxruntime"}, "is of another origin"),
+        ({"source": tmp_path / "other.onnx", "runtime": "openvino"}, "is of another origin"),
+        ({"source": tmp_path / "model.mrcnn"}, "without this package, see tools/run_exported.py"),
         ({"source": tmp_path / "absent.onnx"}, "there is no file"),
         ({"source": tmp_path, "runtime": "openvino"}, "runs in JAX"),
     ):
         with pytest.raises(UserError, match=said):
             mr.load(**arguments)
-    with pytest.raises(UserError, match="can only predict and be evaluated"):
+    with pytest.raises(UserError, match="detects only as it was exported"):
         mr.load(path).network  # noqa: B018
     with pytest.raises(UserError, match="one size or of any, not of 2"):
         export_onnx(predictor, tmp_path / "new.onnx", sizes=[(64, 96), (96, 64)])
@@ -256,6 +306,19 @@ def test_eight_bits_find_nearly_the_same_in_a_quarter_of_the_space(exported, tmp
         np.testing.assert_allclose(scores[0, 0], np.asarray(expected.scores)[0, 0], atol=0.2)
     with pytest.raises(UserError, match="there is no image to measure activations on"):
         quantize_onnx(path, [batch._replace(valid=np.zeros(3, bool))])
+
+
+def test_eight_bits_for_one_size_are_measured_on_padded_images(tmp_path):
+    predictor = predictor_of()
+    export_onnx(predictor, tmp_path / "fixed.onnx", sizes=[(96, 96)])
+    images = images_of(predictor)
+    batch = Batch(images, SIZES, SIZES, np.arange(3, dtype=np.int32), np.ones(3, bool), None)
+    quantize_onnx(tmp_path / "fixed.onnx", [batch])
+    assert OnnxDetect(tmp_path / "fixed.onnx")(images, SIZES).valid[0].any()
+    larger = batch._replace(images=np.zeros((3, 128, 96, 3), np.uint8))
+    export_onnx(predictor, tmp_path / "fixed.onnx", sizes=[(96, 96)])
+    with pytest.raises(UserError, match="padded to 128x96 do not fit the exported file, which is for 96x96"):
+        quantize_onnx(tmp_path / "fixed.onnx", [larger])
 
 
 @pytest.mark.slow

@@ -127,6 +127,7 @@ def test_sizes_that_cannot_be_are_refused(predictor, tmp_path, sizes, buckets, s
 def test_images_that_fit_no_exported_size_are_refused(predictor, tmp_path):
     model = ExportedModel.__new__(ExportedModel)
     model.about = {"short_side": 64, "long_side": 128, "sizes": [[64, 64]], "resize": "uint8", "dtype": "uint8"}
+    model.about["channels"] = 3
     with pytest.raises(ValueError, match="64x128 after resizing fits none"):
         model._prepare(np.zeros((100, 200, 3), np.uint8))
 

@@ -144,6 +144,11 @@ def test_tables_count_the_objects_of_each_class_and_image(tmp_path, results):
     assert int(rows[0]["mask_pixels"]) == coco_mask.area(results[0]["segmentation"])
 
 
+def test_tables_escape_what_is_not_utf_8_in_file_names(tmp_path, results):
+    write_tables(tmp_path, [{"id": 1, "file_name": "caf\udce9.png"}], results, CATEGORIES)
+    assert "caf\\udce9.png" in (tmp_path / "counts.csv").read_text("utf-8-sig")
+
+
 def test_a_folder_of_images_gets_the_files_that_are_wanted(tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -169,4 +174,25 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_detected(tm
     with pytest.raises(UserError, match="labelme annotates image files"):
         predict_video(FakePredictor(), tmp_path / "a.mp4", tmp_path / "out", annotations=Annotations(False, "labelme"))
     with pytest.raises(UserError, match="label images hold category ids from 1 to 65535"):
-        Annotations(masks=True).check(Categories.create([0, 1], ["cup", "dog"]))
+        Annotations(masks=True).check(tmp_path, Categories.create([0, 1], ["cup", "dog"]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "file"),
+    [(Annotations(masks=True), "classes/a.png"), (Annotations(polygons="labelme"), "labelme/a.png")],
+)
+def test_a_file_that_the_disk_refuses_is_named(tmp_path, results, wanted, file):
+    write_image(tmp_path / "a.png", 30, SIZE)
+    (tmp_path / "out" / file).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{file} cannot be written"):
+        wanted.write(tmp_path / "out", "a", results, CATEGORIES, SIZE, tmp_path / "a.png")
+
+
+def test_corrected_annotations_are_not_replaced(tmp_path):
+    write_image(tmp_path / "a.png", 30)
+    wanted = {"min_score": 0.2, "annotations": Annotations(False, "labelme")}
+    predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path / "out", **wanted)
+    (tmp_path / "out" / "labelme" / "a.json").write_text("corrected")
+    with pytest.raises(UserError, match="labelme holds annotations, which may have been corrected; use another"):
+        predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path / "out", **wanted)
+    assert (tmp_path / "out" / "labelme" / "a.json").read_text() == "corrected"

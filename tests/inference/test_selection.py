@@ -19,6 +19,8 @@ INFINITE = np.inf
         ({"min_score": 0.25}, [0.25, 0.25, 0.25]),
         ({"min_score": {"person": 0.75}}, [0.5, 0.5, 0.75]),
         ({"min_score": {"person": 0.75, None: 0.25}}, [0.25, 0.25, 0.75]),
+        ({"classes": "dog"}, [INFINITE, 0.5, INFINITE]),
+        ({"classes": (name for name in ["dog"])}, [INFINITE, 0.5, INFINITE]),
         ({"classes": ["dog"]}, [INFINITE, 0.5, INFINITE]),
         ({"classes": ("dog", "cup"), "min_score": {"dog": 0.0}}, [0.5, 0.0, INFINITE]),
     ],
@@ -49,3 +51,11 @@ def test_detections_at_the_least_score_are_kept():
 def test_a_class_that_the_model_has_not_is_named(choices):
     with pytest.raises(UserError, match="no class 'persn'.*person"):
         least_scores(CATEGORIES, **choices)
+
+
+def test_what_is_no_class_or_no_score_is_refused():
+    with pytest.raises(UserError, match="no class 1; it has, among others, cup"):
+        least_scores(CATEGORIES, classes=[1])
+    for score in (float("nan"), "high", None):
+        with pytest.raises(UserError, match="the least score is .*; use a number from 0 to 1"):
+            least_scores(CATEGORIES, {"cup": score})

@@ -11,6 +11,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.paste import paste_mask
 from maskrcnn_jax.inference.results import Instances
 from maskrcnn_jax.inference.tiles import Tiling, detect_in_tiles
+from tests.inference.test_media import FakePredictor
 
 
 def find_blobs(images, side=28, seen=None):
@@ -231,3 +232,21 @@ def test_memory_beside_the_image_does_not_grow_with_it_and_the_work_does_in_prop
         assert len(found.scores) == 6
     assert peaks[1] < peaks[0] + 1_000_000  # a mask of the larger image has 4 MB
     assert counts[1] <= 16 * counts[0]
+
+
+class _Cup(FakePredictor):
+    """Finds a cup in the second of two tiles, and a piece of it in the first, which looks like a dog."""
+
+    def _find(self, images):
+        masks = np.ones((1, 28, 28), np.float32)
+        found = ([50, 20, 64, 40], 0.6, 2), ([12, 20, 44, 40], 0.9, 1)
+        for (box, score, label), image in zip(found, images, strict=True):
+            assert image.shape == (64, 64, 3)
+            yield Instances(np.float32([box]), np.float32([score]), np.int32([label]), masks)
+
+
+def test_pieces_of_objects_of_unwanted_classes_are_not_taken_for_others():
+    predictor, image = _Cup(), np.zeros((64, 100, 3), np.uint8)
+    assert predictor.predict(image, tile=64).names == ["cup"]
+    assert predictor.predict(image, tile=64, classes=["dog"]).names == []
+    assert predictor.predict(image, tile=64, classes=["cup"]).boxes.tolist() == [[48, 20, 80, 40]]

@@ -51,6 +51,7 @@ def assert_same(ours, theirs, atol=1e-4):
         ("flip", (True, ())),
         ("flip,400,600", (True, (400, 600))),
         ("400", (False, (400,))),
+        (400, (False, (400,))),
         (("flip", 400), (True, (400,))),
         (Augmentation(False, (3,)), (False, (3,))),
     ],
@@ -59,7 +60,7 @@ def test_views_are_read_as_written(text, expected):
     assert Augmentation.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "flop", "flip,0", "-4", "400,400", "4.5", ()])
+@pytest.mark.parametrize("text", ["", "flop", "flip,0", "-4", "400,400", "4.5", (), True])
 def test_views_that_make_no_sense_are_refused(text):
     with pytest.raises(UserError, match="test-time augmentation"):
         Augmentation.parse(text)
@@ -148,3 +149,12 @@ def test_a_predictor_with_other_options_shares_its_parameters_and_follows_them(p
         predictor.with_options(backbone="resnet50")
     with pytest.raises(UserError, match="box_nms_method"):
         predictor.with_options(box_nms_method="fuzzy")
+
+
+def test_options_of_tiles_are_refused_without_tiles(predictor, image):
+    with pytest.raises(UserError, match="overlap 0.5 is that of tiles; give their size too"):
+        predictor.predict(image, overlap=0.5)
+    with pytest.raises(UserError, match="whole_image goes with tile"):
+        predictor.predict(image, whole_image=True)
+    with pytest.raises(UserError, match="tiles cannot have 64.5 pixels; use a whole number from 32"):
+        predictor.predict(image, tile=64.5)
