@@ -77,6 +77,7 @@ def uses_stand_ins() -> bool:
 
 
 @functools.cache
+@functools.cache  # torch takes one body only
 def declare_roi_align() -> None:
     """Give the operator roi_align its body in plain torch too, so that torch's ONNX exporter finds it by name."""
     _libraries[0].impl("roi_align", roi_align, "CompositeExplicitAutograd")

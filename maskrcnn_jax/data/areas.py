@@ -23,8 +23,10 @@ def drop_impossible_areas(dataset: CocoDataset) -> CocoDataset:
     """
     areas, sides = dataset.areas, _sides(dataset.boxes)
     wrong = ~np.isnan(areas) & ~((areas > 0) & np.isfinite(areas))
-    too_small = areas < _TOO_SMALL * sides.prod(axis=1)  # the mask fills a part of the box, so this is a first sieve
-    too_large = areas > _most(sides)
+    with np.errstate(over="ignore", invalid="ignore"):  # sides may be infinite
+        # The mask fills a part of the box, so this is a first sieve.
+        too_small = areas < _TOO_SMALL * sides.prod(axis=1)
+        too_large = areas > _most(sides)
     suspects = np.flatnonzero((too_small | too_large) & ~wrong)
     for row, image_row in zip(suspects.tolist(), dataset.image_rows[suspects].tolist(), strict=True):
         if dataset.num_parts[row] < 0:

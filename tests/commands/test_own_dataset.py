@@ -50,7 +50,8 @@ def test_every_command_of_the_walk_works(optimized, tmp_path):
     assert metrics["bbox_AP50"] > 0.3 and metrics["segm_AP50"] > 0.25, "a new user would see nothing"
     assert f"box AP {metrics['bbox_AP']:.3f}" in "".join(outputs)
     assert (run / "predictions.jpg").stat().st_size > 10_000
-    assert "Worst images" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert "Precision and recall at a score" in report and "data:image/" in report
     pictures = run / "pictures"
     found = json.loads((pictures / "detections.json").read_text())
     assert found and {result["category_id"] for result in found} <= {7, 12, 900}

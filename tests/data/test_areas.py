@@ -8,6 +8,7 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.findings import Kind
+from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import evaluate, ground_truth, load_annotations
 
 SQUARE = [10, 10, 50, 10, 50, 50, 10, 50]  # 1600 pixels
@@ -64,6 +65,13 @@ def test_objects_too_thin_or_in_a_wrong_box_keep_the_area_that_fits_their_mask(d
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 4, 4], "segmentation": [SQUARE]}
     index = load_coco(dataset.write([(100, 120)], [annotation | {"area": 1600.5}]), "train2017")
     assert index.areas.tolist() == [1600.5]
+
+
+def test_a_box_whose_far_corner_overflows_has_no_area(dataset):
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 3e38, 0, 3e38], "area": 20}
+    path = dataset.write([(100, 120)], [annotation | {"segmentation": [[0, 0, 0, 0, 0, 0]]}])
+    with pytest.raises(UserError, match="1 boxes without area"):
+        load_coco(path, "train2017")
 
 
 def test_the_areas_of_coco_are_all_kept(coco_dir):

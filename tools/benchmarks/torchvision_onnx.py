@@ -3,8 +3,10 @@
 Without resizing and pasting: OpenVINO cannot convert the loop that pastes masks, and ours leaves both out, too.
 """
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,22 +39,33 @@ def export_torchvision(model: torch.nn.Module, inputs, path: Path) -> None:
         path: Of the file.
     """
     torchvision_reference.import_torchvision()
-    _let_stand_ins_be_exported()
     core = _Core(model.float(), inputs.image_sizes).eval()
     pixels = inputs.tensors.contiguous()
-    with warnings.catch_warnings():
+    with _stand_ins_known_by_name(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that become constants, as here they shall, and of a newer exporter
         torch.onnx.export(core, (pixels,), str(path), opset_version=17, dynamo=False, input_names=["pixels"])
 
 
-def _let_stand_ins_be_exported() -> None:
-    """Make the operators known by their names where torchvision's compiled ones are missing."""
+@contextlib.contextmanager
+def _stand_ins_known_by_name() -> Iterator[None]:
+    """Make the operators known by their names where torchvision's compiled ones are missing.
+
+    Only for the export: called by name, RoIAlign has no gradient.
+    """
     if not torchvision_reference.uses_stand_ins():
+        yield
         return
-    sys.modules["torchvision.ops.boxes"]._assert_has_ops = _do_nothing
-    module = sys.modules["torchvision.ops.roi_align"]
-    module._assert_has_ops, module._has_ops = _do_nothing, _say_yes
     torchvision_reference.declare_roi_align()
+    boxes, roi_align = (sys.modules[f"torchvision.ops.{name}"] for name in ("boxes", "roi_align"))
+    with contextlib.ExitStack() as stack:
+        for module, name, stand_in in (
+            (boxes, "_assert_has_ops", _do_nothing),
+            (roi_align, "_assert_has_ops", _do_nothing),
+            (roi_align, "_has_ops", _say_yes),
+        ):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, stand_in)
+        yield
 
 
 # Functions with a source file, which torch compiles to a script.
