@@ -1,5 +1,6 @@
 """Predictions by an exported ONNX file, in OpenVINO or ONNX Runtime instead of JAX."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -158,13 +159,18 @@ def _check_origin(path: str, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _openvino(path: str, bf16: bool) -> _Program:
-    # When it is imported, OpenVINO forks a process that sends usage statistics. Without this package of its own it
-    # sends none. A fork beside the threads of JAX may hang.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
+def import_openvino() -> Any:
+    """Import OpenVINO without its usage statistics.
 
-    core = openvino.Core()
+    When it is imported, it forks a process that sends them, unless a package of its own is missing. A fork beside the
+    threads of JAX may hang.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return importlib.import_module("openvino")
+
+
+def _openvino(path: str, bf16: bool) -> _Program:
+    core = import_openvino().Core()
     model = core.read_model(path)
     entries = {name: ["framework", name] for name in _METADATA}
     metadata = {

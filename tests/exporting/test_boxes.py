@@ -6,6 +6,7 @@ import pytest
 
 from maskrcnn_jax.exporting.boxes import suppress
 from maskrcnn_jax.exporting.graph import Graph
+from maskrcnn_jax.inference.runtimes import import_openvino
 from maskrcnn_jax.ops.nms import nms
 
 BOXES = np.float32([[0, 0, 2, 1], [0, 0, 1, 1], [5, 5, 6, 6], [5, 5, 6, 6]])  # IoU of the first two: 1/2 exactly
@@ -18,9 +19,7 @@ def run(content: bytes, runtime: str, inputs: dict) -> np.ndarray:
 
         (found,) = onnxruntime.InferenceSession(content).run(None, inputs)
         return found
-    import openvino
-
-    core = openvino.Core()
+    core = import_openvino().Core()
     return core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs)[0]
 
 
