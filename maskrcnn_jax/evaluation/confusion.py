@@ -45,11 +45,11 @@ def match(objects: list[dict], detections: list[dict]) -> list[Match]:
     first of the matches of all.
 
     Args:
-      objects: annotations.
-      detections: COCO results, the surest first.
+        objects: annotations.
+        detections: COCO results, the surest first.
 
     Returns:
-      The match of each detection.
+        The match of each detection.
     """
     crowd = np.array([bool(o.get("iscrowd", 0)) for o in objects], bool)
     if not objects or not detections:

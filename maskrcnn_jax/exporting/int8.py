@@ -4,6 +4,7 @@ Weights have a scale per output channel, activations the range that they have on
 numbers instead of features stays float32: scores and offsets of the RPN and the box head, and the filters of masks.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -59,9 +60,7 @@ def quantize_onnx(path: str | os.PathLike, batches: Iterable[Batch]) -> None:
         for node in model.graph.node
         if node.name.startswith(OUTPUT_LAYER) or (len(node.input) > 1 and node.input[1] not in weights)
     ]
-    # It warns that shapes were not inferred before.
-    logging.getLogger().addFilter(_is_no_advice)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_advice():
         quantized = Path(folder) / "quantized.onnx"
         quantization.quantize_static(
             *(model, quantized, Reader()),
@@ -92,5 +91,15 @@ def _inputs(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
         raise UserError("there is no image to measure activations on; give a dataset with images")
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    return "pre-process" not in record.getMessage()
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep ONNX Runtime from warning that shapes were not inferred before."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "pre-process" not in record.getMessage()
+
+    logging.getLogger().addFilter(is_news)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_news)

@@ -42,15 +42,20 @@ def make_detect(model: nnx.Module) -> Detect:
         ``detect(images [B, H, W, I], sizes [B, 2]) -> Detections``; compiles once per shape and dtype of the
         images, also when it is made again for a model of the same structure.
     """
-    model.eval()
-    mesh = make_local_mesh()
-    graphdef, state = nnx.split(model)
-    state = place_locally(state, mesh)
+    graphdef, mesh, state = _place(model)
 
     def detect(images, sizes):
         return detect_on_mesh(graphdef, mesh, state, place_batch((images, sizes), mesh))
 
     return detect
+
+
+def _place(model: nnx.Module) -> tuple[nnx.GraphDef, Mesh, nnx.State]:
+    """Copy the parameters of a model, in evaluation mode, to the devices of this process."""
+    model.eval()
+    mesh = make_local_mesh()
+    graphdef, state = nnx.split(model)
+    return graphdef, mesh, place_locally(state, mesh)
 
 
 # One function for all models, so that evaluating after every epoch finds the programs compiled after the first one.
@@ -74,10 +79,7 @@ class Stages(NamedTuple):
 
 def make_stages(model: nnx.Module) -> Stages:
     """Compile the stages of a model's ``detect``, as ``make_detect`` compiles it whole."""
-    model.eval()
-    mesh = make_local_mesh()
-    graphdef, state = nnx.split(model)
-    state = place_locally(state, mesh)
+    graphdef, mesh, state = _place(model)
 
     def boxes(images, sizes):
         return _boxes_on_mesh(graphdef, mesh, state, place_batch((images, sizes), mesh))

@@ -31,18 +31,28 @@ def unpad(detections: Detections, sizes: np.ndarray, original_sizes: np.ndarray)
 
     Returns:
         B ``Instances``. The masks are relative to their boxes, so that they stay as they are.
-
-    Source: ``resize_boxes``, torchvision 0.28: one ratio per axis, in float32.
     """
-    ratios = np.asarray(original_sizes, np.float32) / np.maximum(np.asarray(sizes, np.float32), 1)  # [B, 2]
     instances = []
     for i, valid in enumerate(np.asarray(detections.valid)):
-        height_width = np.asarray(original_sizes[i], np.float32)
-        boxes = np.asarray(detections.boxes[i], np.float32)[valid] * np.tile(ratios[i, ::-1], 2)
-        boxes = np.clip(boxes, 0, np.tile(height_width[::-1], 2))
+        boxes = to_image_pixels(np.asarray(detections.boxes[i])[valid], sizes[i], original_sizes[i])
         rows = (np.asarray(rows[i])[valid] for rows in (detections.scores, detections.labels, detections.masks))
         instances.append(Instances(boxes, *rows))
     return instances
+
+
+def to_image_pixels(boxes: np.ndarray, size: np.ndarray, original_size: np.ndarray) -> np.ndarray:
+    """Scale boxes [..., 4] from the network input to the image file, and clip them to it; float32.
+
+    Args:
+        boxes: in pixels of the padded network input.
+        size: [2] (height, width) of the resized image inside the padding.
+        original_size: [2] (height, width) of the image file.
+
+    Source: ``resize_boxes``, torchvision 0.28: one ratio per axis, in float32.
+    """
+    original = np.asarray(original_size, np.float32)[::-1]
+    ratio = original / np.maximum(np.asarray(size, np.float32)[::-1], 1)
+    return np.clip(np.asarray(boxes, np.float32) * np.tile(ratio, 2), 0, np.tile(original, 2))
 
 
 def to_coco_results(

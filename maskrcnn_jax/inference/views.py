@@ -19,9 +19,10 @@ from maskrcnn_jax.data.transforms import hflip_boxes, hflip_image
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detect import make_stages
 from maskrcnn_jax.inference.inputs import to_batch
-from maskrcnn_jax.inference.results import Instances
+from maskrcnn_jax.inference.results import Instances, to_image_pixels
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.ops.nms import Picks, class_nms
+from maskrcnn_jax.models.postprocess import suppress_detections
+from maskrcnn_jax.ops.nms import Picks
 from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.structures import Batch
 
@@ -111,9 +112,7 @@ class AugmentedDetection:
         boxes = boxes.copy()
         if self._flip:
             boxes[1] = hflip_boxes(boxes[1], batch.sizes[1, 1])
-        original = np.asarray(batch.original_sizes[0, ::-1], np.float32)
-        ratio = original / np.maximum(batch.sizes[0, ::-1].astype(np.float32), 1)
-        return np.clip(boxes * np.tile(ratio, 2), 0, np.tile(original, 2))
+        return to_image_pixels(boxes, batch.sizes[0], batch.original_sizes[0])
 
     def _merge(self, views: list[_View]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Suppress the boxes of all views together: boxes [D, 4], scores, labels and valid [D]."""
@@ -145,13 +144,4 @@ def _suppress(
 ) -> Picks:
     """Suppress boxes [P, 4] by the options of the network; scores [P] are 0 where there is no box."""
     by_class = scores[:, None] * (labels[:, None] == jnp.arange(1, num_classes)[None])  # [P, C]
-    return class_nms(
-        jnp.broadcast_to(boxes[:, None], (*by_class.shape, 4)),
-        by_class,
-        iou_threshold=options.box_nms_thresh,
-        score_threshold=options.box_score_thresh,
-        max_picks=options.box_detections_per_img,
-        method=options.box_nms_method,
-        sigma=options.box_nms_sigma,
-        class_agnostic=options.box_nms_class_agnostic,
-    )
+    return suppress_detections(jnp.broadcast_to(boxes[:, None], (*by_class.shape, 4)), by_class, options)

@@ -173,18 +173,8 @@ class MaskRCNN(nnx.Module):
         self, logits: Float[Array, "B N C1"], deltas: Float[Array, "B N _ 4"], proposals: Proposals, sizes: Sizes
     ) -> tuple[Float[Array, "B D 4"], Float[Array, "B D"], Int[Array, "B D"], Bool[Array, "B D"]]:
         """Return boxes [B, D, 4], scores, labels and valid [B, D] of the detections in the box head's outputs."""
-        options = self.options
-        to_scores = jax.nn.sigmoid if options.classification_loss == "focal" else jax.nn.softmax
-        select = functools.partial(
-            select_detections,
-            score_thresh=options.box_score_thresh,
-            nms_thresh=options.box_nms_thresh,
-            nms_method=options.box_nms_method,
-            nms_sigma=options.box_nms_sigma,
-            nms_class_agnostic=options.box_nms_class_agnostic,
-            min_size=options.box_min_size,
-            detections_per_img=options.box_detections_per_img,
-        )
+        to_scores = jax.nn.sigmoid if self.options.classification_loss == "focal" else jax.nn.softmax
+        select = functools.partial(select_detections, options=self.options)
         return jax.vmap(select)(to_scores(logits)[..., 1:], deltas, proposals, sizes)
 
     @jax.named_scope("mask_logits")

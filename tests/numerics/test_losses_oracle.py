@@ -13,6 +13,7 @@ from maskrcnn_jax.models.postprocess import select_detections  # noqa: E402
 from maskrcnn_jax.ops.boxes import encode_boxes  # noqa: E402
 from maskrcnn_jax.ops.masks import mask_targets  # noqa: E402
 from maskrcnn_jax.ops.matching import BACKGROUND, Sample  # noqa: E402
+from maskrcnn_jax.options import ModelOptions  # noqa: E402
 from maskrcnn_jax.structures import GroundTruth, Proposals  # noqa: E402
 from tests.models.tiny import tiny_model  # noqa: E402
 from tools.torchvision_reference import import_torchvision  # noqa: E402
@@ -54,10 +55,7 @@ def test_detections_equal_torchvisions_postprocessing(detections_per_img, dtype)
                 d,
                 p,
                 jnp.array(size),
-                score_thresh=0.05,
-                nms_thresh=0.5,
-                min_size=1e-2,
-                detections_per_img=detections_per_img,
+                ModelOptions(box_detections_per_img=detections_per_img),
             )
         )
         ours, scores, labels, valid = select(

@@ -1,7 +1,6 @@
 """Exported models in runtimes for CPUs, beside our model in JAX and torchvision's own export in the same runtimes."""
 
 import functools
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.exporting.onnx_file import export_onnx
 from maskrcnn_jax.inference.detect import make_detect
 from maskrcnn_jax.inference.predictor import Predictor
-from maskrcnn_jax.inference.runtimes import OnnxDetect
+from maskrcnn_jax.inference.runtimes import OnnxDetect, import_openvino
 from maskrcnn_jax.options import Options
 from tools.benchmarks.inputs import Settings, make_model, pad_images, read_photos
 from tools.benchmarks.timing import Row, Spread, measure
@@ -124,8 +123,7 @@ def _theirs(torch_model, images: np.ndarray, sizes: np.ndarray, path: Path) -> d
 def _start(path: Path, runtime: str, bf16: bool) -> Callable:
     """Return a function of normalised images [B, 3, H, W] that runs torchvision's export."""
     if runtime == "openvino":
-        openvino = sys.modules["openvino"]  # imported by ours
-        core = openvino.Core()
+        core = import_openvino().Core()
         hint = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
         return core.compile_model(core.read_model(path), "CPU", hint).create_infer_request().infer
     import onnxruntime

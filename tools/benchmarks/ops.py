@@ -198,17 +198,13 @@ def _detections(settings: Settings, rng, shape) -> Row:
     logits = rng.normal(scale=1.5, size=(number, classes)).astype(np.float32)
     deltas = rng.normal(scale=0.5, size=(number, classes, 4)).astype(np.float32)
     boxes, size = random_boxes(rng, shape, number), np.array([settings.height, settings.width], np.int32)
-    limit = options.box_detections_per_img
     select = jax.jit(
         lambda c, d, p, s: select_detections(
             jax.nn.softmax(c)[:, 1:],
             d,
             p,
             s,
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            min_size=1e-2,
-            detections_per_img=limit,
+            options,
         )
     )
     proposals = Proposals(boxes, np.zeros(number, np.float32), np.ones(number, bool))
