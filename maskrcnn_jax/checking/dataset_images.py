@@ -89,14 +89,12 @@ def read_picture(path: Path) -> np.ndarray | None:
 
 
 def _parts(splits: Sequence[Split]) -> list[_Part]:
-    """Choose the images of each split: all, or an equal number of each, those with findings first."""
+    """Choose the images of each split: all, or those with findings first."""
     parts: list[_Part] = []
     first_image = first_object = 0
-    for split in splits:
-        index = split.data
-        assert index is not None
+    indices = [split.data for split in splits if split.data is not None]
+    for split, index, limit in zip(splits, indices, _limits([len(index) for index in indices]), strict=True):
         rows = np.arange(len(index))
-        limit = MAX_IMAGES // len(splits)
         if len(rows) > limit:
             places = [_rows(index, finding)[0] for finding in split.findings]
             found = np.unique(np.concatenate([np.zeros(0, np.int64), *places]))[:limit]
@@ -106,6 +104,15 @@ def _parts(splits: Sequence[Split]) -> list[_Part]:
         parts.append(part)
         first_image, first_object = first_image + len(rows), first_object + len(part.objects)
     return parts
+
+
+def _limits(counts: Sequence[int]) -> list[int]:
+    """Return how many images of each split are on the page: all of small splits, as many of each large one."""
+    limits, left = [0] * len(counts), MAX_IMAGES
+    for done, i in enumerate(sorted(range(len(counts)), key=counts.__getitem__)):
+        limits[i] = min(counts[i], left // (len(counts) - done))
+        left -= limits[i]
+    return limits
 
 
 def _rows(index: CocoDataset, finding: Finding) -> tuple[np.ndarray, np.ndarray]:

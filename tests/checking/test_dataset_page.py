@@ -159,6 +159,15 @@ def test_of_many_images_those_with_findings_are_shown(browser, root, monkeypatch
     assert [shown in name for shown in names(browser)] == [True]
 
 
+def test_a_large_split_has_the_places_that_a_small_one_leaves(browser, root, monkeypatch):
+    monkeypatch.setattr(dataset_images, "MAX_IMAGES", 30)
+    path = write(root)
+    browser.open(path)
+    assert "30 of 46 images" in path.read_text()
+    browser.choose("#filters [name=split]", "1")
+    assert count(browser) == 6
+
+
 @pytest.mark.parametrize("change", [{"annotations": []}, {"images": [], "annotations": []}, {"categories": []}])
 def test_a_dataset_that_lacks_something_has_a_page(browser, root, change):
     edit(root, lambda content: content.update(change))
