@@ -1,8 +1,8 @@
 """What each detection is: correct, a wrong class, a poor box or mask, a duplicate, or nothing that is there.
 
-Detections are matched by their boxes, the surest first, each with the object left that it overlaps most, by
-MIN_OVERLAP and more, whatever their classes. So the classes that are taken for each other can be counted. Crowds count
-for nothing, nor do detections that match nothing but lie in one. An object that no detection matches is missed.
+Detections are matched by their boxes, in descending order of score. Each gets the remaining object that it overlaps
+most, by at least MIN_OVERLAP, whatever their classes, so that confused classes can be counted. Crowds are not matched,
+and unmatched detections inside one are ignored. An object that no detection matches is missed.
 """
 
 from enum import StrEnum
@@ -23,7 +23,7 @@ class Kind(StrEnum):
     POOR_MASK = "poor mask"  # right but for its mask, which overlaps that of the object by less than MIN_OVERLAP
     WRONG_CLASS = "wrong class"
     POOR_BOX = "poor box"  # overlaps an object of its class by less than MIN_OVERLAP
-    DUPLICATE = "duplicate"  # overlaps an object that a surer detection is matched with
+    DUPLICATE = "duplicate"  # overlaps an object that a detection with a higher score is matched with
     BACKGROUND = "background"
     IGNORED = "ignored"  # lies in a crowd
 
@@ -41,12 +41,12 @@ class Match(NamedTuple):
 def match(objects: list[dict], detections: list[dict]) -> list[Match]:
     """Match the detections of one image.
 
-    What becomes of a detection depends on surer ones only. So the matches of the detections above a score are the
-    first of the matches of all.
+    The match of a detection depends only on those with higher scores. So the matches of the detections above a score
+    are the first of the matches of all.
 
     Args:
         objects: annotations.
-        detections: COCO results, the surest first.
+        detections: COCO results, in descending order of score.
 
     Returns:
         The match of each detection.

@@ -1,8 +1,8 @@
 """Objects and detections of an evaluation as the data of its page, which counts and draws them in the browser.
 
 The browser counts at any score: precision and recall from COCO's matches at an IoU of 0.50, confusions and errors from
-those of ``confusion.match``. Either match of a detection depends on surer detections only, so the detections above a
-score are counted as if there were no others.
+those of ``confusion.match``. Both matches of a detection depend only on detections with higher scores, so those above
+a score are counted as if there were no others.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from maskrcnn_jax import gallery, page
 from maskrcnn_jax.evaluation.coco_metrics import detection_limits, load_results, mask_truth
 from maskrcnn_jax.evaluation.confusion import MATCHED, MIN_SCORE, Kind, match
 
-MAX_SHOWN = 200_000  # detections of a run on the page, the surest
+MAX_SHOWN = 200_000  # detections of a run on the page, those with the highest scores
 KINDS = tuple(Kind)
 _MATCHED = [KINDS.index(kind) for kind in MATCHED]
 HIT, MISS, NOT_COUNTED = 1, 0, -1  # a detection by COCO's rules
@@ -115,7 +115,7 @@ def run_data(
     scores = np.array([result["score"] for result in run.results], np.float64)
     shown = np.sort(np.argsort(-scores, kind="stable")[:MAX_SHOWN])
     image = np.array([rows[run.results[i]["image_id"]] for i in shown], np.int64)
-    shown = shown[np.lexsort((-scores[shown], image))]  # by image, the surest first
+    shown = shown[np.lexsort((-scores[shown], image))]  # by image, in descending order of score
     image = np.sort(image)
     ordered = [run.results[i] for i in shown]
     kinds, nearest = _matches(truth, ordered, places)
@@ -123,7 +123,7 @@ def run_data(
     outlines = gallery.outlines(order, len(ordered), lambda i: gallery.trace_mask(ordered[i]["segmentation"]))
     boxes = np.array([result["bbox"] for result in ordered], np.float64).reshape(-1, 4)
     classes = np.array([labels[result["category_id"]] for result in ordered], np.int64)
-    sure = scores[shown] >= MIN_SCORE
+    counts = scores[shown] >= MIN_SCORE
     data = gallery.instances(image, len(rows), classes, boxes, boxes[:, 2] * boxes[:, 3], outlines)
     return data | {
         "name": run.name,
@@ -133,7 +133,7 @@ def run_data(
         "lowest": _lowest(scores[shown]) if len(shown) < len(scores) else 0.0,
         "verdicts": {kind: page.pack(c.verdicts[shown], np.int8) for kind, c in counted.items()},
         "counts": {kind: [c.objects[i] for i in truth.cats] for kind, c in counted.items()},
-    }, _errors(truth, image[sure], kinds[sure])
+    }, _errors(truth, image[counts], kinds[counts])
 
 
 def _lowest(scores: np.ndarray) -> float:

@@ -71,7 +71,7 @@ def detect_on_mesh(
 
 
 class Stages(NamedTuple):
-    """The two stages of ``detect``, for who goes on with the boxes before the masks are computed."""
+    """The two stages of ``detect``, for callers that change the boxes before masks are computed."""
 
     boxes: Callable[..., Any]  # (images [B, H, W, I], sizes [B, 2]) -> as MaskRCNN.detect_boxes
     masks: Callable[..., Any]  # (features, boxes, labels, valid, image_shape) -> probabilities [B, D, M, M]

@@ -188,18 +188,18 @@ class Predictor:
         if tile is None and overlap != DEFAULT_OVERLAP:
             raise UserError(f"the overlap {overlap} is that of tiles; give their size too, such as tile=1024")
         model = self.options.model
-        sure = least_scores(self.categories, min_score)
-        wanted = least_scores(self.categories, min_score, classes)
+        least = least_scores(self.categories, min_score)
+        least_of_wanted = least_scores(self.categories, min_score, classes)
         find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find
 
-        def find_sure(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
-            return (keep(found, sure) for found in find(arrays))
+        def find_likely(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
+            return (keep(found, least) for found in find(arrays))
 
-        # Tiles merge no unsure detections, but those of unwanted classes, which tell what is a piece of them.
-        find_all: Find = find_sure
+        # Unwanted classes are left out after the tiles are merged: their objects tell which detections are pieces.
+        find_all: Find = find_likely
         if tile is not None:
             find_all = in_tiles(
-                find_sure,
+                find_likely,
                 Tiling(tile, overlap, whole_image),
                 iou_threshold=model.box_nms_thresh,
                 class_agnostic=model.box_nms_class_agnostic,
@@ -212,7 +212,7 @@ class Predictor:
                 yield read[-1]
 
         for found in find_all(arrays()):
-            chosen = keep(found, wanted)
+            chosen = keep(found, least_of_wanted)
             yield ImageDetections(read.popleft(), chosen, self.categories, aligned_masks=model.roi_aligned)
 
     @property

@@ -162,8 +162,8 @@ def _check_origin(path: str, metadata: Mapping[str, str]) -> None:
 def import_openvino() -> Any:
     """Import OpenVINO without its usage statistics.
 
-    When it is imported, it forks a process that sends them, unless a package of its own is missing. A fork beside the
-    threads of JAX may hang.
+    Importing it forks a process that sends them, which may hang beside the threads of JAX. It does not if its package
+    openvino_telemetry cannot be imported.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module("openvino")
