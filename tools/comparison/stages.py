@@ -13,6 +13,7 @@ from maskrcnn_jax.structures import Proposals
 from tools.comparison.comparison_page import Comparison
 from tools.comparison.pair import Pair, channels_last, our_images, pad, to_torch
 
+SECTION = "stages, each fed with torchvision's intermediate result"
 SAME_BOX = 0.05  # pixels between a proposal and its counterpart
 # Proposals may change sides of a threshold of overlap by rounding.
 PROPOSALS_MOVED = {"float64": 0.0, "float32": 0.005}
@@ -21,107 +22,129 @@ PROPOSALS_MOVED = {"float64": 0.0, "float32": 0.005}
 @torch.no_grad()
 def compare_stages(result: Comparison, pair: Pair, batches: list[list[np.ndarray]]) -> None:
     """Feed every stage with torchvision's own intermediate result; then compare layer by layer from the image on."""
-    reference, model, tolerance = pair.reference.eval(), pair.model, pair.tolerances.stage
-    section = "stages, each fed with torchvision's intermediate result"
-    normalize = pair.compiled(MaskRCNN.normalize)
-    backbone = pair.compiled(lambda m, x: m.backbone(x))
-    fpn = pair.compiled(lambda m, x: m.fpn(x))
-    rpn = pair.compiled(lambda m, x: m.rpn(x))
-    propose = pair.compiled(
-        lambda m, o, d, x, images, sizes: m.propose(o, d, m.anchors(x, images.shape[1:3]), sizes, train=False)
-    )
-    pools = {
-        size: pair.compiled(lambda m, x, boxes, images, size=size: m.pool(x, boxes, images.shape[1:3], size))
-        for size in (BOX_POOL_SIZE, MASK_POOL_SIZE)
-    }
-    box_head = pair.compiled(lambda m, pooled: m.box_head(pooled))
-    select = pair.compiled(lambda m, *outputs: m.select(*outputs))
-    mask_head = pair.compiled(lambda m, pooled, labels: m.mask_head(pooled, labels))
-    layers = pair.compiled(_layers)
-
+    stages = _Stages(result, pair)
     for batch in tqdm(batches, desc="stages", unit="batch", leave=False):
-        image_list, _ = reference.transform(to_torch(batch, pair.dtype))
+        stages.compare(batch)
+
+
+class _Stages:
+    """The compiled stages of our model, beside torchvision's."""
+
+    def __init__(self, result: Comparison, pair: Pair):
+        self._result, self._pair, self._reference = result, pair, pair.reference.eval()
+        self._normalize = pair.compiled(MaskRCNN.normalize)
+        self._backbone = pair.compiled(lambda m, x: m.backbone(x))
+        self._fpn = pair.compiled(lambda m, x: m.fpn(x))
+        self._rpn = pair.compiled(lambda m, x: m.rpn(x))
+        self._propose = pair.compiled(
+            lambda m, o, d, x, images, sizes: m.propose(o, d, m.anchors(x, images.shape[1:3]), sizes, train=False)
+        )
+        self._pools = {
+            size: pair.compiled(lambda m, x, boxes, images, size=size: m.pool(x, boxes, images.shape[1:3], size))
+            for size in (BOX_POOL_SIZE, MASK_POOL_SIZE)
+        }
+        self._box_head = pair.compiled(lambda m, pooled: m.box_head(pooled))
+        self._select = pair.compiled(lambda m, *outputs: m.select(*outputs))
+        self._mask_head = pair.compiled(lambda m, pooled, labels: m.mask_head(pooled, labels))
+        self._layers = pair.compiled(_layers)
+
+    def compare(self, batch: list[np.ndarray]) -> None:
+        """Compare all stages on a batch of images."""
+        image_list, _ = self._reference.transform(to_torch(batch, self._pair.dtype))
         images, sizes = our_images(image_list)
-        result.add(section, "normalised image", normalize(images, sizes), channels_last(image_list.tensors), tolerance)
+        self._compare_inputs(batch, images, sizes, image_list)
+        with _LayerOutputs(self._reference) as captured:
+            body = self._reference.backbone.body(image_list.tensors)
+        pyramid = self._reference.backbone.fpn(body)
+        levels = [channels_last(level) for level in pyramid.values()]
+        self._compare_features(image_list, body, levels)
+        scores, proposals = self._compare_proposals(images, sizes, image_list, pyramid, levels)
+        boxes, labels = self._compare_boxes(images, sizes, image_list, pyramid, levels, proposals)
+        self._compare_masks(images, image_list, pyramid, levels, boxes, labels)
+        wanted = [*map(channels_last, captured), *levels, *scores]
+        for (name, ours), theirs in zip(self._layers(images, sizes).items(), wanted, strict=True):
+            self._result.add("layers, from the image on", name, ours, theirs, self._pair.tolerances.stage)
+
+    def _add(self, name: str, ours, wanted, tolerance: float | None = None, **how) -> None:
+        tolerance = self._pair.tolerances.stage if tolerance is None else tolerance
+        self._result.add(SECTION, name, ours, wanted, tolerance, **how)
+
+    def _compare_inputs(self, batch, images, sizes, image_list) -> None:
+        self._add("normalised image", self._normalize(images, sizes), channels_last(image_list.tensors))
         resized = [resize_image(image, tuple(size), "float32") for image, size in zip(batch, sizes, strict=True)]
         for i, (height, width) in enumerate(sizes):
             # OpenCV interpolates with weights of its own precision.
-            result.add(
-                section, "resized image, grey levels", resized[i], images[i, :height, :width], 0.05, absolute=True
-            )
+            self._add("resized image, grey levels", resized[i], images[i, :height, :width], 0.05, absolute=True)
 
-        with _LayerOutputs(reference) as captured:
-            body = reference.backbone.body(image_list.tensors)
+    def _compare_features(self, image_list, body, levels) -> None:
         maps = [channels_last(level) for level in body.values()]
-        for level, (ours, wanted) in enumerate(zip(backbone(channels_last(image_list.tensors)), maps, strict=True)):
-            result.add(section, f"backbone C{level + 2}", ours, wanted, tolerance)
-        pyramid = reference.backbone.fpn(body)
-        levels = [channels_last(level) for level in pyramid.values()]
-        for level, (ours, wanted) in enumerate(zip(fpn(maps), levels, strict=True)):
-            result.add(section, f"FPN P{level + 2}", ours, wanted, tolerance)
+        ours = self._backbone(channels_last(image_list.tensors))
+        for level, (found, wanted) in enumerate(zip(ours, maps, strict=True)):
+            self._add(f"backbone C{level + 2}", found, wanted)
+        for level, (found, wanted) in enumerate(zip(self._fpn(maps), levels, strict=True)):
+            self._add(f"FPN P{level + 2}", found, wanted)
 
-        objectness, deltas = reference.rpn.head(list(pyramid.values()))
-        scores = [channels_last(level).reshape(len(batch), -1) for level in objectness]
-        offsets = [channels_last(level).reshape(len(batch), -1, 4) for level in deltas]
-        for level, (ours, wanted) in enumerate(zip(rpn(levels)[0], scores, strict=True)):
-            result.add(section, f"RPN objectness P{level + 2}", ours, wanted, tolerance)
-        for level, (ours, wanted) in enumerate(zip(rpn(levels)[1], offsets, strict=True)):
-            result.add(section, f"RPN offsets P{level + 2}", ours, wanted, tolerance)
-        anchors = reference.rpn.anchor_generator(image_list, list(pyramid.values()))
-        ours = np.concatenate(model.anchors(levels, images.shape[1:3]))
-        result.add(section, "anchors", ours, anchors[0], 0.0)
-
-        proposals, _ = reference.rpn(image_list, pyramid)
-        found = propose(scores, offsets, levels, images, sizes)
+    def _compare_proposals(self, images, sizes, image_list, pyramid, levels) -> tuple[list, list]:
+        """Compare the RPN, anchors and proposals; returns torchvision's objectness of each level, and proposals."""
+        rpn = self._reference.rpn
+        objectness, deltas = rpn.head(list(pyramid.values()))
+        scores = [channels_last(level).reshape(len(images), -1) for level in objectness]
+        offsets = [channels_last(level).reshape(len(images), -1, 4) for level in deltas]
+        for name, ours, theirs in zip(("objectness", "offsets"), self._rpn(levels), (scores, offsets), strict=True):
+            for level, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
+                self._add(f"RPN {name} P{level + 2}", found, wanted)
+        anchors = np.concatenate(self._pair.model.anchors(levels, images.shape[1:3]))
+        self._add("anchors", anchors, rpn.anchor_generator(image_list, list(pyramid.values()))[0], 0.0)
+        found = self._propose(scores, offsets, levels, images, sizes)
+        proposals, _ = rpn(image_list, pyramid)
         for i, wanted in enumerate(proposals):
-            compare_sets(result, section, found.boxes[i][found.valid[i]], wanted.numpy(), pair)
+            compare_sets(self._result, SECTION, found.boxes[i][found.valid[i]], wanted.numpy(), self._pair)
+        return scores, proposals
 
-        count = max(map(len, proposals))
-        boxes, valid = (
-            pad([p.numpy() for p in proposals], count),
-            pad([np.ones(len(p), bool) for p in proposals], count),
-        )
-        pooled = reference.roi_heads.box_roi_pool(pyramid, proposals, image_list.image_sizes)
-        ours = pools[BOX_POOL_SIZE](levels[:4], boxes, images)
-        result.add(section, "RoIAlign 7x7", ours[valid], channels_last(pooled), tolerance)
-        logits, offsets = reference.roi_heads.box_predictor(reference.roi_heads.box_head(pooled))
-        ours = box_head(channels_last(pooled))
-        result.add(section, "class logits", ours[0], logits, tolerance)
-        result.add(section, "box offsets", ours[1].reshape(len(logits), -1), offsets, tolerance)
+    def _compare_boxes(self, images, sizes, image_list, pyramid, levels, proposals) -> tuple[list, list]:
+        """Compare box pooling, box head and selection; returns torchvision's boxes and labels of each image."""
+        heads = self._reference.roi_heads
+        boxes, valid = _pad_boxes(proposals)
+        pooled = heads.box_roi_pool(pyramid, proposals, image_list.image_sizes)
+        ours = self._pools[BOX_POOL_SIZE](levels[:4], boxes, images)
+        self._add("RoIAlign 7x7", ours[valid], channels_last(pooled))
+        logits, offsets = heads.box_predictor(heads.box_head(pooled))
+        ours = self._box_head(channels_last(pooled))
+        self._add("class logits", ours[0], logits)
+        self._add("box offsets", ours[1].reshape(len(logits), -1), offsets)
 
-        per_image = [len(p) for p in proposals]
-        wanted = reference.roi_heads.postprocess_detections(logits, offsets, proposals, image_list.image_sizes)
-        found = select(
+        per_image, count = [len(p) for p in proposals], boxes.shape[1]
+        wanted = heads.postprocess_detections(logits, offsets, proposals, image_list.image_sizes)
+        found = self._select(
             pad([part.numpy() for part in logits.split(per_image)], count),
             pad([part.reshape(len(part), -1, 4).numpy() for part in offsets.split(per_image)], count),
             Proposals(boxes, np.zeros(valid.shape, boxes.dtype), valid),
             sizes,
         )
-        for i in range(len(batch)):
+        for i in range(len(images)):
             kept = found[3][i]
-            result.add(section, "detections: number", kept.sum(), len(wanted[0][i]), 0.0)
+            self._add("detections: number", kept.sum(), len(wanted[0][i]), 0.0)
             if kept.sum() == len(wanted[0][i]):
-                result.add(section, "detections: boxes", found[0][i][kept], wanted[0][i], tolerance)
-                result.add(section, "detections: scores", found[1][i][kept], wanted[1][i], tolerance)
-                result.add(section, "detections: labels", found[2][i][kept], wanted[2][i], 0.0)
+                self._add("detections: boxes", found[0][i][kept], wanted[0][i])
+                self._add("detections: scores", found[1][i][kept], wanted[1][i])
+                self._add("detections: labels", found[2][i][kept], wanted[2][i], 0.0)
+        return wanted[0], wanted[2]
 
-        pooled = reference.roi_heads.mask_roi_pool(pyramid, wanted[0], image_list.image_sizes)
-        count = max(map(len, wanted[0]))
-        boxes = pad([b.numpy() for b in wanted[0]], count)
-        valid = pad([np.ones(len(b), bool) for b in wanted[0]], count)
-        ours = pools[MASK_POOL_SIZE](levels[:4], boxes, images)
-        result.add(section, "RoIAlign 14x14", ours[valid], channels_last(pooled), tolerance)
-        logits = reference.roi_heads.mask_predictor(reference.roi_heads.mask_head(pooled))
-        labels = torch.cat(wanted[2])
-        ours = mask_head(channels_last(pooled), labels.numpy().astype(np.int32))
-        result.add(section, "mask logits", ours, logits[torch.arange(len(labels)), labels], tolerance)
+    def _compare_masks(self, images, image_list, pyramid, levels, detected, labels) -> None:
+        heads = self._reference.roi_heads
+        pooled = heads.mask_roi_pool(pyramid, detected, image_list.image_sizes)
+        boxes, valid = _pad_boxes(detected)
+        ours = self._pools[MASK_POOL_SIZE](levels[:4], boxes, images)
+        self._add("RoIAlign 14x14", ours[valid], channels_last(pooled))
+        logits, labels = heads.mask_predictor(heads.mask_head(pooled)), torch.cat(labels)
+        ours = self._mask_head(channels_last(pooled), labels.numpy().astype(np.int32))
+        self._add("mask logits", ours, logits[torch.arange(len(labels)), labels])
 
-        for (name, ours), wanted in zip(
-            layers(images, sizes).items(),
-            [*map(channels_last, captured), *levels, *scores],
-            strict=True,
-        ):
-            result.add("layers, from the image on", name, ours, wanted, tolerance)
+
+def _pad_boxes(boxes: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes of all images as one array [B, N, 4], and which of its rows are valid [B, N]."""
+    count = max(map(len, boxes))
+    return pad([b.numpy() for b in boxes], count), pad([np.ones(len(b), bool) for b in boxes], count)
 
 
 class _LayerOutputs:
