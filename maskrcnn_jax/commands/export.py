@@ -64,6 +64,8 @@ def main(options: argparse.Namespace) -> None:
     form = _format(options)
     if options.coco_dir and not (options.int8 or options.prune):
         raise UserError("--coco_dir is for the AP that --int8 and --prune cost; give one of them, or use eval")
+    if not options.coco_dir and (options.split or options.limit):
+        raise UserError("--split and --limit choose images of a dataset; give it as --coco_dir, or leave them out")
     if form == "onnx" and options.int8 and not options.coco_dir:
         raise UserError("--int8 with ONNX measures the ranges of activations on images; give a dataset, --coco_dir")
     from maskrcnn_jax.inference.predictor import Predictor

@@ -44,7 +44,7 @@ def detect_augmented(
     Raises:
         BrokenImageError: if an image cannot be read and ``data.skip_broken`` is not set.
     """
-    detection = AugmentedDetection(network, categories.num_classes, options, augmentation)
+    detection = AugmentedDetection(network, options, augmentation)
     read: list[int] = []
 
     def images() -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ import copy
 import io
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,13 +117,15 @@ class Errors:
         """
         limit = detection_limits(max_detections)[-1]
         self.image_ids = sorted(truth.imgs)
-        groups = _groups_of(truth)
+        occlusions, crowding = _groups_of(truth)
         truth = truth if kind == "bbox" else mask_truth(truth)
-        self.groups = {"all": _match(truth, results, kind, limit, {}, None)}
-        for name in (*OCCLUSIONS, *CROWDING):
-            self.groups[name] = _match(truth, results, kind, limit, groups, name)
-        for name, sizes in SIZES.items():
-            self.groups[name] = _match(truth, results, kind, limit, {}, None, sizes)
+        by_size = _match(truth, results, kind, limit, {"all": (0, 1e10), **SIZES})
+        self.groups = {
+            "all": by_size.pop("all"),
+            **_match_groups(truth, results, kind, limit, occlusions, OCCLUSIONS),
+            **_match_groups(truth, results, kind, limit, crowding, CROWDING),
+            **by_size,
+        }
 
     def number_of_objects(self, group: str) -> int:
         """Return how many objects count in a group."""
@@ -174,44 +176,70 @@ def _middle(drawn: np.ndarray, value: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _groups_of(truth: COCO) -> dict[int, tuple[str, str]]:
-    """Return the group of occlusion and that of crowding of every object, by its id."""
-    groups = {}
+def _groups_of(truth: COCO) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the number of the group in OCCLUSIONS of every object, by its id, and that in CROWDING."""
+    occlusions, crowding = {}, {}
     for annotations in truth.imgToAnns.values():
         number = sum(not annotation["iscrowd"] for annotation in annotations)
-        crowding = next(name for name, limit in CROWDING.items() if number <= limit)
         for annotation, share in zip(annotations, occlusion(annotations), strict=True):
-            occluded = next(name for name, limit in OCCLUSIONS.items() if share <= limit)
-            groups[annotation["id"]] = (occluded, crowding)
-    return groups
+            occlusions[annotation["id"]] = int(np.searchsorted([*OCCLUSIONS.values()], share))
+            crowding[annotation["id"]] = int(np.searchsorted([*CROWDING.values()], number))
+    return occlusions, crowding
 
 
-def _match(truth, results, kind, limit, groups, name, sizes=(0, 1e10)) -> list[_Matched]:
-    """Match detections with objects by pycocotools' rule, ignoring objects of other groups or areas."""
-    if name is not None:
-        # What COCOeval ignores is decided by areas: 1 for the objects of the group and for all detections, else -1.
-        truth = copy.copy(truth)
-        members = [a | {"area": 1.0 if name in groups[a["id"]] else -1.0} for a in truth.dataset["annotations"]]
-        truth.dataset = truth.dataset | {"annotations": members}
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth.createIndex()
+def _match_groups(
+    truth: COCO, results: list[dict], kind: str, limit: int, groups: dict[int, int], names: Iterable[str]
+) -> dict[str, list[_Matched]]:
+    """Match detections with the objects of each group, by name; groups: the number of the group of each object."""
+    # COCOeval ignores by area only, so the number takes its place.
+    truth = copy.copy(truth)
+    truth.dataset = truth.dataset | {
+        "annotations": [a | {"area": groups[a["id"]]} for a in truth.dataset["annotations"]]
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        detected = load_results(truth, results)
-        if name is not None:
-            for detection in detected.anns.values():
-                detection["area"] = 1.0
-        evaluation = COCOeval(truth, detected, kind)
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [sizes], ["group"]
-        evaluation.params.maxDets = [limit]
-        evaluation.evaluate()
+        truth.createIndex()
+    ranges = {name: (number, number) for number, name in enumerate(names)}
+    return _match(truth, results, kind, limit, ranges, limits_misses=False)
+
+
+def _match(
+    truth: COCO,
+    results: list[dict],
+    kind: str,
+    limit: int,
+    ranges: dict[str, tuple[float, float]],
+    *,
+    limits_misses: bool = True,
+) -> dict[str, list[_Matched]]:
+    """Match detections with objects by pycocotools' rule, for each range of areas without the objects of other areas.
+
+    With ``limits_misses``, detections of other areas that match nothing are ignored too.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, load_results(truth, results), kind)
     params = evaluation.params
-    cells = np.array(evaluation.evalImgs, dtype=object).reshape(len(params.catIds), len(params.imgIds))
-    return [_collect(list(row), len(params.iouThrs)) for row in cells]
+    params.maxDets = [limit]
+    # As evaluate() does, but only where there is something: most images have few of the categories.
+    evaluation._prepare()
+    images, categories = (
+        {int(number): row for row, number in enumerate(ids)} for ids in (params.imgIds, params.catIds)
+    )
+    pairs = sorted({key for of in (evaluation._gts, evaluation._dts) for key, entries in of.items() if entries})
+    evaluation.ious = {pair: evaluation.computeIoU(*pair) for pair in pairs}
+    matched = {}
+    for name, areas in ranges.items():
+        cells: list[list[tuple[int, dict]]] = [[] for _ in categories]
+        for image, category in evaluation.ious:
+            cells[categories[category]].append((images[image], evaluation.evaluateImg(image, category, areas, limit)))
+        matched[name] = [_collect(row, len(images), len(params.iouThrs), limits_misses) for row in cells]
+    return matched
 
 
-def _collect(of_images: Sequence[dict | None], num_thresholds: int) -> _Matched:
-    present = [(i, cell) for i, cell in enumerate(of_images) if cell is not None]
-    objects = np.zeros(len(of_images), np.int64)
+def _collect(
+    present: Sequence[tuple[int, dict]], num_images: int, num_thresholds: int, limits_misses: bool
+) -> _Matched:
+    """Put the results of a category in images together; present: the row of each image and what COCOeval has of it."""
+    objects = np.zeros(num_images, np.int64)
     for i, cell in present:
         objects[i] = np.sum(np.asarray(cell["gtIgnore"]) == 0)
     scores = np.concatenate([np.zeros(0), *(cell["dtScores"] for _, cell in present)])
@@ -220,7 +248,8 @@ def _collect(of_images: Sequence[dict | None], num_thresholds: int) -> _Matched:
     ignored = np.concatenate([nothing, *(cell["dtIgnore"].astype(bool) for _, cell in present)], axis=1)
     image = np.concatenate([np.zeros(0, int), *(np.full(len(cell["dtScores"]), i) for i, cell in present)])
     order = np.argsort(-scores, kind="stable")
-    return _Matched(image[order], (found & ~ignored)[:, order], (~found & ~ignored)[:, order], objects)
+    missed = ~found & ~ignored if limits_misses else ~found
+    return _Matched(image[order], (found & ~ignored)[:, order], missed[:, order], objects)
 
 
 def _warn_of_many_detections(results: list[dict], max_detections: int) -> None:

@@ -260,9 +260,7 @@ class Predictor:
 
     def _augmented(self, augmentation: Augmentation) -> AugmentedDetection:
         if augmentation not in self._augmentations:
-            self._augmentations[augmentation] = AugmentedDetection(
-                self.network, self.categories.num_classes, self.options, augmentation
-            )
+            self._augmentations[augmentation] = AugmentedDetection(self.network, self.options, augmentation)
         return self._augmentations[augmentation]
 
     def _prepare(self, image: np.ndarray) -> Batch:

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.inference.merging import distinct, intersection
 from maskrcnn_jax.inference.results import Instances
 
 # Detects in images [h, w, I] uint8, one after another, in their own pixels.
@@ -139,7 +140,14 @@ def _merge(
     stays = np.ones(len(tile), bool)
     stays[pieces] = False
     joined = _join(detections, [(i, j) for i, j in parts if stays[i] and stays[j]], stays)
-    kept = _best(joined, iou_threshold, class_agnostic)
+    kept = distinct(
+        joined.instances.boxes,
+        joined.instances.labels,
+        joined.tile,
+        np.lexsort((-joined.instances.scores, joined.is_cut)),
+        iou_threshold=iou_threshold,
+        class_agnostic=class_agnostic,
+    )
     kept = kept[np.argsort(-joined.instances.scores[kept], kind="stable")]
     return Instances(*(values[kept] for values in joined.instances))
 
@@ -178,7 +186,7 @@ def _near(found: _Found, windows: np.ndarray) -> Iterator[tuple[int, int]]:
     boxes = found.instances.boxes
     rows = [np.flatnonzero(found.tile == number) for number in range(len(windows))]
     for a, b in _overlapping(windows):
-        is_near = _intersection(boxes[rows[a]][:, None], boxes[rows[b]][None]) > 0
+        is_near = intersection(boxes[rows[a]][:, None], boxes[rows[b]][None]) > 0
         for i, j in zip(*np.nonzero(is_near), strict=True):
             yield int(rows[a][i]), int(rows[b][j])
 
@@ -186,7 +194,7 @@ def _near(found: _Found, windows: np.ndarray) -> Iterator[tuple[int, int]]:
 def _overlapping(windows: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield the pairs of tiles that have pixels in common."""
     for a, window in enumerate(windows):
-        for b in a + 1 + np.flatnonzero(_intersection(window, windows[a + 1 :]) > 0):
+        for b in a + 1 + np.flatnonzero(intersection(window, windows[a + 1 :]) > 0):
             yield a, int(b)
 
 
@@ -253,29 +261,3 @@ def _joint(found: Instances, rows: np.ndarray) -> Instances:
     mask = np.max([_probabilities(found, row, x, y) for row in rows], axis=0).astype(np.float32)
     best = rows[[np.argmax(found.scores[rows])]]
     return Instances(box[None], found.scores[best], found.labels[best], mask[None])
-
-
-def _best(found: _Found, iou_threshold: float, class_agnostic: bool) -> np.ndarray:
-    """Return the rows of the detections without those that overlap a better one of another tile."""
-    boxes, scores, labels, _ = found.instances
-    left, kept = np.lexsort((-scores, found.is_cut)), []
-    while len(left):
-        best, left = left[0], left[1:]
-        kept.append(best)
-        is_rival = class_agnostic | (labels[left] == labels[best])
-        # Those of one tile have been through the network's suppression, which may have been a soft one.
-        is_rival &= (found.tile[left] != found.tile[best]) | (found.tile[best] < 0)
-        left = left[~(is_rival & (_iou(boxes[best], boxes[left]) > iou_threshold))]
-    return np.array(kept, np.int64)
-
-
-def _intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the areas that boxes [..., 4] have in common."""
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    return np.maximum(sides, 0).prod(axis=-1)
-
-
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the IoU of a box [4] with others [N, 4]."""
-    common = _intersection(box, boxes)
-    return common / np.maximum((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - common, 1e-6)

@@ -1,17 +1,15 @@
 """Test-time augmentation: detections in several views of an image, resized and mirrored, are merged.
 
-The rule is that of detectron2's ``GeneralizedRCNNWithTTA``: the boxes of all views are suppressed together as those of
-one view are, and the mask of each box that stays is the average of its masks in all views. Unlike there, the features
-of a view are computed once, for its boxes and its masks.
+The rule is that of detectron2's ``GeneralizedRCNNWithTTA``: of boxes in different views that overlap by more than the
+network allows, the best stays, and its mask is the average of its masks in all views. Unlike there, the features of a
+view are computed once, for its boxes and its masks.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maskrcnn_jax.data.plan import buckets_for
@@ -19,12 +17,13 @@ from maskrcnn_jax.data.transforms import hflip_boxes, hflip_image
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detect import make_stages
 from maskrcnn_jax.inference.inputs import to_batch
+from maskrcnn_jax.inference.merging import distinct
 from maskrcnn_jax.inference.results import Instances, to_image_pixels
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
-from maskrcnn_jax.models.postprocess import suppress_detections
-from maskrcnn_jax.ops.nms import Picks
-from maskrcnn_jax.options import ModelOptions, Options
+from maskrcnn_jax.options import Options
 from maskrcnn_jax.structures import Batch
+
+_LARGEST_SIDE = 8192  # pixels of a short side; at 16 times the usual area, features take 10 GB or more
 
 
 class Augmentation(NamedTuple):
@@ -47,8 +46,12 @@ class Augmentation(NamedTuple):
             return text
         parts = str(text).split(",") if isinstance(text, str | int) else [str(part) for part in text]
         sizes = [part for part in parts if part != "flip"]
-        if not parts or len(set(parts)) < len(parts) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise UserError(f"test-time augmentation is {text!r}; use flip, short sides in pixels, or flip,400,600")
+        known = all(size.isdecimal() and 0 < int(size) <= _LARGEST_SIDE for size in sizes)
+        if not parts or len(set(parts)) < len(parts) or not known:
+            raise UserError(
+                f"test-time augmentation is {text!r}; use flip, short sides of 1 to {_LARGEST_SIDE} pixels, or both, "
+                "such as flip,400,600"
+            )
         return cls("flip" in parts, tuple(int(size) for size in sizes))
 
 
@@ -66,17 +69,16 @@ class _View(NamedTuple):
 class AugmentedDetection:
     """Detects in one image after another, each in several views."""
 
-    def __init__(self, network: MaskRCNN, num_classes: int, options: Options, augmentation: Augmentation):
+    def __init__(self, network: MaskRCNN, options: Options, augmentation: Augmentation):
         """Prepare a network. Its parameters are copied.
 
         Args:
             network: as of a ``Predictor``.
-            num_classes: C + 1.
             options: of the training, which say how images are resized.
             augmentation: the views.
         """
         self._stages = make_stages(network)
-        self._num_classes, self._options, self._flip = num_classes, network.options, augmentation.flip
+        self._options, self._flip = network.options, augmentation.flip
         data = options.data
         self._sizes = []
         for side in augmentation.short_sides or (data.short_side,):
@@ -115,15 +117,23 @@ class AugmentedDetection:
         return to_image_pixels(boxes, batch.sizes[0], batch.original_sizes[0])
 
     def _merge(self, views: list[_View]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Suppress the boxes of all views together: boxes [D, 4], scores, labels and valid [D]."""
-        boxes = np.concatenate([view.boxes.reshape(-1, 4) for view in views])
-        scores, labels, valid = (
-            np.concatenate([getattr(view, name).ravel() for view in views]) for name in ("scores", "labels", "valid")
+        """Choose among the boxes of all views: boxes [D, 4], scores, labels and valid [D], best first."""
+        boxes, scores, labels, valid = (
+            np.concatenate([values.reshape(-1, *values.shape[2:]) for values in of_views])
+            for of_views in zip(*((view.boxes, view.scores, view.labels, view.valid) for view in views), strict=True)
         )
-        picks = jax.device_get(
-            _suppress(boxes, np.where(valid, scores, 0), labels, num_classes=self._num_classes, options=self._options)
-        )
-        return boxes[picks.box_index], picks.scores, picks.class_index + 1, picks.valid
+        options, rows = self._options, np.flatnonzero(valid)
+        most = options.box_detections_per_img
+        kept = distinct(
+            boxes,
+            labels,
+            np.arange(len(boxes)) // most,
+            rows[np.argsort(-scores[rows], kind="stable")],
+            iou_threshold=options.box_nms_thresh,
+            class_agnostic=options.box_nms_class_agnostic,
+        )[:most]
+        padded = np.pad(kept, (0, most - len(kept)))
+        return boxes[padded], scores[padded], labels[padded], np.arange(most) < len(kept)
 
     def _masks(self, view: _View, boxes: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the masks [D, M, M] of boxes [D, 4] in pixels of the image, as each image of a view shows them."""
@@ -136,12 +146,3 @@ class AugmentedDetection:
         yield masks[0]
         if self._flip:
             yield masks[1, :, :, ::-1]
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "options"))
-def _suppress(
-    boxes: jax.Array, scores: jax.Array, labels: jax.Array, *, num_classes: int, options: ModelOptions
-) -> Picks:
-    """Suppress boxes [P, 4] by the options of the network; scores [P] are 0 where there is no box."""
-    by_class = scores[:, None] * (labels[:, None] == jnp.arange(1, num_classes)[None])  # [P, C]
-    return suppress_detections(jnp.broadcast_to(boxes[:, None], (*by_class.shape, 4)), by_class, options)

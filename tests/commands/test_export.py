@@ -24,6 +24,8 @@ from tests.models.tiny import tiny_model
         (["--output=x"], "--output=x ends in nothing; use .onnx"),
         (["--output=x.onnx", "--int8"], "measures the ranges of activations on images; give a dataset, --coco_dir"),
         (["--output=x.onnx", "--coco_dir=data"], "give one of them, or use eval"),
+        (["--output=x.onnx", "--split=val"], "choose images of a dataset; give it as --coco_dir"),
+        (["--output=x.onnx", "--limit=3"], "choose images of a dataset; give it as --coco_dir"),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_loaded(arguments, said, tmp_path, monkeypatch):
