@@ -126,6 +126,8 @@ def _entries(
     comma = ""
     file.write('{"annotations": [')
     for image_id, picture in enumerate(pictures, start=1):
+        if any("\ud800" <= letter <= "\udfff" for letter in picture.name):  # bytes that Python could not decode
+            raise UserError(f"the file name {ascii(picture.name)} is not UTF-8, as JSON must be; rename the file")
         height, width = picture.size
         entry = {"id": image_id, "file_name": picture.name, "height": height, "width": width}
         images.append(json.dumps(entry))

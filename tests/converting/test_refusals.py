@@ -1,6 +1,7 @@
 """What is wrong in another format is refused in a sentence with the file, what came and what to do."""
 
 import json
+import os
 import zlib
 
 import cv2
@@ -358,3 +359,16 @@ def test_images_are_copied_if_wanted(shapes_parts, tmp_path):
         copied = tmp_path / "copied" / path.relative_to(tmp_path / "linked")
         assert path.is_symlink() and not copied.is_symlink()
         assert path.read_bytes() == copied.read_bytes()
+
+
+@pytest.mark.parametrize(("write", "places"), [(yolo, ("images", "labels")), (labelme, ("", ""))])
+def test_a_file_name_that_is_not_utf8_is_refused_and_nothing_is_written(shapes_parts, tmp_path, write, places):
+    write(tmp_path / "in", shapes_parts)
+    images, labels = (tmp_path / "in" / place / "train" for place in places)
+    image = first(images, "*.[jp][pn]g")
+    for path in (image, first(labels, f"{image.stem}.*[tj][xs][to]*")):
+        path.rename(os.fsdecode(os.fsencode(path.parent) + b"/caf\xe9" + os.fsencode(path.suffix)))
+    with pytest.raises(UserError, match="is not UTF-8, as JSON must be; rename the file") as error:
+        convert(tmp_path / "in", tmp_path / "out")
+    assert_sentence(error.value)
+    assert not (tmp_path / "out").exists()
