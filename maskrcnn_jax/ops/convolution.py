@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from maskrcnn_jax.ops.cpu.depthwise import depthwise, depthwise_gradients
 from maskrcnn_jax.ops.cpu.gradients import input_gradient, kernel_gradient
 from maskrcnn_jax.ops.cpu.winograd import conv3x3
-from maskrcnn_jax.ops.precision import PRECISION
+from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 # Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
 _WINOGRAD_CHANNELS = 128
@@ -46,7 +46,7 @@ def _conv2d(x, kernel, stride):
     if _suits_blocks(x, kernel, stride):
         return jax.lax.platform_dependent(x, kernel, cpu=direct, default=_by_blocks)
     if _suits_winograd(x, kernel, stride):
-        return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
+        return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=direct)
     return direct(x, kernel)
 
 
@@ -71,7 +71,7 @@ def _backward(stride, residuals, gradient):
     elif _suits_blocks(x, kernel, stride):
         direct = pull_back(_by_blocks)
     elif _suits_winograd(x, kernel, stride):
-        cpu = pull_back(conv3x3)
+        cpu = pull_back(_winograd)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=direct)
 
 
@@ -114,12 +114,16 @@ def _by_blocks(x, kernel):
 
 
 def _suits_winograd(x, kernel, stride):
-    # Half precision would lose more digits in the transforms than it has to spare.
-    precise = jnp.finfo(x.dtype).bits >= 32
     # The strips depend on the number of maps, which is a symbol in exported programs.
     countable = not jax.export.is_symbolic_dim(x.shape[0])
     large = min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
-    return kernel.shape[0] == 3 and stride == 1 and large and precise and countable
+    return kernel.shape[0] == 3 and stride == 1 and large and countable
+
+
+def _winograd(x, kernel):
+    """Apply a 3x3 convolution by Winograd's algorithm, in which half precision would lose too many digits."""
+    wide = at_least_float32(x.dtype)
+    return conv3x3(x.astype(wide), kernel.astype(wide)).astype(x.dtype)
 
 
 def patch_conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"]) -> Float[Array, "N _ _ C"]:

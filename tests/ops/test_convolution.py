@@ -104,15 +104,22 @@ def test_gradients_inside_a_conditional_have_the_layout_of_the_fast_kernel(size,
     assert all("dim_labels=b01f_01io->b01f" in line and "rhs_reversal" not in line for line in convolutions)
 
 
-def test_half_precision_and_narrow_convolutions_stay_direct(monkeypatch):
+def test_narrow_convolutions_stay_direct(monkeypatch):
     def refuse(x, kernel):
         raise AssertionError("Winograd was used")
 
     monkeypatch.setattr(convolution, "conv3x3", refuse)
     conv2d(*draw((1, 4, 4, 16), (3, 3, 16, 16), np.float32))
-    conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), jnp.bfloat16))
     with pytest.raises(AssertionError, match="Winograd"):
         conv2d(*draw((1, 4, 4, 128), (3, 3, 128, 128), np.float32))
+
+
+def test_wide_convolutions_in_half_precision_round_only_their_result():
+    x, kernel = draw((1, 9, 9, 128), (3, 3, 128, 128), jnp.bfloat16)
+    out = conv2d(x, kernel)
+    assert out.dtype == jnp.bfloat16
+    exact = convolution._direct(x.astype(jnp.float32), kernel.astype(jnp.float32), 1)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-3)  # half a unit in the last place
 
 
 @pytest.mark.parametrize(("convolve", "inputs"), [(conv2d, 8), (conv3x3, 8), (depthwise_conv2d, 1)])
