@@ -20,7 +20,7 @@ import copy
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -207,7 +207,7 @@ def _match(
     results: list[dict],
     kind: str,
     limit: int,
-    ranges: dict[str, tuple[float, float]],
+    ranges: Mapping[str, tuple[float, float]],
     *,
     limits_misses: bool = True,
 ) -> dict[str, list[_Matched]]:

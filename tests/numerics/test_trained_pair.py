@@ -159,6 +159,19 @@ def test_the_late_mean_is_that_of_the_last_half_of_the_steps():
     assert late_mean(curve, "loss") == 8
 
 
+def test_a_run_that_was_interrupted_has_the_results_of_one_that_was_not(tmp_path):
+    """It logs what it has of an interval when it stops, and the rest of it later."""
+    whole = [{"step": step, **dict.fromkeys(TERMS, float(step))} for step in (10, 20, 30, 40)]
+    parts = [{"step": 31, **dict.fromkeys(TERMS, 4.0)}, {"step": 40, **dict.fromkeys(TERMS, 44.0)}]
+    interrupted = [*whole[:3], *parts]  # 1 x 4 + 9 x 44 is 10 x 40
+    assert late_mean(interrupted, "loss") == pytest.approx(late_mean(whole, "loss")) == 35
+    results = PairedResults()
+    for curve in (whole, interrupted):
+        run = {"curve": curve, "metrics": dict.fromkeys(("bbox_AP", "segm_AP"), 0.5), "seconds": 1.0}
+        results.add(run, run)
+    results.write_plot(tmp_path / "plot.svg")
+
+
 def _results(mask_factor: float) -> PairedResults:
     """Return three seeds whose losses are drawn around 1."""
     rng = np.random.default_rng(0)

@@ -165,22 +165,33 @@ class PairedResults:
         axes = figure.subplots(2, 4)
         for axis, term in zip(axes.flat, TERMS, strict=False):
             for side, runs, color in zip(SIDES, self._sides, ("tab:blue", "tab:orange"), strict=True):
-                steps = [point["step"] for point in runs[0]["curve"]]
-                values = np.stack([smooth([point[term] for point in run["curve"]]) for run in runs])
+                # A run that was interrupted has a point more.
+                steps = min(([point["step"] for point in run["curve"]] for run in runs), key=len)
+                values = np.stack([smooth(at_steps(run["curve"], term, steps)) for run in runs])
                 axis.plot(steps, values.mean(axis=0), color=color, label=side, linewidth=1)
                 axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.25, linewidth=0)
             axis.set(title=term, xlabel="step", ylim=(0, None))
         axes.flat[0].legend(fontsize="small")
         for axis, (title, key) in zip(axes.flat[len(TERMS) :], _AP.items(), strict=True):
-            for ours, theirs in zip(self.ours, self.theirs, strict=True):
-                axis.plot(SIDES, [ours["metrics"][key], theirs["metrics"][key]], marker="o", color="tab:gray")
-            axis.set(title=f"{title}, seed by seed", xlim=(-0.3, 1.3), ylim=(0, None))
+            pairs = [[run["metrics"][key] for run in pair] for pair in zip(self.ours, self.theirs, strict=True)]
+            for pair in pairs:
+                axis.plot(SIDES, pair, marker="o", color="tab:gray")
+            top = 1.2 * max(max(pair) for pair in pairs)
+            axis.set(title=f"{title}, seed by seed", xlim=(-0.3, 1.3), ylim=(0, top or None))
         return figure
 
 
 def late_mean(curve: Sequence[dict], term: str) -> float:
     """Return the mean of a loss over the last half of the steps, which have left the start behind."""
-    return float(np.mean([point[term] for point in curve if point["step"] > curve[-1]["step"] / 2]))
+    steps = np.array([point["step"] for point in curve])
+    late = steps > steps[-1] / 2
+    values = np.array([point[term] for point in curve])
+    return float(np.average(values[late], weights=np.diff(steps, prepend=0)[late]))
+
+
+def at_steps(curve: Sequence[dict], term: str, steps: Sequence[int]) -> np.ndarray:
+    """Return a loss at other steps than those that were logged."""
+    return np.interp(steps, [point["step"] for point in curve], [point[term] for point in curve])
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
