@@ -23,6 +23,7 @@ from maskrcnn_jax.converting.yolo import read_yolo
 from maskrcnn_jax.data.annotations import read_annotations
 from maskrcnn_jax.data.coco import annotations_name
 from maskrcnn_jax.data.dataset import read_dataset
+from maskrcnn_jax.data.entries import NO_NAME
 from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.layouts import LABELME, VOC, YOLO, Layout, describe, find_layout
 from maskrcnn_jax.errors import UserError
@@ -126,8 +127,8 @@ def _entries(
     comma = ""
     file.write('{"annotations": [')
     for image_id, picture in enumerate(pictures, start=1):
-        if any("\ud800" <= letter <= "\udfff" for letter in picture.name):  # bytes that Python could not decode
-            raise UserError(f"the file name {ascii(picture.name)} is not UTF-8, as JSON must be; rename the file")
+        if NO_NAME.search(picture.name):  # the reader of what is written here would refuse it
+            raise UserError(f"the file name {ascii(picture.name)} has a line break or is not UTF-8; rename the file")
         height, width = picture.size
         entry = {"id": image_id, "file_name": picture.name, "height": height, "width": width}
         images.append(json.dumps(entry))

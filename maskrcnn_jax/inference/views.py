@@ -23,7 +23,7 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.structures import Batch
 
-_LARGEST_SIDE = 8192  # pixels of a short side; at 16 times the usual area, features take 10 GB or more
+_LARGEST_SIDE = 8192  # pixels of a short side, ten times that of COCO configs; more is a typing error
 
 
 class Augmentation(NamedTuple):

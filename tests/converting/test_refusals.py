@@ -361,14 +361,17 @@ def test_images_are_copied_if_wanted(shapes_parts, tmp_path):
         assert path.read_bytes() == copied.read_bytes()
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines"])
 @pytest.mark.parametrize(("write", "places"), [(yolo, ("images", "labels")), (labelme, ("", ""))])
-def test_a_file_name_that_is_not_utf8_is_refused_and_nothing_is_written(shapes_parts, tmp_path, write, places):
+def test_a_file_name_that_the_reader_refuses_stops_before_anything_is_written(
+    shapes_parts, tmp_path, write, places, name
+):
     write(tmp_path / "in", shapes_parts)
     images, labels = (tmp_path / "in" / place / "train" for place in places)
     image = first(images, "*.[jp][pn]g")
     for path in (image, first(labels, f"{image.stem}.*[tj][xs][to]*")):
-        path.rename(os.fsdecode(os.fsencode(path.parent) + b"/caf\xe9" + os.fsencode(path.suffix)))
-    with pytest.raises(UserError, match="is not UTF-8, as JSON must be; rename the file") as error:
+        path.rename(os.fsdecode(os.fsencode(path.parent) + b"/" + name + os.fsencode(path.suffix)))
+    with pytest.raises(UserError, match="has a line break or is not UTF-8; rename the file") as error:
         convert(tmp_path / "in", tmp_path / "out")
     assert_sentence(error.value)
     assert not (tmp_path / "out").exists()
