@@ -146,8 +146,9 @@ class TrainStep:
 
         Returns:
           The next state, and metrics as scalars on the device: the loss terms, their sum "loss", the model's metrics
-          and the norm of the gradient. In float16 also the "loss_scale" of this step, and "skipped": 1 where the loss
-          or the gradient was not finite, so that nothing but the number of steps and the loss scale has changed.
+          and the norm of the gradient, in which frozen stages do not count. In float16 also the "loss_scale" of this
+          step, and "skipped": 1 where the loss or the gradient was not finite, so that nothing but the number of steps
+          and the loss scale has changed.
         """
         self.compile(state, batch, key)
         return self.programs[_kind(batch)](state, batch, key)
@@ -219,11 +220,11 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     key = jax.random.fold_in(key, state.step)
     # Where they are divided, parameters are put together once; devices would else meet wherever they are used.
     params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
-    gradient = _gradient
+    gradient = functools.partial(_gradient, frozen_stages=optim.frozen_stages)
     if optim.accumulate > 1:
         # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
         simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-        gradient = functools.partial(_mean_gradient, parts=optim.accumulate, unroll=simulated)
+        gradient = functools.partial(_mean_gradient, gradient, parts=optim.accumulate, unroll=simulated)
 
     def of_rows(shared, batch):
         params, variables, scale, key = shared
@@ -254,13 +255,18 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     return changed._replace(step=state.step + 1), metrics
 
 
-def _gradient(graphdef, params, variables, scale, key, batch):
+def _gradient(graphdef, params, variables, scale, key, batch, *, frozen_stages):
     """Return the gradient, times the loss scale if there is one, the next variables and the metrics.
 
-    Gradient and metrics are this device's shares.
+    Gradient and metrics are this device's shares. The gradient of frozen stages is zero.
     """
 
+    def constant_if_frozen(path, param):
+        return jax.lax.stop_gradient(param) if is_frozen(path, frozen_stages) else param
+
     def loss_fn(params):
+        # Nothing of frozen stages is then kept for the backward pass, nor computed in it.
+        params = nnx.map_state(constant_if_frozen, params)
         # Copied, because variables of an outer trace must not be changed inside the gradient's.
         model = nnx.merge(graphdef, params, variables, copy=True)
         terms, metrics = model.losses(batch, key)
@@ -272,15 +278,15 @@ def _gradient(graphdef, params, variables, scale, key, batch):
     return gradients, variables, metrics
 
 
-def _mean_gradient(graphdef, params, variables, scale, key, batch, *, parts, unroll):
-    """Return what _gradient returns, the mean over the parts of the batch, which are worked on one after the other.
+def _mean_gradient(gradient, graphdef, params, variables, scale, key, batch, *, parts, unroll):
+    """Return what ``gradient`` returns, as the mean over the parts of the batch, worked on one after the other.
 
     Part p has the rows p, p + parts, p + 2 parts, ..., whatever the number of devices.
     """
 
     def visit(carry, part):
         total, variables = carry
-        gradients, variables, metrics = _gradient(graphdef, params, variables, scale, *part)
+        gradients, variables, metrics = gradient(graphdef, params, variables, scale, *part)
         return (jax.tree.map(jnp.add, total, gradients), variables), metrics
 
     def cut(rows):
@@ -289,7 +295,7 @@ def _mean_gradient(graphdef, params, variables, scale, key, batch, *, parts, unr
     start = jax.tree.map(jnp.zeros_like, params), variables
     inputs = jax.random.split(key, parts), jax.tree.map(cut, batch)
     (total, variables), metrics = jax.lax.scan(visit, start, inputs, unroll=unroll)
-    gradients = jax.tree.map(lambda gradient: gradient / parts, total)
+    gradients = jax.tree.map(lambda array: array / parts, total)
     return gradients, variables, jax.tree.map(lambda values: values.mean(axis=0), metrics)
 
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from maskrcnn_jax.distributed import make_mesh, place_state, shard_batch
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.options import OptimOptions
 from maskrcnn_jax.training.checkpoint import Checkpoints
-from maskrcnn_jax.training.optimizer import make_optimizer
+from maskrcnn_jax.training.optimizer import is_frozen, make_optimizer
 from maskrcnn_jax.training.step import TrainStep, create_train_state, updates_done
 from tests.models.tiny import tiny_batch, tiny_model
 from tests.programs import collectives_in_loops
@@ -222,15 +223,33 @@ def test_frozen_stages_keep_parameters_and_statistics():
     optimizer = optimizer_of_a_run(optim)
     graphdef, state = create_train_state(tiny_model(norm="batch"), optimizer, mesh, optim)
     before = jax.tree.map(np.array, {"params": state.params, "variables": state.variables})
-    state, _ = TrainStep(graphdef, optimizer, mesh, optim)(
-        state, shard_batch(tiny_batch(batch_size=2), mesh), jax.random.key(0)
-    )
+    batch, key = shard_batch(tiny_batch(batch_size=2), mesh), jax.random.key(0)
+    model = nnx.merge(*jax.tree.map(jnp.copy, (graphdef, state.params, state.variables)))
+    state, metrics = TrainStep(graphdef, optimizer, mesh, optim)(state, batch, key)
     after = {"params": state.params, "variables": state.variables}
     moved = jax.tree.map(lambda old, new: bool(np.any(old != np.asarray(new))), before, after)
     for part in ("params", "variables"):
         backbone = moved[part]["backbone"]
         assert not any(jax.tree.leaves((backbone["stem"], backbone["stages"][0]))), part
         assert all(any(jax.tree.leaves(backbone["stages"][stage])) for stage in (1, 2, 3)), part
+
+    gradients = nnx.grad(lambda model: sum(model.losses(batch, jax.random.fold_in(key, 0))[0].values()))(model)
+    trained = nnx.map_state(lambda path, array: array * (not is_frozen(path, 2)), gradients)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(trained), rtol=1e-4)
+    assert optax.tree.norm(gradients) > 1.001 * optax.tree.norm(trained)
+
+
+@pytest.mark.slow
+def test_nothing_is_computed_backwards_in_frozen_stages():
+    def operations(frozen_stages):
+        mesh, optim = make_mesh(jax.devices()[:1]), OptimOptions(frozen_stages=frozen_stages)
+        graphdef, state = create_train_state(tiny_model(norm="batch"), optax.sgd(1e-3), mesh, optim)
+        step = TrainStep(graphdef, optax.sgd(1e-3), mesh, optim)
+        batch = shard_batch(tiny_batch(batch_size=2), mesh)
+        return step.lower(state, batch, jax.random.key(0)).cost_analysis()["flops"]
+
+    none, stem, stem_and_stage, backbone = (operations(frozen_stages) for frozen_stages in (0, 1, 2, 5))
+    assert none > stem > stem_and_stage > backbone
 
 
 def lowered(num_devices, **options):
