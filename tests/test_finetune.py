@@ -20,11 +20,11 @@ from maskrcnn_jax.run_folder import save_options
 from maskrcnn_jax.weights.convert import load_weights
 from tests.test_reproduce_paper import applied
 from tools import finetune
-from tools.finetuning.experiments import LEARNING_RATES, STARTS, chosen_lr, finetuning_run
+from tools.finetuning.experiments import RECIPES, finetuning_run
 from tools.finetuning.open_nsfw import find_onnx, read_backbone
 from tools.finetuning.pictures import DETECTIONS, draw_predictions
 from tools.paper import results_page, running
-from tools.paper.results_page import load_results, write_report
+from tools.paper.results_page import write_report
 
 BGR_MEAN = (104, 117, 123)
 TINY = ModelOptions(
@@ -138,28 +138,27 @@ def test_another_network_is_refused(tiny_onnx, tmp_path, monkeypatch):
         read_backbone(path)
 
 
-def test_the_starts_differ_only_in_the_backbone_and_have_names_of_their_own():
-    runs = [finetuning_run(name, 1e-3, 0) for name in STARTS]
+def test_the_recipes_take_the_same_steps_and_have_names_of_their_own():
+    runs = [finetuning_run(name, 0) for name in RECIPES]
     configs = [applied(run) for run in runs]
-    assert [config.model.norm for config in configs] == ["batch", "frozen", "frozen"]
-    assert [config.optim.frozen_stages for config in configs] == [0, 0, 2]
-    assert [start.pretrained for start in STARTS.values()] == [False, True, True]
+    assert [recipe.pretrained for recipe in RECIPES.values()] == [False, True, True, True, True]
+    assert [config.model.norm for config in configs] == ["batch", "frozen", "frozen", "frozen", "frozen"]
+    assert [config.optim.frozen_stages for config in configs] == [0, 0, 5, 5, 5]
+    assert [(config.data.crop_size, config.data.copy_paste) for config in configs[2:]] == [(0, 0), (256, 0), (256, 1)]
     assert len({(config.epochs, config.batch_size, config.optim.lr) for config in configs}) == 1
     assert 1 not in configs[0].data.exclude_categories and len(configs[0].data.exclude_categories) == 79
-    assert len({run.name for run in runs}) == 3
+    assert len({run.name for run in runs}) == 5
 
 
-def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_all_seeds(
-    tiny_onnx, tmp_path, monkeypatch, capsys
-):
-    done, low, high = [], *LEARNING_RATES
-    random, pretrained, frozen = STARTS
+def test_every_recipe_is_trained_with_every_seed_and_goes_on_where_it_was(tiny_onnx, tmp_path, monkeypatch, capsys):
+    done = []
+    random, pretrained, frozen, jitter, paste = RECIPES
 
     def train(run, output, *, coco_dir, weights):
         done.append((run, weights != ""))
-        if len(done) == 4:
+        if len(done) == 3:
             raise UserError("training was interrupted")
-        value = dict(run.overrides)["optim.lr"] * 100 * (-1 if weights else 1) + run.seed / 100 + 0.5
+        value = 0.45 + run.seed / 100
         point = {"epoch": 2.0, "bbox_AP": value, "bbox_AP50": 2 * value, "segm_AP": value, "segm_AP50": value}
         result = {"run": run.name, "commit": "abc", "date": "2026-01-01", "seconds": 60.0, "steps": 4}
         result |= {"hardware": {"cpu": "a processor", "cores": 2}, "losses": [2.0, 1.0], "curve": [point]}
@@ -177,21 +176,18 @@ def test_all_learning_rates_are_tried_with_seed_0_and_the_best_is_trained_with_a
     said = capsys.readouterr()
     assert "go on with\n  python tools/finetune.py '--coco_dir=A B'" in said.out
     assert "error: training was interrupted" in said.err
-    assert chosen_lr(random, load_results(docs)) == high
-    assert chosen_lr(pretrained, load_results(docs)) is chosen_lr(frozen, load_results(docs)) is None
     text = (docs / "results.md").read_text()
-    assert f"| {random} | **{high:g}** | 1 | 0.700 | 1.400 | 0.700 | 0.700 |" in text
-    assert f"| {pretrained} | {high:g} | 0 | not run |" in text
-    assert f"| {frozen} | not run | 0 | not run |" in text
+    assert f"| {pretrained} | 1 | 0.450 | 0.900 | 0.450 | 0.450 |" in text
+    assert f"| {frozen} | not run | not run |" in text
 
     with monkeypatch.context() as patched:
         patched.setattr(results_page, "draw_curves", lambda *_: None)  # after each of them, in this one test
         run_command(finetune, arguments)
-    wanted = [(random, low, 0), (pretrained, low, 0), (random, high, 0), *[(pretrained, high, 0)] * 2]
-    wanted += [(frozen, low, 0), (random, high, 1), (pretrained, low, 1), (frozen, low, 1)]
-    assert done == [(finetuning_run(name, lr, seed), name != random) for name, lr, seed in wanted]
+    wanted = [(random, 0), (pretrained, 0), (frozen, 0), (frozen, 0), (jitter, 0), (paste, 0)]
+    wanted += [(name, 1) for name in RECIPES]
+    assert done == [(finetuning_run(name, seed), name != random) for name, seed in wanted]
     text = (docs / "results.md").read_text()
-    assert f"| {pretrained} | **{low:g}** | 2 | 0.455 ± 0.007 | 0.910 ± 0.014 |" in text
+    assert f"| {pretrained} | 2 | 0.455 ± 0.007 | 0.910 ± 0.014 |" in text
     assert "4 steps; commit abc, 2026-01-01." in text
     assert "1 minutes on 2 CPU cores (a processor)" in text
     write_report(tmp_path / "nothing", docs)

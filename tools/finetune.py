@@ -9,15 +9,14 @@ The weights are converted into OUTPUT/open_nsfw.safetensors. Without --coco_dir,
     maskrcnn-jax train --config=finetuning --weights=runs/finetuning/open_nsfw.safetensors --workdir=runs/mine \\
         --config.data.coco_dir=MINE
 
-With --coco_dir, seed 0 is trained with each learning rate, and then all seeds with the best. Finished trainings are
-kept. Interrupted, the same command goes on where it was.
+With --coco_dir, every recipe is trained with every seed. Finished trainings are kept. Interrupted, the same command
+goes on where it was.
 """
 
 import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only what lies beside it
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from maskrcnn_jax.commands.app import at_least, run_command
 from maskrcnn_jax.weights.files import write_arrays
-from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, chosen_lr, finetuning_run
+from tools.finetuning.experiments import PICTURED, RECIPES, finetuning_run
 from tools.finetuning.open_nsfw import find_onnx, read_backbone
 from tools.finetuning.pictures import DETECTIONS, draw_predictions
 from tools.paper.results_page import FINETUNING_PICTURE, load_results, write_report
@@ -41,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnx", default="", metavar="FILE", help="open-nsfw.onnx; that of the installed package if not given"
     )
-    parser.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="trainings from each start")
+    parser.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="trainings by each recipe")
     parser.add_argument(
         "--output", default="runs/finetuning", metavar="DIR", help="folder for the weights and the trainings"
     )
@@ -64,20 +63,13 @@ def main(options: argparse.Namespace) -> None:
         "finished trainings are kept; if this is interrupted, go on with\n  %s", shlex.join(["python", *sys.argv])
     )
 
-    def train_all(chosen: Sequence[tuple[str, float, int]]) -> None:
-        for name, lr, seed in tqdm(chosen, unit="training", desc="fine-tuning"):
-            run = finetuning_run(name, lr, seed)
-            if run.name not in load_results(docs):
-                pretrained = str(weights) if STARTS[name].pretrained else ""
-                train(run, output, coco_dir=options.coco_dir, weights=pretrained)
-                write_report(output, docs)
-
-    train_all([(name, lr, 0) for lr in LEARNING_RATES for name in SEARCHED])
-    results = load_results(docs)
-    best = {name: lr for name in STARTS if (lr := chosen_lr(name, results)) is not None}  # of all starts by now
-    # Seed after seed, so that what is interrupted has compared all starts with as many seeds as it came to.
-    train_all([(name, lr, seed) for seed in range(options.seeds) for name, lr in best.items()])
-    workdirs = [output / finetuning_run(name, lr, 0).name for name, lr in best.items()]
+    # Seed after seed, so that what is interrupted has compared all recipes with as many seeds as it came to.
+    runs = [(recipe, finetuning_run(name, seed)) for seed in range(options.seeds) for name, recipe in RECIPES.items()]
+    for recipe, run in tqdm(runs, unit="training", desc="fine-tuning"):
+        if run.name not in load_results(docs):
+            train(run, output, coco_dir=options.coco_dir, weights=str(weights) if recipe.pretrained else "")
+            write_report(output, docs)
+    workdirs = [output / finetuning_run(name, 0).name for name in PICTURED]
     if all((workdir / DETECTIONS).is_file() for workdir in workdirs):  # trained here
         draw_predictions(workdirs, docs / FINETUNING_PICTURE)
     write_report(output, docs)

@@ -9,7 +9,7 @@ import numpy as np
 from configs.paper import ROWS
 from maskrcnn_jax import page
 from maskrcnn_jax.writing import write_json
-from tools.finetuning.experiments import LEARNING_RATES, SEARCHED, STARTS, chosen_lr, finetuning_run
+from tools.finetuning.experiments import PICTURED, RECIPES, finetuning_run
 from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Comparison, comparison_run, table_run
 from tools.paper.figures import draw_curves, keep_picture
 from tools.paper.running import RESULT
@@ -196,13 +196,11 @@ def _figures(results: Mapping[str, dict], output: Path, docs: Path) -> tuple[boo
 
 def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
     """Return the section on fine-tuning, and draw its curves."""
-    best = {name: chosen_lr(name, results) for name in STARTS}
-    tried = [(name, lr) for name in STARTS for lr in (LEARNING_RATES if name in SEARCHED else (best[name],))]
-    found = {(name, lr): _of_start(name, lr, results) for name, lr in tried}
+    found = {name: _of_recipe(name, results) for name in RECIPES}
     trained = [result for by_seed in found.values() for result in by_seed.values()]
     curves = {
-        f"{name}, {lr:g}": (range(1, len(losses[0]) + 1), losses)
-        for (name, lr), by_seed in found.items()
+        name: (range(1, len(losses[0]) + 1), losses)
+        for name, by_seed in found.items()
         if (losses := [result["losses"] for result in by_seed.values()])
     }
     if curves:
@@ -211,8 +209,8 @@ def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
     return {
         "columns": list(columns),
         "rows": [
-            (name, lr, lr == best[name], len(by_seed), [_mean(_at_end(by_seed, key)) for key in columns.values()])
-            for (name, lr), by_seed in found.items()
+            (name, len(by_seed), [_mean(_at_end(by_seed, key)) for key in columns.values()])
+            for name, by_seed in found.items()
         ],
         "steps": _join(result["steps"] for result in trained),
         "origins": _origins(found),
@@ -223,18 +221,14 @@ def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
             {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
         ),
         "has_curves": bool(curves),
-        "pictured": list(STARTS) if (docs / FINETUNING_PICTURE).is_file() else [],
+        "pictured": list(PICTURED) if (docs / FINETUNING_PICTURE).is_file() else [],
     }
 
 
-def _of_start(name: str, lr: float | None, results: Mapping[str, dict]) -> dict[int, dict]:
-    """Return the results of the trainings from a start with a learning rate by seed."""
-    by_seed = {}
-    for run, result in results.items():
-        seed = int(run.rpartition("/seed")[2])
-        if lr and finetuning_run(name, lr, seed).name == run:
-            by_seed[seed] = result
-    return by_seed
+def _of_recipe(name: str, results: Mapping[str, dict]) -> dict[int, dict]:
+    """Return the results of the trainings by a recipe, by seed."""
+    seeds = {run: int(run.rpartition("/seed")[2]) for run in results}
+    return {seed: results[run] for run, seed in seeds.items() if finetuning_run(name, seed).name == run}
 
 
 def _at_end(by_seed: Mapping[int, dict], metric: str) -> list[float]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def _train(run: Run, workdir: Path, coco_dir: str, weights: str) -> dict:
         raise UserError(f"training {run.name} ended with status {status}; the same command goes on from there")
     result = {
         "run": run.name,
-        "command": " ".join(["python", *command[1:]]),
+        "command": shlex.join(["python", *command[1:]]),
         "seconds": time.time() - started,  # of the last part, where it was interrupted
         **environment(),
         **_summarise(workdir),
