@@ -7,7 +7,7 @@ Commands:
         --config.model.stride_in_1x1=False --workdir=runs/detectron2_r101_fpn_3x --config.data.coco_dir=COCO
 
 Published result on val2017: box AP 42.9, mask AP 38.6 (3x schedule). Result here: not run.
-Cost of 3x on 8 H100: 5.8 GiB each (compiled); at the very least 5 h, at their peak of 67 TFLOP/s in float32.
+Cost of 3x on 8 H100: 4.5 GiB each (compiled); at the very least 5 h, at their peak of 67 TFLOP/s in float32.
 detectron2 needed 25 h on 8 V100.
 detectron2_r50_fpn says where the recipe comes from.
 """

@@ -9,7 +9,7 @@ Commands:
         --config.model.stride_in_1x1=False --workdir=runs/detectron2_r50_fpn_3x --config.data.coco_dir=COCO
 
 Published result on val2017: box AP 41.0, mask AP 37.2 (3x schedule); 38.6, 35.2 (1x). Result here: not run.
-Cost of 3x on 8 H100: 4.3 GiB each (compiled); at the very least 4 h, at their peak of 67 TFLOP/s in float32.
+Cost of 3x on 8 H100: 3.0 GiB each (compiled); at the very least 4 h, at their peak of 67 TFLOP/s in float32.
 detectron2 needed 20 h on 8 V100.
 Recipe: configs/Base-RCNN-FPN.yaml and configs/COCO-InstanceSegmentation of detectron2. It starts from MSRA's R-50.pkl,
 whose names this package cannot read. torchvision's backbone has its strides in the 3x3 convolutions, hence the option

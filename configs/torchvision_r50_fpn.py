@@ -9,7 +9,7 @@ Commands:
         --workdir=runs/torchvision_r50_fpn_trained --config.data.coco_dir=COCO
 
 Published result on val2017: box AP 37.9, mask AP 34.6. Result here: not run.
-Cost of training on 8 H100: 4.1 GiB each (compiled); at the very least 3 h, at their peak of 67 TFLOP/s in float32.
+Cost of training on 8 H100: 3.1 GiB each (compiled); at the very least 3 h, at their peak of 67 TFLOP/s in float32.
 Recipe: the README of torchvision's references/detection. torchvision leaves out images without objects, 1 % of COCO's;
 here they stay.
 """
