@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tools.paper.experiments import Run
+from tools.paper.experiments import Claim, Run
 
 _FROZEN = {"optim.frozen_stages": 5}
 _LARGE_SCALE_JITTER = {"data.crop_size": 256, "data.scale_jitter": (0.1, 2.0)}
@@ -16,15 +16,26 @@ class Recipe(NamedTuple):
     overrides: dict[str, object]
 
 
+_RANDOM, _PRETRAINED = "random values", "pretrained"
+_SLOWER, _KEPT = f"{_PRETRAINED}, a tenth of the rate", f"{_PRETRAINED}, frozen"
+_JITTERED, _PASTED = f"{_KEPT}; large-scale jitter", f"{_KEPT}; large-scale jitter and copy-paste"
 RECIPES = {
     # A frozen norm of random weights would normalise nothing, so from random values the norms are trained.
-    "random values": Recipe(False, {"model.norm": "batch", "model.norm_eps": 1e-5}),
-    "pretrained": Recipe(True, {}),
-    "pretrained, frozen": Recipe(True, _FROZEN),
-    "pretrained, frozen; large-scale jitter": Recipe(True, _FROZEN | _LARGE_SCALE_JITTER),
-    "pretrained, frozen; large-scale jitter and copy-paste": Recipe(True, _FROZEN | _LARGE_SCALE_JITTER | _COPY_PASTE),
+    _RANDOM: Recipe(False, {"model.norm": "batch", "model.norm_eps": 1e-5}),
+    _PRETRAINED: Recipe(True, {}),
+    _SLOWER: Recipe(True, {"optim.backbone_lr_factor": 0.1}),
+    _KEPT: Recipe(True, _FROZEN),
+    _JITTERED: Recipe(True, _FROZEN | _LARGE_SCALE_JITTER),
+    _PASTED: Recipe(True, _FROZEN | _LARGE_SCALE_JITTER | _COPY_PASTE),
 }
-PICTURED = ("random values", "pretrained", "pretrained, frozen")
+CLAIMS = (
+    Claim("Pretrained weights improve mask AP", _PRETRAINED, _RANDOM, "segm_AP"),
+    Claim("A tenth of the learning rate for the backbone improves it", _SLOWER, _PRETRAINED, "segm_AP"),
+    Claim("Freezing the backbone improves it", _KEPT, _PRETRAINED, "segm_AP"),
+    Claim("Large-scale jitter improves it", _JITTERED, _KEPT, "segm_AP"),
+    Claim("Copy-paste on top of the jitter improves it", _PASTED, _JITTERED, "segm_AP"),
+)
+PICTURED = (_RANDOM, _PRETRAINED, _KEPT)
 
 
 def finetuning_run(name: str, seed: int) -> Run:

@@ -9,8 +9,8 @@ import numpy as np
 from configs.paper import ROWS
 from maskrcnn_jax import page
 from maskrcnn_jax.writing import write_json
-from tools.finetuning.experiments import PICTURED, RECIPES, finetuning_run
-from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Comparison, comparison_run, table_run
+from tools.finetuning.experiments import CLAIMS, PICTURED, RECIPES, finetuning_run
+from tools.paper.experiments import COMPARED_IMAGES, COMPARISONS, Claim, Comparison, comparison_run, table_run
 from tools.paper.figures import draw_curves, keep_picture
 from tools.paper.running import RESULT
 
@@ -108,14 +108,6 @@ def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> dict:
     if not found:
         return {"title": comparison.title, "variants": []}
     trained = [result for by_seed in found.values() for result in by_seed.values()]
-    claims = []
-    for claim in comparison.claims:
-        better, worse = found[claim.better], found[claim.worse]
-        seeds = sorted(better.keys() & worse.keys())
-        differences = [better[s]["curve"][-1][claim.metric] - worse[s]["curve"][-1][claim.metric] for s in seeds]
-        if differences:
-            judged = {"verdict": _verdict(differences), "difference": _mean(differences, "+")}
-            claims.append({"text": claim.text, "metric": claim.metric} | judged)
     return {
         "title": comparison.title,
         "images": _join(map(_images, trained)),
@@ -125,9 +117,22 @@ def _comparison(comparison: Comparison, results: Mapping[str, dict]) -> dict:
             (name, len(by_seed), [_mean(_at_end(by_seed, key)) for key in _COLUMNS.values()])
             for name, by_seed in found.items()
         ],
-        "claims": claims,
+        "claims": _judged(comparison.claims, found),
         "note": comparison.note,
     }
+
+
+def _judged(claims: Iterable[Claim], found: Mapping[str, Mapping[int, dict]]) -> list[dict]:
+    """Return what the seeds that two variants share say of each claim; nothing where they share none."""
+    judged = []
+    for claim in claims:
+        better, worse = found[claim.better], found[claim.worse]
+        seeds = sorted(better.keys() & worse.keys())
+        differences = [better[s]["curve"][-1][claim.metric] - worse[s]["curve"][-1][claim.metric] for s in seeds]
+        if differences:
+            told = {"verdict": _verdict(differences), "difference": _mean(differences, "+")}
+            judged.append({"text": claim.text, "metric": claim.metric} | told)
+    return judged
 
 
 def _join(numbers: Iterable[int]) -> str:
@@ -212,6 +217,7 @@ def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
             (name, len(by_seed), [_mean(_at_end(by_seed, key)) for key in columns.values()])
             for name, by_seed in found.items()
         ],
+        "claims": _judged(CLAIMS, found),
         "steps": _join(result["steps"] for result in trained),
         "origins": _origins(found),
         "hardware": " or ".join(
