@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.paths import local_path
 from maskrcnn_jax.structures import Detections
 
+_log = logging.getLogger(__name__)
 RUNTIMES = ("openvino", "onnxruntime")  # by their speed on CPUs
 _TIMED_CALLS = 7
 _EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
@@ -169,7 +171,14 @@ def import_openvino() -> Any:
     return importlib.import_module("openvino")
 
 
+def has_bfloat16() -> bool:
+    """Return whether OpenVINO computes in bfloat16 on this processor; where it does not, it takes float32 instead."""
+    return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _openvino(path: str, bf16: bool) -> _Program:
+    if bf16 and not has_bfloat16():
+        _log.warning("OpenVINO does not compute in bfloat16 on this processor; it computes in float32")
     core = import_openvino().Core()
     model = core.read_model(path)
     entries = {name: ["framework", name] for name in _METADATA}

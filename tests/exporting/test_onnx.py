@@ -197,6 +197,13 @@ def test_a_pickled_model_is_found_from_another_folder(exported, tmp_path, monkey
     assert pickle.loads(content).categories == CATEGORIES
 
 
+@pytest.mark.parametrize("is_able", [True, False])
+def test_a_processor_without_bfloat16_is_told_of(exported, monkeypatch, caplog, is_able):
+    monkeypatch.setattr("maskrcnn_jax.inference.runtimes.has_bfloat16", lambda: is_able)
+    mr.load(exported[1], runtime="openvino", bf16=True)
+    assert ("it computes in float32" in caplog.text) is not is_able
+
+
 def test_what_an_exported_file_cannot_do_is_refused(exported, tmp_path, monkeypatch):
     predictor, path = exported
     (tmp_path / "broken.onnx").write_bytes(b"no model")

@@ -12,19 +12,19 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.exporting.onnx_file import export_onnx
 from maskrcnn_jax.inference.detect import make_detect
 from maskrcnn_jax.inference.predictor import Predictor
-from maskrcnn_jax.inference.runtimes import OnnxDetect, import_openvino
+from maskrcnn_jax.inference.runtimes import OnnxDetect, has_bfloat16, import_openvino
 from maskrcnn_jax.options import Options
 from tools.benchmarks.inputs import Settings, make_model, pad_images, read_photos
 from tools.benchmarks.timing import Row, Spread, measure
 
 JAX, AUTOCAST = "JAX, float32", "torch autocast, bf16"
-# Name of the row -> runtime, and whether it computes in bfloat16.
-RUNTIMES = {
-    "OpenVINO, float32": ("openvino", False),
-    "OpenVINO, bf16": ("openvino", True),
-    "ONNX Runtime, float32": ("onnxruntime", False),
-}
 SAME_PIXELS, SAME_SCORE, SAME_SHARE = 0.05, 1e-3, 0.98
+
+
+def runtimes() -> dict[str, tuple[str, bool]]:
+    """Return the name of each row, its runtime, and whether it computes in bfloat16, if this processor can."""
+    half = {"OpenVINO, bf16": ("openvino", True)} if has_bfloat16() else {}
+    return {"OpenVINO, float32": ("openvino", False), **half, "ONNX Runtime, float32": ("onnxruntime", False)}
 
 
 def run(settings: Settings) -> list[Row]:
@@ -54,10 +54,10 @@ def run(settings: Settings) -> list[Row]:
 def _rows(times: dict[str, Spread], said: dict) -> list[Row]:
     """Return a row for each runtime, and for OpenVINO beside what needs no runtime."""
     rows = []
-    for name in RUNTIMES:
+    for name in runtimes():
         theirs = times.get(_of_torchvision(name))
         rows.append(Row(f"export, {name}", times[name], theirs, theirs and "torchvision's export", settings=said))
-    for name, (runtime, _) in RUNTIMES.items():
+    for name, (runtime, _) in runtimes().items():
         for other in (JAX, AUTOCAST):
             if runtime == "openvino" and other in times:
                 rows.append(Row(f"export, {name}, beside {other}", times[name], times[other], other, settings=said))
@@ -75,7 +75,7 @@ def _ours(model, images: np.ndarray, sizes: np.ndarray, path: Path, settings: Se
     images = images.astype(np.uint8)
     wanted = predictor.detect(images, sizes)
     calls = {}
-    for name, (runtime, bf16) in RUNTIMES.items():
+    for name, (runtime, bf16) in runtimes().items():
         detect = OnnxDetect(path, runtime, bf16=bf16)
         share = _same_share(detect(images, sizes), wanted)
         if share < SAME_SHARE and not bf16:
@@ -109,7 +109,7 @@ def _theirs(torch_model, images: np.ndarray, sizes: np.ndarray, path: Path) -> d
     pixels = np.ascontiguousarray(inputs.tensors.numpy())
     calls: dict[str, Callable] = {
         _of_torchvision(name): functools.partial(_start(path, runtime, bf16), pixels)
-        for name, (runtime, bf16) in RUNTIMES.items()
+        for name, (runtime, bf16) in runtimes().items()
     }
     model = torch_model.to(memory_format=torch.channels_last)
 
