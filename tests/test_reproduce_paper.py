@@ -131,6 +131,7 @@ def test_the_document_has_the_paper_s_numbers_and_what_was_found(tmp_path):
     [
         ([(0.3, 0.4)] * 2, "does not hold (0 of 2 seeds)"),
         ([(0.3, 0.4), (0.4, 0.3)], "undecided (1 of 2 seeds)"),
+        ([(0.4, 0.3)], "undecided (one seed)"),
     ],
 )
 def test_a_claim_that_the_seeds_do_not_support_is_said_not_to_hold(tmp_path, values, verdict):

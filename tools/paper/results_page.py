@@ -173,6 +173,8 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
 
 
 def _verdict(differences: Sequence[float]) -> str:
+    if len(differences) == 1:
+        return "undecided (one seed)"
     held = sum(difference > 0 for difference in differences)
     verdict = {len(differences): "holds", 0: "does not hold"}.get(held, "undecided")
     return f"{verdict} ({held} of {len(differences)} seeds)"
