@@ -169,6 +169,10 @@ def test_a_training_is_summarised_once_and_a_failed_one_is_tried_again(tmp_path,
     assert "--config.model.roi_operator=pool" in commands[0]
     assert "--config.seed=1" in commands[0]
     assert "--weights=backbone.safetensors" in commands[0]
+    assert f"--workdir={tmp_path / run.name}" in commands[0]
+    assert result["command"].endswith(
+        "--config.data.coco_dir=data/shapes --workdir=seed1 --weights=backbone.safetensors"
+    )
     assert result["curve"] == [
         {"epoch": 1.0, "loss": 2.5, "segm_AP": 0.1, "eval_accuracy": 0.5},
         {"epoch": 1.5, "loss": 1.0, "segm_AP": 0.2, "eval_accuracy": 0.6},

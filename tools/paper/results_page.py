@@ -222,15 +222,17 @@ def _finetuning(results: Mapping[str, dict], docs: Path) -> dict:
         "claims": _judged(CLAIMS, found),
         "steps": _join(result["steps"] for result in trained),
         "origins": _origins(found),
-        "hardware": " or ".join(
-            sorted({"{cores} CPU cores ({cpu})".format(**result["hardware"]) for result in trained})
-        ),
+        "hardware": " or ".join(sorted({_hardware(**result["hardware"]) for result in trained})),
         "minutes": sorted(
             {round(time(result["seconds"] for result in trained) / 60) for time in (min, max) if trained}
         ),
         "has_curves": bool(curves),
         "pictured": list(PICTURED) if (docs / FINETUNING_PICTURE).is_file() else [],
     }
+
+
+def _hardware(cores: int, cpu: str, **_: object) -> str:
+    return f"{cores} CPU core{'s' if cores > 1 else ''} ({cpu})"
 
 
 def _of_recipe(name: str, results: Mapping[str, dict]) -> dict[int, dict]:

@@ -55,13 +55,19 @@ def _train(run: Run, workdir: Path, coco_dir: str, weights: str) -> dict:
         raise UserError(f"training {run.name} ended with status {status}; the same command goes on from there")
     result = {
         "run": run.name,
-        "command": shlex.join(["python", *command[1:]]),
+        "command": shlex.join(["python", *map(_without_folder, command[1:])]),
         "seconds": time.time() - started,  # of the last part, where it was interrupted
         **environment(),
         **_summarise(workdir),
     }
     write_json(workdir / RESULT, result, indent=1)
     return result
+
+
+def _without_folder(argument: str) -> str:
+    """Return an argument of a command, an absolute path as its name: its folder means nothing on other machines."""
+    option, equals, value = argument.partition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _run(command: list[str]) -> int:
