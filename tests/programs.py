@@ -1,5 +1,6 @@
 """What programs do, read from their text when compiled or from their equations before."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -29,6 +30,13 @@ def collectives_in_loops(text: str) -> list[str]:
             rest += re.findall(r"%[\w.\-]+", " ".join(_CALLED.findall(line)))
             found += [line] if _COLLECTIVE.search(line) else []
     return found
+
+
+def numbers_summed_over_devices(text: str) -> int:
+    """Return how many numbers a device adds to those of the others, in a program compiled without loops around it."""
+    shapes = [line.split(" all-reduce(")[0] for line in text.splitlines() if " all-reduce(" in line]
+    sizes = re.findall(r"\w+\[([\d,]*)\]", " ".join(shapes))
+    return sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)
 
 
 def equations(jaxpr) -> Iterator:

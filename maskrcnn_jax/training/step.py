@@ -220,15 +220,16 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     key = jax.random.fold_in(key, state.step)
     # Where they are divided, parameters are put together once; devices would else meet wherever they are used.
     params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
-    gradient = functools.partial(_gradient, frozen_stages=optim.frozen_stages)
+    # Of frozen stages nothing is kept for a backward pass, computed in one, or added up over devices.
+    frozen, trained = nnx.split_state(params, lambda path, _: is_frozen(path, optim.frozen_stages), ...)
+    gradient = _gradient
     if optim.accumulate > 1:
         # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
         simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-        gradient = functools.partial(_mean_gradient, gradient, parts=optim.accumulate, unroll=simulated)
+        gradient = functools.partial(_mean_gradient, parts=optim.accumulate, unroll=simulated)
 
     def of_rows(shared, batch):
-        params, variables, scale, key = shared
-        gradients, variables, metrics = gradient(graphdef, params, variables, scale, key, batch)
+        gradients, variables, metrics = gradient(graphdef, *shared, batch)
         with jax.named_scope("sum_gradients"):
             # Without the barrier, XLA would add up in half precision what was computed in it.
             gradients = jax.lax.optimization_barrier(gradients)
@@ -236,8 +237,9 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
         return gradients, variables, metrics
 
     scale = None if state.loss_scale is None else state.loss_scale.scale
-    shared = params, state.variables, scale, key
+    shared = trained, frozen, state.variables, scale, key
     gradients, variables, metrics = on_each_device(of_rows, mesh, returns_rows=False)(shared, batch)
+    gradients = nnx.merge_state(gradients, jax.tree.map(jnp.zeros_like, frozen))
     if state.loss_scale is not None:
         gradients = jax.tree.map(lambda gradient: gradient / state.loss_scale.scale, gradients)
     with jax.named_scope("optimizer"):
@@ -255,20 +257,15 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     return changed._replace(step=state.step + 1), metrics
 
 
-def _gradient(graphdef, params, variables, scale, key, batch, *, frozen_stages):
-    """Return the gradient, times the loss scale if there is one, the next variables and the metrics.
+def _gradient(graphdef, params, frozen, variables, scale, key, batch):
+    """Return the gradient of ``params``, the next variables and the metrics.
 
-    Gradient and metrics are this device's shares. The gradient of frozen stages is zero.
+    Gradient and metrics are this device's shares. The gradient is multiplied by the loss scale if there is one.
     """
 
-    def constant_if_frozen(path, param):
-        return jax.lax.stop_gradient(param) if is_frozen(path, frozen_stages) else param
-
     def loss_fn(params):
-        # Nothing of frozen stages is then kept for the backward pass, nor computed in it.
-        params = nnx.map_state(constant_if_frozen, params)
         # Copied, because variables of an outer trace must not be changed inside the gradient's.
-        model = nnx.merge(graphdef, params, variables, copy=True)
+        model = nnx.merge(graphdef, params, frozen, variables, copy=True)
         terms, metrics = model.losses(batch, key)
         loss = sum(terms.values())
         objective = loss if scale is None else loss * scale
@@ -278,15 +275,15 @@ def _gradient(graphdef, params, variables, scale, key, batch, *, frozen_stages):
     return gradients, variables, metrics
 
 
-def _mean_gradient(gradient, graphdef, params, variables, scale, key, batch, *, parts, unroll):
-    """Return what ``gradient`` returns, as the mean over the parts of the batch, worked on one after the other.
+def _mean_gradient(graphdef, params, frozen, variables, scale, key, batch, *, parts, unroll):
+    """Return what ``_gradient`` returns, as the mean over the parts of the batch, worked on one after the other.
 
     Part p has the rows p, p + parts, p + 2 parts, ..., whatever the number of devices.
     """
 
     def visit(carry, part):
         total, variables = carry
-        gradients, variables, metrics = gradient(graphdef, params, variables, scale, *part)
+        gradients, variables, metrics = _gradient(graphdef, params, frozen, variables, scale, *part)
         return (jax.tree.map(jnp.add, total, gradients), variables), metrics
 
     def cut(rows):

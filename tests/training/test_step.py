@@ -16,7 +16,7 @@ from maskrcnn_jax.training.checkpoint import Checkpoints
 from maskrcnn_jax.training.optimizer import is_frozen, make_optimizer
 from maskrcnn_jax.training.step import TrainStep, create_train_state, updates_done
 from tests.models.tiny import tiny_batch, tiny_model
-from tests.programs import collectives_in_loops
+from tests.programs import collectives_in_loops, numbers_summed_over_devices
 from tests.training.layer import Training, assert_same, points
 from tests.training.optimizers import optimizer as optimizer_of_a_run
 
@@ -255,15 +255,24 @@ def test_nothing_is_computed_backwards_in_frozen_stages():
     assert none > stem > stem_and_stage > backbone
 
 
-def lowered(num_devices, **options):
+def lowered(num_devices, norm="batch", **options):
     """Return the compiled step of the tiny network on a batch of 16."""
     mesh = make_mesh(jax.devices()[:num_devices])
     optim = OptimOptions(**options)
-    graphdef, state = create_train_state(tiny_model(norm="batch"), optax.sgd(1e-3), mesh, optim)
+    graphdef, state = create_train_state(tiny_model(norm=norm), optax.sgd(1e-3), mesh, optim)
     train_step = TrainStep(graphdef, optax.sgd(1e-3), mesh, optim)
     train_step(state, shard_batch(tiny_batch(batch_size=16), mesh), jax.random.key(0))
     (program,) = train_step.programs.values()
     return program
+
+
+@pytest.mark.slow
+def test_gradients_of_frozen_stages_are_not_summed_over_devices():
+    whole, rest = (lowered(2, norm="frozen", frozen_stages=stages).as_text() for stages in (0, 5))
+    model = tiny_model(norm="frozen")
+    frozen = [param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)) if is_frozen(path, 5)]
+    difference = numbers_summed_over_devices(whole) - numbers_summed_over_devices(rest)
+    assert difference == sum(param[...].size for param in frozen) > 0
 
 
 @pytest.mark.slow
