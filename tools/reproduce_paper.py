@@ -1,6 +1,6 @@
 """Train what the paper's tables and text compare, and write docs/results.md: the paper's numbers beside ours.
 
-    python tools/reproduce_paper.py --table=1 [--rows=1,2] --coco_dir=COCO --weights=resnet50.pth [--scale=0.01]
+    python tools/reproduce_paper.py --table=1 [--rows=1,2] --coco_dir=COCO --weights=torchvision:resnet50 [--scale=0.01]
     python tools/reproduce_paper.py --comparisons=all --coco_dir=data/paper_shapes --weights=BACKBONE [--scale=0.2]
 
 With --set=batch_size=2 and more of its kind every training has other values in its config. Interrupted, the same
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--scale", type=float, default=1.0, help="of the number of images, and of the epochs of table rows"
     )
     parser.add_argument("--coco_dir", metavar="DIR", help="dataset in COCO's layout")
-    parser.add_argument("--weights", default="", metavar="FILE", help="backbone to start from")
+    parser.add_argument("--weights", default="", metavar="FILE|NAME", help="backbone to start from")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change the config of every training"
     )

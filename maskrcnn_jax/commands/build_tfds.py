@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip_broken",
         action="store_true",
-        help="store images that cannot be read, for data.skip_broken, for trainings with data.skip_broken",
+        help="also store images that cannot be read, for trainings with data.skip_broken",
     )
 
 

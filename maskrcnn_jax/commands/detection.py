@@ -4,12 +4,20 @@ import argparse
 import csv
 from typing import TYPE_CHECKING
 
+from maskrcnn_jax.commands.app import at_least
+
 if TYPE_CHECKING:
     from maskrcnn_jax.inference.predictor import Predictor
 
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of suppression and of test-time augmentation."""
+    """Add the options of the number of detections, of suppression and of test-time augmentation."""
+    parser.add_argument(
+        "--max_detections",
+        type=at_least(1),
+        metavar="N",
+        help="at most so many per image, instead of model.box_detections_per_img; above 100, metrics count as many",
+    )
     parser.add_argument(
         "--nms",
         choices=("hard", "linear", "gaussian"),
@@ -34,8 +42,9 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
 
 
 def with_detection_options(model: "Predictor", options: argparse.Namespace) -> "Predictor":
-    """Return the model with the suppression that the user asked for."""
+    """Return the model with the number of detections and the suppression that the user asked for."""
     given = {
+        "box_detections_per_img": options.max_detections,
         "box_nms_method": options.nms,
         "box_nms_thresh": options.nms_thresh,
         "box_nms_class_agnostic": options.class_agnostic_nms,
@@ -60,7 +69,7 @@ def class_names(text: str) -> list[str]:
     return next(csv.reader([text], skipinitialspace=True)) or [""]
 
 
-def least_scores(text: str) -> float | dict[str | None, float]:
+def minimum_scores(text: str) -> float | dict[str | None, float]:
     """Read a score for all classes, or for some by name, such as ``0.4,person=0.7``."""
     scores: dict[str | None, float] = {}
     for part in class_names(text):

@@ -35,12 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dataset.add_argument("--tfds_dir", metavar="DIR", help="likewise, a folder that build-tfds wrote")
     parser.add_argument("--split", help="of the dataset; data.eval_split of the config if not given")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="evaluate only the first N images")
-    parser.add_argument(
-        "--max_detections",
-        type=at_least(1),
-        metavar="N",
-        help="detections of an image instead of model.box_detections_per_img; above 100, all metrics count as many",
-    )
     add_detection_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")
@@ -75,7 +69,6 @@ def main(options: argparse.Namespace) -> None:
         tfds_dir=options.tfds_dir,
         split=options.split,
         limit=options.limit,
-        max_detections=options.max_detections,
     )
     evaluator = Evaluator(chosen, model.categories)
     other = None

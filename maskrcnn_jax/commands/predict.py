@@ -16,7 +16,7 @@ from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at
 from maskrcnn_jax.commands.detection import (
     add_detection_options,
     class_names,
-    least_scores,
+    minimum_scores,
     share,
     with_detection_options,
 )
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures and the JSON files")
     parser.add_argument(
         "--min_score",
-        type=least_scores,
+        type=minimum_scores,
         default=0.5,
         metavar="SCORE",
         help="leave out detections with a lower score; %(default)s. For some classes by name: 0.4,person=0.7",

@@ -202,7 +202,7 @@ def move_boxes(boxes: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> 
 
 
 class Layer(NamedTuple):
-    """An image of the dataset at its new place, and those of its objects that may be in sight there."""
+    """An image of the dataset at its new place, and those of its objects that may be visible there."""
 
     row: int  # of the image in its dataset
     placement: Placement
@@ -236,7 +236,7 @@ def draw_layer(
     max_objects: int,
     rng: np.random.Generator,
 ) -> Layer:
-    """Draw the place of an image. If more than ``max_objects`` objects are in sight, draw as many of them."""
+    """Draw the place of an image. If more than ``max_objects`` objects are visible, draw as many of them."""
     height, width = index.sizes[row].tolist()
     placement = draw_placement((height, width), options, canvas, rng)
     objects = index.annotations(row, options.ignore_regions)

@@ -127,7 +127,7 @@ class _BatchReader:
         return transforms.resize_image(image, size, options.resize)
 
     def _fill_moved(self, batch: Batch, row: int, i: int, rng: np.random.Generator) -> np.ndarray:
-        """Fill in the objects in sight of an image that is cropped, turned or pasted over; returns the image."""
+        """Fill in the visible objects of an image that is cropped, turned or pasted over; returns the image."""
         crop = self.options.crop_size
         scene = draw_scene(
             *(self.index, i, self.options),

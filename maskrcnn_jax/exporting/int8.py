@@ -1,7 +1,7 @@
 """ONNX files that compute in eight bits: static quantisation by ONNX Runtime, which OpenVINO runs too.
 
 Weights have a scale per output channel, activations the range that they have on calibration images. What gives
-numbers instead of features stays float32: scores and offsets of the RPN and the box head, and the filters of masks.
+numbers instead of features stays float32: the last layers of the RPN, the box head and the mask head.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def quantize_onnx(path: str | os.PathLike, batches: Iterable[Batch]) -> None:
 
     Args:
         path: Of the file, as ``export_onnx`` wrote it.
-        batches: Images to measure activations on, the first NUM_IMAGES batches.
+        batches: Images to measure activations on, the first NUM_IMAGES images.
 
     Raises:
         UserError: if onnxruntime is not installed, there is no image, the images are larger than those that the file

@@ -2,7 +2,7 @@
 
 The file is what ``numpy.load`` reads, a zip without pickles, and holds
 
-- ``model.json``: how images are prepared and what comes out, see ```describe``;
+- ``model.json``: how images are prepared and what comes out, see ``describe``;
 - ``weights/0.npy``, ``weights/1.npy``, ...: arrays that every program takes, in this order;
 - ``800x1088.stablehlo`` and so on: for each padded size of images a program that ``jax.export.deserialize`` reads, for
   any number of images and for CPUs, GPUs and TPUs. The weights lie beside the programs, since they share them;

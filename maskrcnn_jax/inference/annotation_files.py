@@ -91,7 +91,7 @@ def label_images(results: Sequence[dict], size: tuple[int, int]) -> tuple[np.nda
         classes: [h, w] uint16, category ids likewise.
     """
     if len(results) > _MOST:
-        raise UserError(f"a label image holds {_MOST} objects, but there are {len(results)}; raise the least score")
+        raise UserError(f"a label image holds {_MOST} objects, but there are {len(results)}; raise the minimum score")
     instances, classes = np.zeros(size, np.uint16), np.zeros(size, np.uint16)
     for place in range(len(results), 0, -1):
         crop = decode_crop(results[place - 1]["segmentation"])

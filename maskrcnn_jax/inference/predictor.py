@@ -16,7 +16,7 @@ from maskrcnn_jax.inference.detect import Detect, detect_ahead, make_detect, wit
 from maskrcnn_jax.inference.detections import ImageDetections
 from maskrcnn_jax.inference.inputs import Image, is_image, to_array, to_batch
 from maskrcnn_jax.inference.results import Instances, unpad
-from maskrcnn_jax.inference.selection import MIN_SCORE, MinScore, keep, least_scores
+from maskrcnn_jax.inference.selection import MIN_SCORE, MinScore, keep, minimum_scores
 from maskrcnn_jax.inference.tiles import DEFAULT_OVERLAP, Find, Tiling, in_tiles
 from maskrcnn_jax.inference.views import Augmentation, AugmentedDetection
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -95,8 +95,8 @@ class Predictor:
         """
         if self._network is None:
             raise UserError(
-                "an exported file detects only as it was exported: with its suppression, without test-time "
-                "augmentation; for anything else, load the run or the weights that it is from"
+                "an exported file detects only as it was exported: with its number of detections and its suppression, "
+                "without test-time augmentation; for anything else, load the run or the weights that it is from"
             )
         return self._network
 
@@ -188,8 +188,8 @@ class Predictor:
         if tile is None and overlap != DEFAULT_OVERLAP:
             raise UserError(f"the overlap {overlap} is that of tiles; give their size too, such as tile=1024")
         model = self.options.model
-        least = least_scores(self.categories, min_score)
-        least_of_wanted = least_scores(self.categories, min_score, classes)
+        least = minimum_scores(self.categories, min_score)
+        least_of_wanted = minimum_scores(self.categories, min_score, classes)
         find = self._find if tta is None else self._augmented(Augmentation.parse(tta)).find
 
         def find_likely(arrays: Iterable[np.ndarray]) -> Iterator[Instances]:
@@ -247,7 +247,7 @@ class Predictor:
         arrays, sizes, original_sizes, index, valid = map(np.concatenate, zip(*rows, strict=True))
         batch = Batch(arrays, sizes, original_sizes, index, valid, None)
         ((_, detections),) = detect_ahead(self._detect, [(batch,)])
-        least, aligned = least_scores(self.categories, min_score, None), self.options.model.roi_aligned
+        least, aligned = minimum_scores(self.categories, min_score, None), self.options.model.roi_aligned
         return [
             ImageDetections(prepared.image, keep(found, least), self.categories, aligned_masks=aligned)
             for prepared, found in zip(images, unpad(detections, sizes, original_sizes), strict=True)

@@ -1,4 +1,4 @@
-"""Which of the detections are wanted: by class, and by a least score that may differ between classes. Without JAX."""
+"""Which of the detections are wanted: by class, and by a minimum score that may differ between classes. Without JAX."""
 
 import difflib
 import math
@@ -16,10 +16,10 @@ MIN_SCORE = 0.5  # detections below are left out unless others are asked for
 MinScore: TypeAlias = float | Mapping[str | None, float]
 
 
-def least_scores(
+def minimum_scores(
     categories: Categories, min_score: MinScore = MIN_SCORE, classes: Collection[str] | None = None
 ) -> np.ndarray:
-    """Return the least score at which a detection of each label is wanted.
+    """Return the minimum score at which a detection of each label is wanted.
 
     Args:
         categories: of the model.
@@ -37,7 +37,7 @@ def least_scores(
     for score in scores.values():
         # Not a number would leave out everything.
         if not isinstance(score, SupportsFloat) or math.isnan(score):
-            raise UserError(f"the least score is {score!r}; use a number from 0 to 1, such as 0.5")
+            raise UserError(f"the minimum score is {score!r}; use a number from 0 to 1, such as 0.5")
     wanted = categories.names if classes is None else [classes] if isinstance(classes, str) else [*classes]
     _check_names(categories, [*(name for name in scores if name is not None), *wanted])
     least = np.full(categories.num_classes, np.inf, np.float32)
@@ -48,7 +48,7 @@ def least_scores(
 
 
 def keep(found: Instances, least: np.ndarray) -> Instances:
-    """Return the detections whose scores are not below those of ``least_scores``."""
+    """Return the detections whose scores are not below those of ``minimum_scores``."""
     chosen = found.scores >= least[found.labels]
     return Instances(*(values[chosen] for values in found))
 

@@ -124,7 +124,7 @@ def train(
     schedule = make_schedule(options.optim, num_steps, steps_per_epoch)
     optimizer = make_optimizer(options.optim, schedule)
 
-    # 3. State: of the newest checkpoint in this folder, else with given weights, else with random values
+    # 3. State: of the newest checkpoint in this folder, else with given weights, else with random weights
     workdir = as_path(workdir)
     if has_checkpoint(workdir):
         _check_same_categories(workdir, index.categories)
@@ -322,7 +322,7 @@ def _log_start(run: _Run, state: TrainState, *, random: bool) -> None:
         f" of {jax.process_count()} processes" if jax.process_count() > 1 else "",
         parameters / 1e6,
         options.model.dtype,
-        ", from random values" if random else "",
+        ", from random weights" if random else "",
     )
 
 

@@ -25,12 +25,12 @@ PREDICT = ["--workdir=run", "--input=photos", "--output=out"]
         ('0.4, "cup, blue=0.7"', {None: 0.4, "cup, blue": 0.7}),
     ],
 )
-def test_least_scores_are_read_for_all_classes_or_by_name(text, expected):
+def test_minimum_scores_are_read_for_all_classes_or_by_name(text, expected):
     assert parse(predict_command, [*PREDICT, f"--min_score={text}"]).min_score == expected
 
 
 @pytest.mark.parametrize("text", ["1.5", "high", "nan", "person=", "0.4,0.5", "person=0.4,person=0.5", ""])
-def test_least_scores_that_are_none_are_refused(text):
+def test_minimum_scores_that_are_none_are_refused(text):
     with pytest.raises(UserError, match="min_score"):
         parse(predict_command, [*PREDICT, f"--min_score={text}"])
 
@@ -42,8 +42,9 @@ def test_options_of_detection_change_the_model_only_if_given():
     arguments = ["--workdir=run", "--nms=gaussian", "--nms_thresh=0.4", "--class_agnostic_nms"]
     changed = with_detection_options(model, parse(eval_command, arguments)).options.model
     assert (changed.box_nms_method, changed.box_nms_thresh, changed.box_nms_class_agnostic) == ("gaussian", 0.4, True)
-    assert with_detection_options(model, parse(predict_command, [*PREDICT, "--nms=linear"])).network.options == (
-        tiny_options(box_nms_method="linear")
+    options = parse(predict_command, [*PREDICT, "--nms=linear", "--max_detections=7"])
+    assert with_detection_options(model, options).network.options == (
+        tiny_options(box_nms_method="linear", box_detections_per_img=7)
     )
 
 

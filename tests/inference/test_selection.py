@@ -1,4 +1,4 @@
-"""Detections are kept by class and by the least score of their class."""
+"""Detections are kept by class and by the minimum score of their class."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.results import Instances
-from maskrcnn_jax.inference.selection import keep, least_scores
+from maskrcnn_jax.inference.selection import keep, minimum_scores
 
 CATEGORIES = Categories.create([7, 9, 20], ["cup", "dog", "person"])
 INFINITE = np.inf
@@ -26,11 +26,11 @@ INFINITE = np.inf
     ],
 )
 def test_each_label_has_its_least_score(choices, expected):
-    assert least_scores(CATEGORIES, **choices).tolist() == [INFINITE, *expected]
+    assert minimum_scores(CATEGORIES, **choices).tolist() == [INFINITE, *expected]
 
 
 def test_labels_that_stand_for_no_category_are_never_kept():
-    least = least_scores(Categories.coco(), 0.0)
+    least = minimum_scores(Categories.coco(), 0.0)
     assert np.isfinite(least).sum() == 80 and least[12] == INFINITE
 
 
@@ -41,7 +41,7 @@ def test_detections_at_the_least_score_are_kept():
         np.int32([1, 2, 2, 3]),
         np.zeros((4, 28, 28), np.float32),
     )
-    kept = keep(found, least_scores(CATEGORIES, {"cup": 0.95, "person": 0.3}))
+    kept = keep(found, minimum_scores(CATEGORIES, {"cup": 0.95, "person": 0.3}))
     assert kept.labels.tolist() == [2, 3]
     np.testing.assert_array_equal(kept.boxes, found.boxes[[1, 3]])
     assert kept.masks.shape == (2, 28, 28)
@@ -50,12 +50,12 @@ def test_detections_at_the_least_score_are_kept():
 @pytest.mark.parametrize("choices", [{"classes": ["persn"]}, {"min_score": {"persn": 0.5}}])
 def test_a_class_that_the_model_has_not_is_named(choices):
     with pytest.raises(UserError, match="no class 'persn'.*person"):
-        least_scores(CATEGORIES, **choices)
+        minimum_scores(CATEGORIES, **choices)
 
 
 def test_what_is_no_class_or_no_score_is_refused():
     with pytest.raises(UserError, match="no class 1; it has, among others, cup"):
-        least_scores(CATEGORIES, classes=[1])
+        minimum_scores(CATEGORIES, classes=[1])
     for score in (float("nan"), "high", None):
-        with pytest.raises(UserError, match="the least score is .*; use a number from 0 to 1"):
-            least_scores(CATEGORIES, {"cup": score})
+        with pytest.raises(UserError, match="the minimum score is .*; use a number from 0 to 1"):
+            minimum_scores(CATEGORIES, {"cup": score})

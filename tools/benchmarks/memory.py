@@ -39,7 +39,7 @@ def run(settings: Settings) -> list[Row]:
         spreads = {name: Spread.of([value(m) for m in measured]) for name, measured in theirs.items()}
         best = min(spreads, key=lambda name: spreads[name].median, default=None)
         reference = {"reference": spreads[best], "reference_name": f"torchvision, {best}"} if spreads else {}
-        return Row(title, Spread.of([value(m) for m in ours]), **reference, unit="mb", settings=said)
+        return Row(title, Spread.of([value(m) for m in ours]), **reference, unit="MB", settings=said)
 
     return [row(title, lambda m: m["peak"]), row(f"{title}, less libraries", lambda m: m["peak"] - m["libraries"])]
 

@@ -58,7 +58,7 @@ def run(settings: Settings) -> Iterator[Row]:
         at = dataclasses.replace(one, height=scaled, width=scaled)
         yield axis.row(scaled**2, infer(at))
 
-    axis = Axis("inference by batch", "images", f"{network}, {square}, 100 detections an image")
+    axis = Axis("inference by batch", "images", f"{network}, {square}, 100 detections per image")
     for batch_size in BATCHES:
         yield axis.row(batch_size, infer(dataclasses.replace(one, batch_size=batch_size)))
 
@@ -67,7 +67,7 @@ def run(settings: Settings) -> Iterator[Row]:
         model = make_model(one, box_score_thresh=0.0, box_detections_per_img=number)
         yield axis.row(number, inference.time_of_ours(model, one))
 
-    axis = Axis("training step by objects", "objects an image", f"{network}, {square}, batch 1")
+    axis = Axis("training step by objects", "objects per image", f"{network}, {square}, batch 1")
     training = train.OurTraining(make_model(one), _batch(one, max(OBJECTS)))
     for number in OBJECTS:
         training.load(_batch(one, number))
@@ -83,7 +83,7 @@ def _devices(settings: Settings) -> Iterator[Row]:
     options = load_config("shapes").model.to_dict() | dict(settings.options)
     side, batch_size = settings.height // 2, 2 * max(DEVICES)
     settings = dataclasses.replace(settings, height=side, width=side, batch_size=batch_size, options=options)
-    at = f"the network of configs/shapes.py, batch {batch_size}, {side}x{side}, {train.ORDINARY} objects an image"
+    at = f"the network of configs/shapes.py, batch {batch_size}, {side}x{side}, {train.ORDINARY} objects per image"
     axis = Axis("training step by simulated devices", "devices", at)
     # Set by the entry points for their own process only. Compiling takes most of the time here.
     environment = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
@@ -96,14 +96,14 @@ def _devices(settings: Settings) -> Iterator[Row]:
 
 def _datasets(settings: Settings) -> Iterator[Row]:
     """Measure what opening a dataset takes, once each."""
-    at = f"{large_index.NUM_ANNOTATIONS / large_index.NUM_IMAGES:.1f} objects an image, measured once"
+    at = f"{large_index.NUM_ANNOTATIONS / large_index.NUM_IMAGES:.1f} objects per image, measured once"
     start_up, memory = (Axis(f"{what} of opening a dataset", "images", at) for what in ("time", "peak memory"))
     for number in sorted({min(n, settings.num_images or n) for n in IMAGES}):
         with tempfile.TemporaryDirectory() as folder:
             run_child("scaling:write_dataset", settings, folder, number)
             opened = run_child("scaling:open_dataset", settings, folder)
         yield start_up.row(number, Spread.of([opened["seconds"]]))
-        yield memory.row(number, Spread.of([opened["mb"]]), unit="mb")
+        yield memory.row(number, Spread.of([opened["mb"]]), unit="MB")
 
 
 def _batch(settings: Settings, num_objects: int) -> Batch:
@@ -123,7 +123,7 @@ def time_train_step(settings: Settings) -> dict:
 
 
 def write_dataset(settings: Settings, folder: str, num_images: str) -> dict:
-    """Write a COCO-format dataset of so many empty images, with as many objects an image as COCO has."""
+    """Write a COCO-format dataset of so many empty images, with as many objects per image as COCO has."""
     share = int(num_images) / large_index.NUM_IMAGES
     large_index.NUM_ANNOTATIONS = round(large_index.NUM_ANNOTATIONS * share)
     large_index.NUM_IMAGES = int(num_images)
@@ -160,7 +160,7 @@ def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> N
 
 def _section(rows: Sequence[Row]) -> dict:
     """Return the name, the plot and the table of an axis."""
-    settings, unit = rows[0].settings, {"s": "seconds", "mb": "MB"}[rows[0].unit]
+    settings, unit = rows[0].settings, {"s": "seconds"}.get(rows[0].unit, rows[0].unit)
     name, _, at = settings["at"].partition(": ")
     figure = Figure(figsize=(6, 3.2))
     axes = figure.subplots()

@@ -47,7 +47,7 @@ def _block(subject: str, rows: Sequence[Row], environment: Mapping) -> str:
         f"Commit {environment['commit']}, {environment['date']}, {where}; {software}.",
     ]
     references = {row.reference_name for row in rows if row.reference_name}
-    lines += [f"The reference: {' or '.join(sorted(references))}."] if references else []
+    lines += [f"References: {'; '.join(sorted(references))}."] if references else []
     lines += ["", "| | ours | reference | ratio |", "|---|---|---|---|"]
     for row in rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"

@@ -16,11 +16,11 @@ class Recipe(NamedTuple):
     overrides: dict[str, object]
 
 
-_RANDOM, _PRETRAINED = "random values", "pretrained"
+_RANDOM, _PRETRAINED = "random weights", "pretrained"
 _SLOWER, _KEPT = f"{_PRETRAINED}, a tenth of the rate", f"{_PRETRAINED}, frozen"
 _JITTERED, _PASTED = f"{_KEPT}; large-scale jitter", f"{_KEPT}; large-scale jitter and copy-paste"
 RECIPES = {
-    # A frozen norm of random weights would normalise nothing, so from random values the norms are trained.
+    # A frozen norm of random weights would normalise nothing, so from random weights the norms are trained.
     _RANDOM: Recipe(False, {"model.norm": "batch", "model.norm_eps": 1e-5}),
     _PRETRAINED: Recipe(True, {}),
     _SLOWER: Recipe(True, {"optim.backbone_lr_factor": 0.1}),

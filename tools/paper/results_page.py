@@ -90,13 +90,14 @@ def _starts(results: Mapping[str, dict]) -> list[dict]:
 
 
 def _origins(found: Mapping[str, Mapping[int, dict]]) -> str:
-    """Return the commit and the date of each training, with its seeds if they differ."""
+    """Return the commits and dates of the trainings, each with its seeds if those differ."""
     seeds = {}
     for by_seed in found.values():
         for seed, result in by_seed.items():
             seeds.setdefault((result["date"], result["commit"]), set()).add(seed)
+    differ = len(set(map(frozenset, seeds.values()))) > 1
     parts = [
-        f"commit {commit}, {date}" + (f" (seed {', '.join(map(str, sorted(of)))})" if len(seeds) > 1 else "")
+        f"commit {commit}, {date}" + (f" (seed {', '.join(map(str, sorted(of)))})" if differ else "")
         for (date, commit), of in sorted(seeds.items())
     ]
     return "; ".join(parts)
