@@ -1,5 +1,6 @@
 """Train, evaluate and load models from Python; the commands call the same functions."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,8 +26,8 @@ from maskrcnn_jax.inference.views import Augmentation
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import ModelOptions, Options
-from maskrcnn_jax.paths import as_path, expand
-from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options
+from maskrcnn_jax.paths import absolute, as_path, expand
+from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options, locked
 from maskrcnn_jax.training import loop
 from maskrcnn_jax.weights.convert import load_weights
 from maskrcnn_jax.weights.files import read_arrays
@@ -120,9 +121,12 @@ def train(
     Raises:
         UserError: if the config, the data and the folder do not fit each other, or a loss is not finite.
     """
-    workdir = as_path(workdir)
-    options = _hold_out(find_options(config), workdir)
+    workdir, options = as_path(workdir), find_options(config)
+    with locked(absolute(workdir)) if is_first() else contextlib.nullcontext():
+        _train(_hold_out(options, workdir), workdir, weights, profile_steps)
 
+
+def _train(options: Options, workdir: Path, weights: str | os.PathLike | None, profile_steps: int) -> None:
     def make_evaluate(categories):
         evaluator = Evaluator(options, categories)
 
@@ -180,7 +184,8 @@ def evaluate(
         model: As ``load`` returns it.
         dataset: Folder of a dataset in COCO's layout. Defaults to the dataset that the model was trained on.
         split: Of the dataset. Defaults to the split that the options of the model name.
-        limit: Evaluate only the first so many images; 0 means all.
+        limit: Evaluate only the first so many images; 0 means all. Defaults to all images of a dataset or split named
+            here, else to ``data.eval_limit`` of the options of the model.
         max_detections: Detections of an image, other than ``model.box_detections_per_img`` of the model. Above 100,
             all metrics count as many, and a recall such as ``bbox_AR300`` is added.
         tta: Test-time augmentation, as ``Predictor.predict`` takes it. The metrics then have those without it, too,
@@ -217,8 +222,10 @@ def evaluation_options(
     limit: int | None = None,
     max_detections: int | None = None,
 ) -> Options:
-    """Return options for evaluating on another dataset or split than those of the training."""
+    """Return options for evaluating on another dataset or split than those of the training, and then all of it."""
     changes: dict = {}
+    if (coco_dir, tfds_dir, split) != (None, None, None):
+        changes["eval_limit"] = 0
     if coco_dir is not None:
         changes |= {"source": "coco", "coco_dir": os.fspath(coco_dir)}
     if tfds_dir is not None:

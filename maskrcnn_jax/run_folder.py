@@ -5,12 +5,13 @@ TensorBoard files and ``checkpoints/<step>/``; ``split.json`` too, if it holds o
 writes the checkpoints through ``training.checkpoint``; code that only loads a model needs nothing from ``training``.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,15 @@ def flatten(options: dict, prefix: str = "") -> dict:
     return flat
 
 
-def lock(workdir: Path) -> None:
-    """Keep other trainings out of a folder until this process ends; in a bucket there are no locks.
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Make a folder, and keep other trainings out of it meanwhile; in a bucket there are no locks.
 
     Raises:
         UserError: if another training has it, or it cannot be made.
     """
     if in_bucket(workdir):
+        yield
         return
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,11 @@ def lock(workdir: Path) -> None:
             f"another training is writing into {workdir}; wait for it to end, or use another workdir"
         ) from None
     except OSError:
-        os.close(file)  # not every file system has locks
+        pass  # not every file system has locks
+    try:
+        yield
+    finally:
+        os.close(file)  # which gives up the lock
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import pickle
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from maskrcnn_jax.distributed import make_mesh
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluator
+from maskrcnn_jax.inference.detect import make_detect
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.run_folder import save_options
 from maskrcnn_jax.training.checkpoint import Checkpoints
@@ -164,6 +166,35 @@ def test_predictions_are_those_that_evaluations_measure(model, paths):
     ]
     assert len(predicted) > 10
     assert predicted == evaluated
+
+
+def test_the_limit_of_a_run_is_not_that_of_another_split(model, caplog):
+    limited = evaluation_options(model.options, limit=2)
+    assert evaluation_options(limited).data.eval_limit == 2
+    for named in ({"split": "train"}, {"coco_dir": "other"}, {"tfds_dir": "other"}):
+        assert evaluation_options(limited, **named).data.eval_limit == 0
+        assert evaluation_options(limited, **named, limit=1).data.eval_limit == 1
+    with caplog.at_level(logging.INFO, "maskrcnn_jax"):
+        Evaluator(limited, model.categories)
+    assert "evaluating 2 of the 3 images of val" in caplog.messages
+
+
+def test_the_devices_share_a_batch_of_any_size(model):
+    """Else each would detect in all of its images."""
+    sizes = []
+
+    def detect(network):
+        def run(images, sizes_):
+            sizes.append(len(images))
+            return made(images, sizes_)
+
+        made = make_detect(network)
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskrcnn_jax.evaluation.evaluator.make_detect", detect)
+        Evaluator(model.options, model.categories)(model.network)
+    assert sizes == [8], "1 image was asked for, and there are 8 devices"
 
 
 def test_an_evaluation_may_ask_for_more_detections_than_the_model_was_trained_with(model):

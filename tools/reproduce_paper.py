@@ -1,6 +1,6 @@
 """Train what the paper's tables and text compare, and write docs/results.md: the paper's numbers beside ours.
 
-    python tools/reproduce_paper.py --table=1 [--rows=1,2] --coco_dir=COCO --weights=torchvision:resnet50 [--scale=0.01]
+    python tools/reproduce_paper.py --table=1 [--rows=1,2] --coco_dir=COCO --weights=BACKBONE [--scale=0.01]
     python tools/reproduce_paper.py --comparisons=all --coco_dir=data/paper_shapes --weights=BACKBONE [--scale=0.2]
 
 With --set=batch_size=2 and more of its kind every training has other values in its config. Interrupted, the same

@@ -34,7 +34,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dataset.add_argument("--coco_dir", metavar="DIR", help="dataset to evaluate on instead of that of the training")
     dataset.add_argument("--tfds_dir", metavar="DIR", help="likewise, a folder that build-tfds wrote")
     parser.add_argument("--split", help="of the dataset; data.eval_split of the config if not given")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="evaluate only the first N images")
+    parser.add_argument(
+        "--limit",
+        type=at_least(0),
+        metavar="N",
+        help="evaluate only the first N images; 0 means all. If not given, all of a dataset or split named here, else "
+        "as many as data.eval_limit of the run",
+    )
     add_detection_options(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for the results; the workdir if not given")
     parser.add_argument("--report", metavar="FILE", help="HTML page to write")

@@ -16,6 +16,7 @@ import signal
 
 from maskrcnn_jax.commands.app import add_model_options, add_runtime_options, at_least, comma_separated, load
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.serving.limits import Limits
 
 _log = logging.getLogger(__name__)
 
@@ -31,24 +32,41 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=comma_separated,
         default=[],
         metavar="NAMES",
-        help="names that a proxy on this computer passes on as the Host of requests, separated by commas",
+        help="names by which the service is called besides localhost and its addresses, separated by commas; on a "
+        "network all names if not given",
     )
     parser.add_argument(
-        "--max_batch", type=power_of_two, default=8, metavar="N", help="most images computed together; %(default)s"
+        "--max_batch",
+        type=power_of_two,
+        default=Limits.max_batch,
+        metavar="N",
+        help="most images computed together; %(default)s",
     )
     parser.add_argument(
-        "--max_queue", type=at_least(1), default=32, metavar="N", help="most requests at a time; %(default)s"
+        "--max_queue",
+        type=at_least(1),
+        default=Limits.max_queue,
+        metavar="N",
+        help="most requests at a time; %(default)s",
     )
     parser.add_argument(
-        "--max_megabytes", type=at_least(1), default=20, metavar="N", help="largest file; %(default)s MB"
+        "--max_megabytes",
+        type=at_least(1),
+        default=Limits.max_bytes // 1_000_000,
+        metavar="N",
+        help="largest file; %(default)s MB",
     )
     parser.add_argument(
-        "--max_megapixels", type=at_least(1), default=50, metavar="N", help="largest image; %(default)s million pixels"
+        "--max_megapixels",
+        type=at_least(1),
+        default=Limits.max_pixels // 1_000_000,
+        metavar="N",
+        help="largest image; %(default)s million pixels",
     )
     parser.add_argument(
         "--timeout",
         type=at_least(1),
-        default=60,
+        default=int(Limits.timeout),
         metavar="SECONDS",
         help="most time for an upload, and again for its answer; %(default)s",
     )
@@ -58,7 +76,6 @@ def main(options: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     try:
         from maskrcnn_jax.serving.app import Service, create_app
-        from maskrcnn_jax.serving.limits import Limits
         from maskrcnn_jax.serving.server import bind, listen, make_server
         from maskrcnn_jax.serving.warm_up import warm_up, with_few_sizes
     except ModuleNotFoundError as error:
@@ -74,9 +91,9 @@ def main(options: argparse.Namespace) -> None:
         model = with_few_sizes(load(options))
         warm_up(model, options.max_batch)
         service = Service(model, limits, title=str(options.workdir or options.weights))
-        # Anybody may reach an address of the network anyway, by whatever name it has there.
-        is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-        app = create_app(service, names=[name.lower() for name in options.public_names] if is_local else None)
+        # Anybody may reach an address of the network anyway, by whatever name it has there, unless names are given.
+        is_checked = options.public_names or ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        app = create_app(service, names=[name.lower() for name in options.public_names] if is_checked else None)
         server = make_server(app, timeout=limits.timeout, metrics=service.metrics)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends them again at its end, to these handlers
             signal.signal(number, server.handle_exit)

@@ -317,6 +317,10 @@ def exclude_categories(
         _log.warning(
             "data.exclude_categories %s is not in %s, which lists %s", unknown, dataset.annotation_path, listed
         )
+    removed = [name for i, name in pairs.items() if i in ids]
+    if removed:
+        more = f" and {len(removed) - 10} more" if len(removed) > 10 else ""
+        _log.info("data.exclude_categories leaves out %s%s", ", ".join(removed[:10]), more)
     new = Categories.create(list(kept), list(kept.values()), contiguous_labels)
     labels = np.zeros(categories.num_classes, np.int32)  # by old label
     labels[[categories.labels[categories.ids.index(i)] for i in kept]] = [new.labels[new.ids.index(i)] for i in kept]

@@ -1,6 +1,7 @@
 """Evaluate a model on a split of a COCO-format dataset: detect, score, and draw some of the result."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.options import Options
 from maskrcnn_jax.paths import as_path
 from maskrcnn_jax.writing import replace_file
+
+_log = logging.getLogger(__name__)
 
 NUM_PICTURES = 12  # images drawn after an evaluation
 DRAWN_SIDE = 2000  # pixels of the longer side of a picture, ground truth and predictions together
@@ -83,6 +86,8 @@ class Evaluator:
         with_flat.categories.check_known(self._categories, split)
         dataset = with_flat.without_flat()
         rows = choose(dataset)
+        if len(rows) < len(dataset):
+            _log.info("evaluating %d of the %d images of %s", len(rows), len(dataset), split)
         return _Split(prefix, self._relabel(dataset), ground_truth(with_flat, rows), rows)
 
     def _relabel(self, dataset: CocoDataset) -> CocoDataset:
@@ -123,7 +128,9 @@ class Evaluator:
         return Evaluation(metrics, results, self._draw(results))
 
     def _evaluate(self, model: nnx.Module | Detect, split: _Split) -> tuple[list[dict], dict]:
-        batches = self._make_loader(split, annotations=False)
+        # Devices that cannot share a batch evenly would each detect in all of its images.
+        multiple = jax.local_device_count() if isinstance(model, nnx.Module) else 1
+        batches = self._make_loader(split, annotations=False, multiple=multiple)
         results = run_detection(
             make_detect(model) if isinstance(model, nnx.Module) else model,
             batches,
@@ -155,11 +162,12 @@ class Evaluator:
         """Return the images that are evaluated, in batches without annotations."""
         return self._make_loader(self._split, annotations=False)
 
-    def _make_loader(self, split: _Split, annotations: bool) -> Loader:
+    def _make_loader(self, split: _Split, *, annotations: bool, multiple: int = 1) -> Loader:
+        """Return batches of ``eval_batch_size`` images, or of the next multiple of a number."""
         return make_loader(
             split.dataset,
             self._options.data,
-            batch_size=self._options.eval_batch_size,
+            batch_size=-(-self._options.eval_batch_size // multiple) * multiple,
             channels=self._options.model.in_channels,
             train=False,
             annotations=annotations,

@@ -10,7 +10,7 @@ from maskrcnn_jax.inference.predictor import Predictor
 
 
 def check_sizes(sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return padded sizes (height, width) as a list.
+    """Return padded sizes (height, width), each once, smallest area first.
 
     Raises:
         UserError: unless all are multiples of 32.
@@ -18,7 +18,7 @@ def check_sizes(sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     wrong = [size for size in sizes if len(size) != 2 or min(size) < 32 or any(side % 32 for side in size)]
     if wrong:
         raise UserError(f"images padded to {'x'.join(map(str, wrong[0]))} do not fit the model; use multiples of 32")
-    return [tuple(size) for size in sizes]
+    return sorted({tuple(size) for size in sizes}, key=lambda size: (size[0] * size[1], size))
 
 
 def describe(predictor: Predictor, sizes: Sequence[tuple[int, ...]]) -> dict:

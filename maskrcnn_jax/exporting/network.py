@@ -110,8 +110,8 @@ def backbone(network: Any, x: Value) -> list[Value]:
                 maps.append(x)
             return maps
     raise UserError(
-        f"a backbone of your own, {type(network).__name__}, cannot be exported as ONNX; export it as StableHLO, into a "
-        "file that ends in .mrcnn"
+        f"a backbone of your own, {type(network).__name__}, cannot be exported as ONNX; export it as StableHLO, into "
+        "a file that ends in .mrcnn"
     )
 
 

@@ -53,7 +53,7 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
     if network.options.box_nms_method != "hard":
         raise UserError(
             f"ONNX has no soft suppression, but model.box_nms_method is {network.options.box_nms_method}; export with "
-            "hard, or as StableHLO with --format=stablehlo"
+            "hard, or as StableHLO into a file that ends in .mrcnn"
         )
     network.eval()
     height_width = sizes[0] if sizes else ("height", "width")

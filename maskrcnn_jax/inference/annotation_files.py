@@ -30,6 +30,11 @@ class Annotations(NamedTuple):
     masks: bool = False  # label images
     polygons: str = ""  # "geojson", "labelme" or neither
 
+    def folders(self, output: Path) -> list[Path]:
+        """Return the folders in the output folder that are written to."""
+        kinds = [*(("instances", "classes") if self.masks else ()), *filter(None, [self.polygons])]
+        return [output / kind for kind in kinds]
+
     def check(self, output: Path, categories: Categories, *, of_video: bool = False) -> None:
         """Raise UserError if these files cannot be written into a folder, or would replace what was corrected."""
         if self.masks and not (min(categories.ids) > 0 and max(categories.ids) <= _MOST):

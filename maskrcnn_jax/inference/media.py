@@ -92,7 +92,8 @@ def predict_images(
         UserError: if no file can be read, one has too few channels, or the pictures would overwrite the input.
     """
     output = _make_folder(output)
-    if any(path.resolve().parent == output.resolve() for path in paths):
+    written = {folder.resolve() for folder in (output, *annotations.folders(output))}
+    if any(path.resolve().parent in written for path in paths):
         raise UserError(f"pictures in {output} would overwrite the input; choose another output folder")
     annotations.check(output, predictor.categories)
     readable, unreadable, images, results = [], [], [], []

@@ -1,4 +1,4 @@
-"""Which of the detections are wanted: by class, and by a minimum score that may differ between classes. Without JAX."""
+"""Which of the detections are wanted: by class, and by a minimum score, which may differ by class. Without JAX."""
 
 import difflib
 import math

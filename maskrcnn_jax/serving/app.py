@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import logging
 import math
 import os
 import time
@@ -28,8 +27,6 @@ from maskrcnn_jax.serving.limits import Limits
 from maskrcnn_jax.serving.metrics import CONTENT_TYPE, Metrics
 from maskrcnn_jax.serving.other_sites import OwnSiteOnly
 from maskrcnn_jax.serving.uploads import GONE, decode, read_body
-
-_log = logging.getLogger(__name__)
 
 _PATHS = ("/", "/predict", "/health", "/metrics")
 _HEADERS = {

@@ -78,7 +78,14 @@ class Batcher:
                 raise RuntimeError("the service is stopping")
             self._waiting.append((prepared, future))
             self._changed.notify()
+        future.add_done_callback(self._forget)
         return future
+
+    def _forget(self, future: "Future[ImageDetections]") -> None:
+        """Take an image out of the queue as soon as nobody waits for it: its memory is for the next."""
+        if future.cancelled():
+            with self._changed:
+                self._waiting = collections.deque(item for item in self._waiting if item[1] is not future)
 
     def close(self) -> None:
         """Compute what waits, and end the thread."""
@@ -98,6 +105,8 @@ class Batcher:
         start = time.monotonic()
         # Whoever asked may have left. Without these images the batch would have a size that is not compiled.
         wanted = [future.set_running_or_notify_cancel() for _, future in batch]
+        if not any(wanted):
+            return True
         futures = [future for _, future in batch]
         try:
             found = self._model.predict_prepared([prepared for prepared, _ in batch], min_score=0.0)
@@ -115,10 +124,7 @@ class Batcher:
     def _next(self) -> "list[tuple[Prepared, Future[ImageDetections]]]":
         """Return the images of the next batch; none when the queue is closed and empty."""
         with self._changed:
-            while True:
-                self._waiting = collections.deque(item for item in self._waiting if not item[1].cancelled())
-                if self._waiting or self._closed:
-                    break
+            while not (self._waiting or self._closed):
                 self._changed.wait()
             size = self._waiting[0][0].padded_size if self._waiting else None
             alike = [item for item in self._waiting if item[0].padded_size == size][: self._max_batch]

@@ -34,13 +34,23 @@ class OwnSiteOnly:
 
     def _refusal(self, headers: Headers, method: str) -> str:
         """Return why a request is refused; nothing if it is not."""
-        # Browsers tell where a request comes from. Links from other sites to the page are fine.
-        if method == "POST" and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            return "a web page of another site sent this; use the page of the service, or a program outside a browser"
         host = headers.get("host", "localhost")
+        # Links from other sites to the page are fine.
+        if method == "POST" and _is_from_elsewhere(headers, host):
+            return "a web page of another site sent this; use the page of the service, or a program outside a browser"
         if self._names is not None and not _is_local(name := _hostname(host)) and name not in self._names:
             return f"the service is not called {host[:100]!r}; use its address, or start it with --public_names"
         return ""
+
+
+def _is_from_elsewhere(headers: Headers, host: str) -> bool:
+    """Return whether a browser says that a page of another site sent a request; other programs say nothing."""
+    # Sent to HTTPS and to this computer. It holds behind a proxy that changes the Host, where the Origin differs.
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("cross-site", "same-site")
+    origin = headers.get("origin")
+    return origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}")
 
 
 def _hostname(host: str) -> str:

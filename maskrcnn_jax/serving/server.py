@@ -86,6 +86,7 @@ class _Connection(H11Protocol):
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
             self.metrics.count_request("other", code)
         self.transport.close()
+        self._start_timer(_LINGER)  # for a client that does not read its answer
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -9,8 +9,7 @@ from etils import epath
 
 from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import absolute, as_path
-from maskrcnn_jax.run_folder import CheckpointReader, UnreadableCheckpoint, lock
+from maskrcnn_jax.run_folder import CheckpointReader, UnreadableCheckpoint
 from maskrcnn_jax.training.step import TrainState
 from maskrcnn_jax.writing import replace_file, writing
 
@@ -18,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints(CheckpointReader):
-    """Writes and restores checkpoints of the training state; other trainings are locked out of the folder."""
+    """Writes and restores checkpoints of the training state."""
 
     def __init__(self, workdir: str | Path, *, keep: int = 2, best_metric: str = "segm_AP"):
         """Open the folder of a run.
@@ -29,10 +28,8 @@ class Checkpoints(CheckpointReader):
             best_metric: Which metric decides on the best: "segm_AP" or "bbox_AP".
 
         Raises:
-            UserError: if the folder cannot be created, another process writes into it, or metrics in it are truncated.
+            UserError: if the folder cannot be created, or metrics in it are truncated.
         """
-        if is_first():
-            lock(absolute(as_path(workdir)))
         super().__init__(workdir, keep=keep, best_metric=best_metric, writes=True)
 
     def save(self, state: TrainState) -> None:

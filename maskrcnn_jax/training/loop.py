@@ -181,8 +181,8 @@ def _take_steps(run: _Run, state: TrainState, key: jax.Array, mesh: jax.sharding
         _save_options(run)
     batches = iter(_make_loader(options, run.dataset, start, run.num_steps))
     with (
-        contextlib.closing(
-            MetricWriter(run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first(), options=options)
+        MetricWriter(
+            run.workdir, first_step=start, evaluated=not to_evaluate, active=is_first(), options=options
         ) as writer,
         contextlib.closing(batches),
         contextlib.closing(Profiler(run.workdir, run.profile_steps, run.train_step)) as profiler,

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from tensorboardX import summary
@@ -94,10 +95,18 @@ class MetricWriter:
         if self._active:
             self._files.upload()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close it; for a tracker the run has failed if it ended with an error, and not if it was stopped."""
+        self.close(failed=kind is not None and issubclass(kind, Exception))
+
+    def close(self, *, failed: bool = False) -> None:
         """Close the files."""
         if self._active:
-            self._tracker.close()
+            self._tracker.close(failed=failed)
             with writing(self._path):
                 self._file.close()
                 self._board.close()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,7 +17,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.requested = 0
-        caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+        caught = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else [signal.SIGINT]
+        if threading.current_thread() is not threading.main_thread():
+            caught = []  # Python refuses handlers there
         self._previous = {number: signal.signal(number, self._request) for number in caught}
         return self
 

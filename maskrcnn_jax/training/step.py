@@ -10,6 +10,7 @@ is on every device, or divided among them between the steps.
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -222,7 +223,7 @@ def _step(graphdef, optimizer, mesh, optim, state, batch, key):
     params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
     # Of frozen stages nothing is kept for a backward pass, computed in one, or added up over devices.
     frozen, trained = nnx.split_state(params, lambda path, _: is_frozen(path, optim.frozen_stages), ...)
-    gradient = _gradient
+    gradient: Callable = _gradient
     if optim.accumulate > 1:
         # Devices meet in every part: simulated ones, which could then wait for ever, get the parts without a loop.
         simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"

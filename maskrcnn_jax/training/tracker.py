@@ -72,9 +72,9 @@ class Tracker:
         """Log an RGB image [h, w, 3] uint8."""
         self._try("picture", step, name, image)
 
-    def close(self) -> None:
-        """Upload what is left."""
-        self._try("close")
+    def close(self, *, failed: bool) -> None:
+        """Upload what is left, and say whether the training has failed."""
+        self._try("close", failed)
 
     def _try(self, method: str, *args) -> None:
         try:
@@ -110,8 +110,8 @@ class _WandbRun:
     def picture(self, step, name, image):
         self._run.log({"step": step, name: self._wandb.Image(image)})
 
-    def close(self):
-        self._run.finish()
+    def close(self, failed):
+        self._run.finish(exit_code=int(failed))
 
 
 class _MlflowRun:
@@ -130,8 +130,8 @@ class _MlflowRun:
     def picture(self, step, name, image):
         self._mlflow.log_image(image, key=name, step=step)
 
-    def close(self):
-        self._mlflow.end_run()
+    def close(self, failed):
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 _RUNS: dict[str, Any] = {"wandb": _WandbRun, "mlflow": _MlflowRun}

@@ -15,6 +15,7 @@ from flax import nnx
 
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.exporting.description import check_sizes
 from maskrcnn_jax.exporting.stablehlo import dequantize, export_model, quantize, quantized_network
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -110,6 +111,11 @@ def test_eight_bits_keep_each_channel_to_half_a_level():
     assert (np.abs(dequantize(rounded) - weights) <= levels * 0.5001).all()
     bias = np.ones(5000, np.float32)
     assert quantize(bias) is bias
+
+
+def test_sizes_are_sorted_and_unique():
+    sizes = [(1344, 1344), (800, 1088), (1344, 1344), [1088, 800]]
+    assert check_sizes(sizes) == [(800, 1088), (1088, 800), (1344, 1344)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference import media
+from maskrcnn_jax.inference.annotation_files import Annotations
 from maskrcnn_jax.inference.media import DEFAULT_FPS, is_video, list_images, predict_images, predict_video
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.options import ModelOptions, Options
@@ -117,6 +118,9 @@ def test_the_input_is_never_overwritten(tmp_path):
     write_image(tmp_path / "a.png", 30)
     with pytest.raises(UserError, match="overwrite"):
         predict_images(FakePredictor(), [tmp_path / "a.png"], tmp_path, min_score=0.5)
+    for annotations, folder in ((Annotations(masks=True), "classes"), (Annotations(polygons="labelme"), "labelme")):
+        with pytest.raises(UserError, match="overwrite"):
+            predict_images(FakePredictor(), [tmp_path / folder / "a.png"], tmp_path, annotations=annotations)
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="overwrite"):
         predict_video(FakePredictor(), tmp_path / "a.mp4", tmp_path, min_score=0.5)

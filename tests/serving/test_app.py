@@ -154,6 +154,20 @@ def test_pages_of_other_sites_cannot_send_images(service, site):
 
 
 @pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://192.0.2.1:8000", "Host": "192.0.2.1:8000"}, 200),
+        ({"Origin": "https://192.0.2.1", "Host": "192.0.2.1"}, 200),
+        ({"Origin": "https://other.example", "Host": "192.0.2.1:8000"}, 403),
+        ({"Origin": "null", "Host": "192.0.2.1:8000"}, 403),
+        ({"Origin": "https://public.example", "Host": "localhost", "Sec-Fetch-Site": "same-origin"}, 200),
+    ],
+)
+def test_where_browsers_send_only_an_origin_it_must_be_the_service(service, headers, status):
+    assert service.predict(encoded(IMAGE), headers=headers)[0] == status
+
+
+@pytest.mark.parametrize(
     ("host", "status"),
     [
         ("localhost:8000", 200),

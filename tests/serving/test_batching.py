@@ -75,6 +75,7 @@ def test_only_images_of_one_padded_size_share_a_batch_and_none_waits_for_ever(ba
 def test_cancelled_images_are_not_computed(batcher, gate):
     futures = submit(batcher, gate, [IMAGE] * 4)
     assert futures[2].cancel()
+    assert len(batcher) == 2, "its memory is for the next image at once, not after the batch that is computed"
     gate.open.set()
     futures[3].result()
     assert gate.batches == [1, 2]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.run_folder import CheckpointReader
+from maskrcnn_jax.run_folder import CheckpointReader, locked
 from maskrcnn_jax.training.checkpoint import Checkpoints
 from tests.training.layer import Training, assert_same, points
 
@@ -86,11 +86,12 @@ def test_a_folder_into_which_another_process_writes_is_refused(tmp_path):
         [sys.executable, "-c", holding], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another training is writing into"):
-        Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="another training is writing into"), locked(tmp_path):
+        pass
     CheckpointReader(tmp_path).close()
     other.communicate("\n")
-    Checkpoints(tmp_path).close()
+    with locked(tmp_path):
+        pass
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ class Fake:
     info = SimpleNamespace(run_id="the id")
 
     def __init__(self):
-        self.started, self.ended, self.logged, self.params = [], 0, [], {}
+        self.started, self.ended, self.logged, self.params = [], [], [], {}
 
     def init(self, **arguments):
         self.started.append(arguments)
@@ -58,10 +58,11 @@ class Fake:
     def log_params(self, params):
         self.params |= params
 
-    def finish(self):
-        self.ended += 1
+    def finish(self, exit_code):
+        self.ended.append(exit_code != 0)
 
-    end_run = finish
+    def end_run(self, status):
+        self.ended.append({"FINISHED": False, "FAILED": True}[status])
 
     def log_dict(self, content, name):
         self.params["config.json"] = content
@@ -102,7 +103,7 @@ def test_a_resumed_run_continues_its_run_and_logs_nothing_twice(kind, fake, tmp_
     assert fake.logged == rows(1, 2, 3)
     write(tmp_path, kind, (3, 4), first_step=2)  # killed after step 3, whose checkpoint was not written
     assert fake.logged == rows(1, 2, 3, 4)
-    assert fake.ended == 2
+    assert fake.ended == [False, False]
     first, second = fake.started
     identity = {"wandb": "id", "mlflow": "run_id"}[kind]
     assert (first[identity], second[identity]) == (None, "the id")
@@ -119,6 +120,13 @@ def test_an_evaluation_that_was_cut_off_is_logged_when_it_is_made_up_for(kind, f
         writer.scalars(1, {"loss": 1.0})
     write(tmp_path, kind, (2,), first_step=1, evaluated=False)
     assert fake.logged == [rows(1)[0], rows(1)[1], *rows(2)]
+
+
+@pytest.mark.parametrize(("error", "failed"), [(ValueError, True), (KeyboardInterrupt, False), (SystemExit, False)])
+def test_a_training_that_ends_with_an_error_has_failed(kind, fake, tmp_path, error, failed):
+    with pytest.raises(error), MetricWriter(tmp_path, first_step=0, options=Options(tracker=kind)):
+        raise error
+    assert fake.ended == [failed]
 
 
 def test_a_tracker_that_fails_is_left_with_a_warning(kind, fake, tmp_path, caplog, monkeypatch):

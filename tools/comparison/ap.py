@@ -6,8 +6,6 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.data.coco import CocoDataset
-from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.evaluation.coco_metrics import evaluate
 from maskrcnn_jax.evaluation.evaluator import Evaluator
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -22,27 +20,25 @@ def compare_ap(
     result: Comparison, reference: torch.nn.Module, model: MaskRCNN, options: Options, categories: Categories
 ) -> None:
     """Compare box and mask AP on ``options.data.eval_split``; without any AP on either side this fails."""
-    data = options.data
-    ours = Evaluator(options, categories)(model).metrics
-    dataset = load_coco(data.coco_dir, data.eval_split)
-    count = data.eval_limit or len(dataset)
-    path = dataset.image_dir.parent / "annotations" / f"instances_{data.eval_split}.json"
-    found = reference_results(reference, dataset, categories, count)
-    theirs = evaluate(path, found, image_ids=dataset.image_ids[:count].tolist())
+    evaluator = Evaluator(options, categories)
+    ours = evaluator(model).metrics
+    found = reference_results(reference, evaluator, categories)
+    theirs = evaluate(evaluator.truth, found, max_detections=options.model.box_detections_per_img)
     for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50"):
         result.add("AP by pycocotools", name, ours[name], theirs[name], AP_LIMIT, absolute=True)
     result.add("AP by pycocotools", "mask AP above 0.01", float(theirs["segm_AP"] > 0.01), 1.0, 0.0)
 
 
 @torch.no_grad()
-def reference_results(
-    reference: torch.nn.Module, dataset: CocoDataset, categories: Categories, count: int
-) -> list[dict]:
-    """Return COCO results of torchvision's model for the first images of a dataset."""
+def reference_results(reference: torch.nn.Module, evaluator: Evaluator, categories: Categories) -> list[dict]:
+    """Return COCO results of torchvision's model for the images that are evaluated; a broken one has none."""
     reference.eval()
     results = []
-    for i in tqdm(range(count), desc="torchvision", unit="image"):
-        (found,) = reference(to_torch([dataset.read_image(i)], "float32"))
+    for image_id in tqdm(evaluator.truth.imgs, desc="torchvision", unit="image"):
+        image = evaluator.read_image(image_id)
+        if image is None:
+            continue
+        (found,) = reference(to_torch([image], "float32"))
         masks = found["masks"][:, 0].numpy() >= 0.5
         columns = (found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), masks)
         for (x1, y1, x2, y2), label, score, mask in zip(*columns, strict=True):
@@ -51,7 +47,7 @@ def reference_results(
             rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             results.append(
                 {
-                    "image_id": int(dataset.image_ids[i]),
+                    "image_id": image_id,
                     "category_id": categories.category_id(label),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": score,

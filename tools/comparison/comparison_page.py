@@ -1,15 +1,15 @@
 """A list of compared numbers: how far ours are from the reference's, as a table, JSON and one HTML page."""
 
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from maskrcnn_jax import page
+from maskrcnn_jax.writing import write_json
 
 
 class Row(NamedTuple):
@@ -132,9 +132,9 @@ class Comparison:
         return "\n".join(lines)
 
     def write_json(self, path: str | Path) -> None:
-        """Write a list of all rows."""
+        """Write a list of all rows; what is not finite is null."""
         rows = [row._asdict() | {"ok": row.ok} for row in self.rows]
-        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(Path(path), [{name: _json_value(value) for name, value in row.items()} for row in rows], indent=1)
 
     def write_html(self, path: str | Path, title: str) -> None:
         """Write one self-contained page: the error of every row as a plot, then as a table."""
@@ -149,6 +149,10 @@ class Comparison:
             num_failed=self.num_failed,
             sections=[{"name": name, "rows": rows, "plot": _plot(rows)} for name, rows in sections.items()],
         )
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _margin(row: Row) -> float:

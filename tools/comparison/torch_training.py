@@ -61,7 +61,7 @@ class TorchImages(Dataset):
         row = int(self._rows[i])
         image = Image.open(self._dataset.image_path(row)).convert("RGB")
         found = self._coco.imgToAnns[int(self._dataset.image_ids[row])]
-        found = [annotation for annotation in found if not annotation["iscrowd"]]
+        found = [annotation for annotation in found if not annotation.get("iscrowd", 0)]
         boxes = torch.tensor([annotation["bbox"] for annotation in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes[:, 0::2].clamp_(min=0, max=image.width)

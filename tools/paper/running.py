@@ -18,7 +18,7 @@ from tools.paper.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = "result.json"
-_KEPT = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "segm_AP75")
+_KEPT = ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50", "segm_AP75")  # of an evaluation
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 
@@ -39,7 +39,7 @@ def train(run: Run, output: Path, *, coco_dir: str, weights: str) -> dict:
     """
     workdir = output / run.name
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
+    with (workdir / ".tool_lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the same training may be wanted by a command that runs beside this one
         if (workdir / RESULT).is_file():
             return json.loads((workdir / RESULT).read_text())
@@ -117,10 +117,5 @@ def _summarise(workdir: Path) -> dict:
 
 
 def _is_kept(name: str) -> bool:
-    return name.removeprefix("train_") in (
-        "bbox_AP",
-        "bbox_AP50",
-        "segm_AP",
-        "segm_AP50",
-        "segm_AP75",
-    ) or name.endswith(("accuracy", "accuracy_foreground", "train_loss", "eval_loss"))
+    losses = ("accuracy", "accuracy_foreground", "train_loss", "eval_loss")
+    return name.removeprefix("train_") in _KEPT or name.endswith(losses)
