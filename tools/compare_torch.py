@@ -176,6 +176,10 @@ def main(options: argparse.Namespace) -> None:
     if options.train:
         compare_training(options)
         return
+    if options.config is not None or options.coco_dir or options.plot:
+        raise UserError("--config, --coco_dir and --plot are for --train; add it, or leave them out")
+    if options.workdir and options.weights:
+        raise UserError("the run in --workdir has its weights; leave out --weights")
     if not options.images:
         raise UserError("give --images, a folder of images, or --train")
     jax.config.update("jax_enable_x64", options.dtype == "float64")

@@ -68,7 +68,7 @@ def check_dataset(
         The training split and the evaluation split if there is one, or the split of the file.
 
     Raises:
-        UserError: there is no such dataset.
+        UserError: there is no such dataset, or a folder of images beside one.
     """
     how: dict[str, Any] = {"open_images": open_images, "progress": progress}
     if as_path(dataset).is_file():
@@ -76,6 +76,10 @@ def check_dataset(
             raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
         path = as_path(dataset)
         return with_unlisted_files([check_split(path.stem, path, as_path(image_dir), options, evaluated=None, **how)])
+    if image_dir:
+        raise UserError(
+            f"images {os.fspath(image_dir)!r} are for an annotation file; {dataset} is a folder and has its own"
+        )
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     if options.data.val_share or options.data.split_file:  # evaluated on some of these images

@@ -212,6 +212,8 @@ def test_an_annotation_file_is_checked_with_its_folder_of_images(root):
     assert not split.findings
     with pytest.raises(UserError, match="is not a folder"):
         check_dataset(path, OPTIONS)
+    with pytest.raises(UserError, match="belong to an annotation file"):
+        check_dataset(root, OPTIONS, image_dir=images)
 
 
 @pytest.mark.parametrize("as_file", [True, False])

@@ -218,6 +218,9 @@ def _halve_mask_loss(monkeypatch):
     ("arguments", "message"),
     [
         ([], "give --images"),
+        (["--images=x", "--config=shapes"], "--plot are for --train"),
+        (["--images=x", "--coco_dir=y"], "--plot are for --train"),
+        (["--images=x", "--workdir=y", "--weights=z"], "leave out --weights"),
         (["--train"], "--train needs --config"),
         (["--train", "--config=shapes", "--workdir=x", "--images=y"], "leave out --weights and --images"),
         (["--train", "--config=shapes", "--workdir=x"], r"lacks model\.roi_aligned=True \(set it to False\)"),
