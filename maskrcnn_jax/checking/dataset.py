@@ -77,9 +77,7 @@ def check_dataset(
         path = as_path(dataset)
         return with_unlisted_files([check_split(path.stem, path, as_path(image_dir), options, evaluated=None, **how)])
     if image_dir:
-        raise UserError(
-            f"images {os.fspath(image_dir)!r} are for an annotation file; {dataset} is a folder and has its own"
-        )
+        raise UserError(f"images {os.fspath(image_dir)!r} belong to an annotation file, which {dataset} is not")
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     if options.data.val_share or options.data.split_file:  # evaluated on some of these images

@@ -213,7 +213,7 @@ def test_an_annotation_file_is_checked_with_its_folder_of_images(root):
     with pytest.raises(UserError, match="is not a folder"):
         check_dataset(path, OPTIONS)
     with pytest.raises(UserError, match="belong to an annotation file"):
-        check_dataset(root, OPTIONS, image_dir=images)
+        check_dataset(images.parent, OPTIONS, image_dir=images)
 
 
 @pytest.mark.parametrize("as_file", [True, False])
