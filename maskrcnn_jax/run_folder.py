@@ -100,6 +100,8 @@ def flatten(options: dict, prefix: str = "") -> dict:
 def locked(workdir: Path) -> Iterator[None]:
     """Make a folder, and keep other trainings out of it meanwhile; in a bucket there are no locks.
 
+    A folder that is new, and in which nothing is written, is removed at the end.
+
     Raises:
         UserError: if another training has it, or it cannot be made.
     """
@@ -107,6 +109,7 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
         return
     with writing(workdir):
+        is_new = not workdir.exists()
         workdir.mkdir(parents=True, exist_ok=True)
         file = os.open(workdir / ".lock", os.O_CREAT | os.O_WRONLY)
     try:
@@ -122,6 +125,10 @@ def locked(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if is_new and [path.name for path in workdir.iterdir()] == [".lock"]:
+                (workdir / ".lock").unlink()
+                workdir.rmdir()
         os.close(file)  # which gives up the lock
 
 
