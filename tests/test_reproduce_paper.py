@@ -116,7 +116,7 @@ def test_the_document_has_the_paper_s_numbers_and_what_was_found(tmp_path):
     assert "| 2 | resnet50 | 50 | 50000 | 0.0005 | 48, 45 | 50, 50 | 0.500, 0.500 |" in text
     tables = text.split("## RoIAlign")[0]
     assert tables.count("| not run | not run |\n") == 6
-    assert "--table=2 --rows=3 --coco_dir=COCO --weights=resnet101.pth  # about 28 hours" in text
+    assert "--table=2 --rows=3 --coco_dir=COCO --weights=torchvision:resnet101  # about 28 hours" in text
     assert "| table=2_row=3 |" in text
     assert "Not run." in text, "comparisons without any result say so"
     assert (docs / "results_curves.png").stat().st_size > 10_000

@@ -87,7 +87,10 @@ def _format(options: argparse.Namespace) -> str:
     """Return the format of the file, which --format and its ending must not contradict."""
     ending = Path(options.output).suffix
     if ending in _TORCHVISION:
-        raise UserError(f"--output={options.output} is for torchvision; maskrcnn-jax export-torchvision writes it")
+        raise UserError(
+            f"--output={options.output} is for torchvision; maskrcnn-jax export-torchvision writes .pth and "
+            ".safetensors"
+        )
     by_ending = next((form for form, known in ENDINGS.items() if known == ending), None)
     if by_ending is None:
         raise UserError(

@@ -146,5 +146,4 @@ _READERS = {".safetensors": _read_safetensors, ".pth": _read_torch, ".pt": _read
 _WRITERS: dict[str, Callable[[dict[str, np.ndarray]], bytes]] = {
     ".safetensors": safetensors.numpy.save,
     ".pth": _to_torch,
-    ".pt": _to_torch,
 }

@@ -20,7 +20,7 @@ from tests.models.tiny import tiny_model
         ),
         (["--output=x.mrcnn", "--format=onnx"], "contradicts --output=x.mrcnn; .* end in .onnx"),
         (["--output=x.pb"], "--output=x.pb ends in .pb; use .onnx for ONNX or .mrcnn for StableHLO"),
-        (["--output=x.pth"], "--output=x.pth is for torchvision; maskrcnn-jax export-torchvision writes it"),
+        (["--output=x.pth"], "--output=x.pth is for torchvision; maskrcnn-jax export-torchvision writes .pth"),
         (["--output=x"], "--output=x ends in nothing; use .onnx"),
         (["--output=x.onnx", "--int8"], "measures the ranges of activations on images; give a dataset, --coco_dir"),
         (["--output=x.onnx", "--coco_dir=data"], "give one of them, or use eval"),
