@@ -25,6 +25,7 @@ from maskrcnn_jax.inference.runtimes import load_onnx
 from maskrcnn_jax.inference.views import Augmentation
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
+from maskrcnn_jax.ops.precision import bfloat16_is_faster
 from maskrcnn_jax.options import ModelOptions, Options
 from maskrcnn_jax.paths import absolute, as_path, expand
 from maskrcnn_jax.run_folder import SPLIT_FILE, has_checkpoint, load_model, load_options, locked
@@ -59,7 +60,8 @@ def load(
         categories: What the labels of the weights mean, or a categories.json. Defaults to those of ``config`` if it is
             the folder of a run, else to COCO's.
         runtime: Of an .onnx file: "openvino" or "onnxruntime"; the first of them that is installed if not given.
-        bf16: Let OpenVINO compute an .onnx file in bfloat16.
+        bf16: Compute in bfloat16: in OpenVINO, for an .onnx file, or in JAX, unless the processor is slower with it;
+            a warning says when it is float32 all the same.
 
     Raises:
         UserError: if one of these does not exist or they do not fit each other.
@@ -75,14 +77,12 @@ def load(
         if config is not None or categories is not None:
             raise UserError(f"{source} has its own config and categories; leave them out")
         return load_onnx(source, runtime=runtime, bf16=bf16)
-    if runtime is not None or bf16:
-        raise UserError(
-            f"{source} runs in JAX; runtime and bf16 are for .onnx files, which maskrcnn-jax export writes"
-        )
+    if runtime is not None:
+        raise UserError(f"{source} runs in JAX; runtimes are for .onnx files, which maskrcnn-jax export writes")
     if as_path(source).is_dir():
         if categories is not None:
             raise UserError(f"categories are for weights; the run in {source} has its own")
-        options = load_options(source) if config is None else find_options(config)
+        options = _in_bfloat16(load_options(source) if config is None else find_options(config), bf16)
         network, categories = load_model(source, options, checkpoint=str(checkpoint))
         return Predictor(network, categories, options)
     if not as_path(source).suffix and not is_name(source):
@@ -95,8 +95,17 @@ def load(
         raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")
     if categories is None and isinstance(config, str | os.PathLike) and as_path(config).is_dir():
         categories = as_path(config) / "categories.json"
-    options = find_options(published if config is None else config)
+    options = _in_bfloat16(find_options(published if config is None else config), bf16)
     return Predictor(*_load_weights(source, options, categories), options)
+
+
+def _in_bfloat16(options: Options, wanted: bool) -> Options:
+    """Return the options with which a network computes in bfloat16, if that is wanted and faster."""
+    if wanted and not bfloat16_is_faster():
+        _log.warning("bfloat16 is slower than float32 on this processor; the model computes in float32")
+    elif wanted:
+        return dataclasses.replace(options, model=dataclasses.replace(options.model, dtype="bfloat16"))
+    return options
 
 
 def train(

@@ -37,7 +37,18 @@ ALLOWED = {
     | {"config", "data", "distributed", "gallery", "inference", "models", "ops", "page", "run_folder", "weights"}
     | {"__version__"},
     "api": _LEAVES
-    | {"config", "data", "distributed", "evaluation", "inference", "models", "run_folder", "training", "weights"},
+    | {
+        "config",
+        "data",
+        "distributed",
+        "evaluation",
+        "inference",
+        "models",
+        "ops",
+        "run_folder",
+        "training",
+        "weights",
+    },
     "commands": _LEAVES
     | {"api", "checking", "config", "converting", "data", "distributed", "evaluation", "exporting", "inference"}
     | {"models", "ops", "run_folder", "serving", "training", "weights"}

@@ -167,10 +167,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of running an exported ONNX file; ``load`` reads them."""
-    group = parser.add_argument_group("an .onnx file")
-    group.add_argument("--runtime", choices=("openvino", "onnxruntime"), help="what runs it; openvino if installed")
-    group.add_argument("--bf16", action="store_true", help="compute in bfloat16, with openvino")
+    """Add the options of how a model is computed; ``load`` reads them."""
+    parser.add_argument(
+        "--runtime", choices=("openvino", "onnxruntime"), help="what runs an .onnx file; openvino if installed"
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, in JAX or openvino")
 
 
 def at_least(low: int):

@@ -11,9 +11,10 @@ from maskrcnn_jax.models.initializers import Initializer, kaiming_uniform
 from maskrcnn_jax.ops.convolution import conv2d, depthwise_conv2d
 from maskrcnn_jax.ops.cpu.relu import relu as relu
 from maskrcnn_jax.ops.devices import sum_over_devices
+from maskrcnn_jax.ops.matmul import matmul
 from maskrcnn_jax.ops.max_pool import max_pool as max_pool
 from maskrcnn_jax.ops.normalization import batch_norm, group_norm, normalize
-from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
+from maskrcnn_jax.ops.precision import at_least_float32
 
 default_init = kaiming_uniform(1.0)
 NUM_GROUPS = 32  # Sec. 4.1, Group Normalization; detectron2's too
@@ -34,7 +35,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*shape K"]) -> Float[Array, "*shape C"]:  # type: ignore[override]
         """Apply to x in the compute dtype."""
-        products = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=PRECISION)
+        products = matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return add_bias(products, self.bias[...])  # type: ignore[index]
 
 

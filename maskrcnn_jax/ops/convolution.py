@@ -1,8 +1,9 @@
 """Convolutions that keep the size up to their stride, in the form that is fast on the platform they run on.
 
 XLA's convolutions are good on accelerators; there, only the first convolution and those of 1x1 have another form. On
-CPUs the forms of ops/cpu/ are faster: Winograd's algorithm for wide 3x3 convolutions, gradients in one layout for the
-others, shifted products for depthwise ones. This module alone decides which form runs.
+CPUs the forms of ops/cpu/ are faster: Winograd's algorithm for wide 3x3 convolutions, or strips of products where the
+processor multiplies bfloat16, gradients in one layout for the others, shifted products for depthwise ones. This module
+alone decides which form runs.
 """
 
 import functools
@@ -12,13 +13,16 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from maskrcnn_jax.ops.cpu import bfloat16
 from maskrcnn_jax.ops.cpu.depthwise import depthwise, depthwise_gradients
 from maskrcnn_jax.ops.cpu.gradients import input_gradient, kernel_gradient
 from maskrcnn_jax.ops.cpu.winograd import conv3x3
+from maskrcnn_jax.ops.matmul import matmul
 from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
-# Channels from which Winograd's transforms cost less than the products they save. Measured with 32, 64, 128 and 256.
-_WINOGRAD_CHANNELS = 128
+# Channels from which Winograd's transforms cost less than the products they save, and from which strips of products
+# beat XLA's convolution. Measured with 32, 64, 128 and 256.
+_WIDE_CHANNELS = 128
 # Inputs with more channels than these are no images.
 _FEW_CHANNELS = 8
 
@@ -34,6 +38,8 @@ def conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"], *, strid
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C].
     """
+    if len(kernel) == 1 and x.dtype == jnp.bfloat16 and bfloat16.has_products():
+        return matmul(x[:, ::stride, ::stride], kernel[0, 0])
     return _traced_once(x, kernel, stride)
 
 
@@ -45,6 +51,9 @@ def _conv2d(x, kernel, stride):
     direct = functools.partial(_direct, stride=stride)
     if _suits_blocks(x, kernel, stride):
         return jax.lax.platform_dependent(x, kernel, cpu=direct, default=_by_blocks)
+    if _suits_strips(x, kernel):
+        strips = functools.partial(bfloat16.convolve, stride=stride)
+        return jax.lax.platform_dependent(x, kernel, cpu=strips, default=direct)
     if _suits_winograd(x, kernel, stride):
         return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=direct)
     return direct(x, kernel)
@@ -70,6 +79,8 @@ def _backward(stride, residuals, gradient):
         direct, cpu = (pull_back(functools.partial(form, stride=stride)) for form in (_product, _flat_product))
     elif _suits_blocks(x, kernel, stride):
         direct = pull_back(_by_blocks)
+    elif _suits_strips(x, kernel) and stride == 1:
+        cpu = bfloat16.conv3x3_gradients
     elif _suits_winograd(x, kernel, stride):
         cpu = pull_back(_winograd)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=direct)
@@ -113,11 +124,18 @@ def _by_blocks(x, kernel):
     return jax.lax.conv_general_dilated(blocks, window, (1, 1), padding, dimension_numbers=layout, precision=PRECISION)
 
 
-def _suits_winograd(x, kernel, stride):
+def _is_wide(x, kernel):
     # The strips depend on the number of maps, which is a symbol in exported programs.
     countable = not jax.export.is_symbolic_dim(x.shape[0])
-    large = min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
-    return kernel.shape[0] == 3 and stride == 1 and large and countable
+    return len(kernel) == 3 and min(kernel.shape[2:]) >= _WIDE_CHANNELS and countable
+
+
+def _suits_strips(x, kernel):
+    return _is_wide(x, kernel) and x.dtype == jnp.bfloat16 and bfloat16.has_tiles()
+
+
+def _suits_winograd(x, kernel, stride):
+    return _is_wide(x, kernel) and stride == 1
 
 
 def _winograd(x, kernel):
@@ -140,7 +158,7 @@ def patch_conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"]) ->
     height, width = (size // side for size in x.shape[1:3])
     patches = x[:, : height * side, : width * side].reshape(-1, height, side, width, side, channels)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, side * side * channels)
-    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=PRECISION)
+    return matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
 
 
 def depthwise_conv2d(

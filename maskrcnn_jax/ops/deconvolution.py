@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maskrcnn_jax.ops.cpu.relu import relu
+from maskrcnn_jax.ops.matmul import matmul
 from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 # RoIs per image that are enlarged at once.
@@ -85,8 +86,7 @@ def product(equation: str, *arrays: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _enlarge(x, kernel, bias):
     """Return the positive part of the deconvolution of x [B, R, h, w, K], [B, R, h, w, 2, 2, K2]."""
-    enlarged = jnp.einsum("brhwl,lijk->brhwijk", x, kernel, precision=PRECISION)
-    return relu(enlarged + bias.reshape(1, 1, 1, 1, 1, 1, -1))
+    return relu(matmul(x, kernel) + bias.reshape(1, 1, 1, 1, 1, 1, -1))
 
 
 def _cut(array):

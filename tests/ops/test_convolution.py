@@ -60,7 +60,7 @@ def test_every_form_is_the_convolution(size, stride, shape, monkeypatch):
     with jax.enable_x64(True):
         x, kernel = draw(shape, (size, size, 3, 4))
         assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
-        monkeypatch.setattr(convolution, "_WINOGRAD_CHANNELS", 1)
+        monkeypatch.setattr(convolution, "_WIDE_CHANNELS", 1)
         assert_same(functools.partial(conv2d, stride=stride), reference, x, kernel, 1e-13)
 
 
