@@ -166,7 +166,8 @@ class ModelOptions(Checked):
     remat: bool = option(False, "recompute the backbone in the backward pass: less memory, more time")
     dtype: str = option(
         "float32",
-        "dtype of convolutions and matrix products; parameters are at least float32. float16 scales the loss",
+        "dtype of convolutions and matrix products; parameters are at least float32. bfloat16 is faster on TPUs, GPUs "
+        "and CPUs with AMX. float16 scales the loss",
         choices=("float32", "bfloat16", "float16", "float64"),
     )
 

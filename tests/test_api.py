@@ -274,6 +274,17 @@ def test_a_checkpoint_is_chosen_by_its_step(model, place, paths):
         mr.load(place / "run", checkpoint=7)
 
 
+@pytest.mark.parametrize(("is_faster", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_is_used_where_it_is_faster(model, place, paths, monkeypatch, caplog, is_faster, dtype):
+    monkeypatch.setattr("maskrcnn_jax.api.bfloat16_is_faster", lambda: is_faster)
+    half = mr.load(place / "run", bf16=True)
+    assert half.options.model.dtype == half.network.dtype.name == dtype
+    assert ("computes in float32" in caplog.text) is not is_faster
+    found, wanted = half.predict(paths[0], min_score=0), model.predict(paths[0], min_score=0)
+    assert np.isfinite(found.boxes).all()
+    np.testing.assert_allclose(found.scores[:5], wanted.scores[:5], atol=0.02)
+
+
 def test_what_cannot_be_loaded_is_one_sentence(place):
     with pytest.raises(UserError, match="nowhere is neither the folder of a run, a file of weights nor"):
         mr.load(place / "nowhere")

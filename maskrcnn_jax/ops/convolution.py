@@ -17,7 +17,7 @@ from maskrcnn_jax.ops.cpu import bfloat16
 from maskrcnn_jax.ops.cpu.depthwise import depthwise, depthwise_gradients
 from maskrcnn_jax.ops.cpu.gradients import input_gradient, kernel_gradient
 from maskrcnn_jax.ops.cpu.winograd import conv3x3
-from maskrcnn_jax.ops.matmul import matmul
+from maskrcnn_jax.ops.matmul import matmul, matmul_on_cpu
 from maskrcnn_jax.ops.precision import PRECISION, at_least_float32
 
 # Channels from which Winograd's transforms cost less than the products they save, and from which strips of products
@@ -38,8 +38,6 @@ def conv2d(x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"], *, strid
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C].
     """
-    if len(kernel) == 1 and x.dtype == jnp.bfloat16 and bfloat16.has_products():
-        return matmul(x[:, ::stride, ::stride], kernel[0, 0])
     return _traced_once(x, kernel, stride)
 
 
@@ -51,11 +49,9 @@ def _conv2d(x, kernel, stride):
     direct = functools.partial(_direct, stride=stride)
     if _suits_blocks(x, kernel, stride):
         return jax.lax.platform_dependent(x, kernel, cpu=direct, default=_by_blocks)
-    if _suits_strips(x, kernel):
-        strips = functools.partial(bfloat16.convolve, stride=stride)
-        return jax.lax.platform_dependent(x, kernel, cpu=strips, default=direct)
-    if _suits_winograd(x, kernel, stride):
-        return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=direct)
+    if _is_wide(x, kernel, stride):
+        wide = functools.partial(_wide, stride=stride)
+        return jax.lax.platform_dependent(x, kernel, cpu=wide, default=direct)
     return direct(x, kernel)
 
 
@@ -79,10 +75,8 @@ def _backward(stride, residuals, gradient):
         direct, cpu = (pull_back(functools.partial(form, stride=stride)) for form in (_product, _flat_product))
     elif _suits_blocks(x, kernel, stride):
         direct = pull_back(_by_blocks)
-    elif _suits_strips(x, kernel) and stride == 1:
-        cpu = bfloat16.conv3x3_gradients
-    elif _suits_winograd(x, kernel, stride):
-        cpu = pull_back(_winograd)
+    elif _is_wide(x, kernel, stride) and stride == 1:
+        cpu = bfloat16.conv3x3_gradients if _has_strips(x) else pull_back(_winograd)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=direct)
 
 
@@ -97,7 +91,7 @@ def _product(x, kernel, stride):
 def _flat_product(x, kernel, stride):
     """Apply a 1x1 convolution as a product with the flattened map: with more axes, its gradient is slower on CPUs."""
     x = x[:, ::stride, ::stride]
-    products = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=PRECISION)
+    products = matmul_on_cpu(x.reshape(-1, x.shape[-1]), kernel[0, 0])
     return products.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -124,18 +118,22 @@ def _by_blocks(x, kernel):
     return jax.lax.conv_general_dilated(blocks, window, (1, 1), padding, dimension_numbers=layout, precision=PRECISION)
 
 
-def _is_wide(x, kernel):
+def _is_wide(x, kernel, stride):
     # The strips depend on the number of maps, which is a symbol in exported programs.
     countable = not jax.export.is_symbolic_dim(x.shape[0])
-    return len(kernel) == 3 and min(kernel.shape[2:]) >= _WIDE_CHANNELS and countable
+    large = min(kernel.shape[2:]) >= _WIDE_CHANNELS
+    return len(kernel) == 3 and large and countable and (stride == 1 or x.dtype == jnp.bfloat16)
 
 
-def _suits_strips(x, kernel):
-    return _is_wide(x, kernel) and x.dtype == jnp.bfloat16 and bfloat16.has_tiles()
+def _has_strips(x):
+    return x.dtype == jnp.bfloat16 and bfloat16.has_tiles()
 
 
-def _suits_winograd(x, kernel, stride):
-    return _is_wide(x, kernel) and stride == 1
+def _wide(x, kernel, stride):
+    """Apply a wide 3x3 convolution on a CPU."""
+    if _has_strips(x):
+        return bfloat16.convolve(x, kernel, stride=stride)
+    return _winograd(x, kernel) if stride == 1 else _direct(x, kernel, stride)
 
 
 def _winograd(x, kernel):

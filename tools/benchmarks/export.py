@@ -1,5 +1,6 @@
 """Exported models in runtimes for CPUs, beside our model in JAX and torchvision's own export in the same runtimes."""
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from maskrcnn_jax.exporting.onnx_file import export_onnx
 from maskrcnn_jax.inference.detect import make_detect
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.inference.runtimes import OnnxDetect, has_bfloat16, import_openvino
+from maskrcnn_jax.ops.precision import bfloat16_is_faster
 from maskrcnn_jax.options import Options
 from tools.benchmarks.inputs import Settings, make_model, pad_images, read_photos
 from tools.benchmarks.timing import Row, Spread, measure
 
-JAX, AUTOCAST = "JAX, float32", "torch autocast, bf16"
+JAX, JAX_BF16, AUTOCAST = "JAX, float32", "JAX, bf16", "torch autocast, bf16"
 SAME_PIXELS, SAME_SCORE, SAME_SHARE = 0.05, 1e-3, 0.98
 
 
@@ -42,6 +44,9 @@ def run(settings: Settings) -> list[Row]:
     detect = make_detect(model)
     with tempfile.TemporaryDirectory() as folder:
         contenders: dict[str, Callable] = {JAX: lambda: detect(images, sizes)}
+        if bfloat16_is_faster():
+            half = make_model(dataclasses.replace(settings, dtype="bfloat16"), arrays, box_score_thresh=threshold)
+            contenders[JAX_BF16] = functools.partial(make_detect(half), images, sizes)
         contenders |= _ours(model, images, sizes, Path(folder) / "ours.onnx", settings)
         if torch_model is not None:
             torch_model.roi_heads.score_thresh = threshold
@@ -52,15 +57,17 @@ def run(settings: Settings) -> list[Row]:
 
 
 def _rows(times: dict[str, Spread], said: dict) -> list[Row]:
-    """Return a row for each runtime, and for OpenVINO beside what needs no runtime."""
+    """Return a row for each runtime, and for OpenVINO and JAX in bf16 beside what needs no runtime."""
     rows = []
     for name in runtimes():
         theirs = times.get(_of_torchvision(name))
         rows.append(Row(f"export, {name}", times[name], theirs, theirs and "torchvision's export", settings=said))
-    for name, (runtime, _) in runtimes().items():
+    alone = [f"export, {name}" for name, (runtime, _) in runtimes().items() if runtime == "openvino"] + [JAX_BF16]
+    for title in alone:
+        name = title.removeprefix("export, ")
         for other in (JAX, AUTOCAST):
-            if runtime == "openvino" and other in times:
-                rows.append(Row(f"export, {name}, beside {other}", times[name], times[other], other, settings=said))
+            if name in times and other in times:
+                rows.append(Row(f"{title}, beside {other}", times[name], times[other], other, settings=said))
     return rows
 
 
@@ -103,7 +110,7 @@ def _theirs(torch_model, images: np.ndarray, sizes: np.ndarray, path: Path) -> d
     from tools.benchmarks import reference
     from tools.benchmarks.torchvision_onnx import export_torchvision
 
-    variant = reference.Variant("", torch_model.eval(), torch.channels_last, False)
+    variant = reference.Variant("", torch_model.eval(), torch.channels_last, autocast=True)
     inputs = reference.image_list(images, sizes, variant)
     export_torchvision(torch_model, inputs, path)
     pixels = np.ascontiguousarray(inputs.tensors.numpy())
@@ -111,13 +118,8 @@ def _theirs(torch_model, images: np.ndarray, sizes: np.ndarray, path: Path) -> d
         _of_torchvision(name): functools.partial(_start(path, runtime, bf16), pixels)
         for name, (runtime, bf16) in runtimes().items()
     }
-    model = torch_model.to(memory_format=torch.channels_last)
-
-    def autocast():
-        with torch.autocast("cpu", torch.bfloat16):
-            return reference.detect(variant._replace(model=model), inputs)
-
-    return calls | {AUTOCAST: autocast}
+    moved = variant._replace(model=torch_model.to(memory_format=torch.channels_last))
+    return calls | {AUTOCAST: functools.partial(reference.detect, moved, inputs)}
 
 
 def _start(path: Path, runtime: str, bf16: bool) -> Callable:

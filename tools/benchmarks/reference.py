@@ -23,11 +23,11 @@ class Variant(NamedTuple):
     name: str
     model: torch.nn.Module
     memory_format: torch.memory_format
-    autocast: bool  # bf16, on a GPU
+    autocast: bool  # to bf16
 
     def context(self):
         """Return the context that its forward passes run in."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(torch_device(), torch.bfloat16, enabled=self.autocast)
 
 
 def torch_device() -> str:
@@ -73,7 +73,7 @@ def make_variants(model: torch.nn.Module, settings: Settings) -> list[Variant]:
     torch.backends.cudnn.benchmark = True
     for layout, memory_format in MEMORY_FORMATS.items():
         moved = copy.deepcopy(model).to(device).to(memory_format=memory_format)
-        for autocast in {False, settings.dtype == "bfloat16"} if device == "cuda" else {False}:
+        for autocast in {False, settings.dtype == "bfloat16"}:
             name = f"{reference_name()}, {layout}" + (", autocast" if autocast else "")
             name += f", {torch.get_num_threads()} threads" if device == "cpu" else ""
             variants.append(Variant(name, moved, memory_format, autocast))

@@ -42,18 +42,24 @@ def has_tiles() -> bool:
     return "amx_bf16" in _processor()[1]
 
 
+@jax.custom_vjp
 def matmul(x: BFloat16[Array, "*B K"], kernel: BFloat16[Array, "K ..."]) -> BFloat16[Array, "..."]:
     """Contract the last axis of x with the first of kernel; sums are in float32, and rounded once."""
     return _wide_product(x, kernel).astype(x.dtype)
 
 
-def matmul_gradients(
-    x: BFloat16[Array, "*B K"], kernel: BFloat16[Array, "K ..."], gradient: BFloat16[Array, "..."]
-) -> tuple[BFloat16[Array, "*B K"], BFloat16[Array, "K ..."]]:
-    """Return the gradients of x and kernel from that of the result."""
+def _matmul_forward(x, kernel):
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, gradient):
+    x, kernel = residuals
     rows, columns = x.reshape(-1, x.shape[-1]), kernel.reshape(len(kernel), -1)
     gradient = gradient.reshape(len(rows), -1)
     return matmul(gradient, columns.T).reshape(x.shape), matmul(rows.T, gradient).reshape(kernel.shape)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def convolve(
