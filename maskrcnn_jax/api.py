@@ -19,7 +19,7 @@ from maskrcnn_jax.distributed import gather, is_first
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.evaluation.coco_metrics import format_table
 from maskrcnn_jax.evaluation.evaluator import Evaluation, Evaluator
-from maskrcnn_jax.inference.detect import Detect, with_options
+from maskrcnn_jax.inference.detect import with_options
 from maskrcnn_jax.inference.predictor import Predictor
 from maskrcnn_jax.inference.runtimes import load_onnx
 from maskrcnn_jax.inference.views import Augmentation
@@ -212,11 +212,7 @@ def evaluate(
         model.options, coco_dir=dataset, split=split, limit=limit, max_detections=max_detections
     )
     evaluator = Evaluator(options, model.categories)
-    if tta is not None:
-        network = with_options(model.network, options.model)
-        evaluation = evaluator.evaluate_augmented(network, Augmentation.parse(tta))
-    else:
-        evaluation = evaluator(for_evaluation(model, options.model))
+    evaluation = measure(evaluator, model, options.model, None if tta is None else Augmentation.parse(tta))
     if output is not None:
         evaluator.write(expand(output), evaluation)
     return evaluation
@@ -250,17 +246,21 @@ def evaluation_options(
     return dataclasses.replace(options, data=data, model=network, eval_train_limit=0)
 
 
-def for_evaluation(model: Predictor, options: ModelOptions) -> MaskRCNN | Detect:
-    """Return what an ``Evaluator`` takes: the network with these options, or an exported file, which has its own.
+def measure(
+    evaluator: Evaluator, model: Predictor, options: ModelOptions, augmentation: Augmentation | None
+) -> Evaluation:
+    """Evaluate the network of a model with these options, or an exported file, which has its own.
 
     Raises:
         UserError: if an exported file has others.
     """
+    if augmentation is not None:
+        return evaluator.evaluate_augmented(with_options(model.network, options), augmentation)
     if model.has_network:
-        return with_options(model.network, options)
+        return evaluator(with_options(model.network, options))
     if options != model.options.model:
         raise UserError("an exported file finds as many detections as it was exported for; leave max_detections out")
-    return model.detect
+    return evaluator(model.detect)
 
 
 def find_options(config: Config) -> Options:

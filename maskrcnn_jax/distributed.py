@@ -30,13 +30,13 @@ def join(
     Processes that ``srun``, ``mpirun`` or GKE's TPU slices started find each other by themselves.
 
     Args:
-      coordinator_address: host:port of process 0.
-      num_processes: of the job.
-      process_id: of this one, from 0.
-      search: let JAX look for the others, as on the workers of a Cloud TPU.
+        coordinator_address: host:port of process 0.
+        num_processes: of the job.
+        process_id: of this one, from 0.
+        search: let JAX look for the others, as on the workers of a Cloud TPU.
 
     Raises:
-      UserError: when some of the first three are given and others not, or the others cannot be reached.
+        UserError: when some of the first three are given and others not, or the others cannot be reached.
     """
     given = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in given):
@@ -82,7 +82,7 @@ def gather(value) -> list:
     """Return the values of all processes, in their order, to each of them; all must call this together.
 
     Args:
-      value: of this process; anything that JSON holds.
+        value: of this process; anything that JSON holds.
     """
     if jax.process_count() == 1:
         return [value]
@@ -134,10 +134,10 @@ def state_layout(state, mesh: Mesh, *, shard: bool):
     """Return the layout of each array of a training state.
 
     Args:
-      state: tree of arrays, or of their shapes and dtypes.
-      mesh: of all devices.
-      shard: split each array along the longest of its axes that the devices can share, where there is one, instead of
-        keeping a copy on every device.
+        state: tree of arrays, or of their shapes and dtypes.
+        mesh: of all devices.
+        shard: split each array along the longest of its axes that the devices can share, where there is one, instead
+            of keeping a copy on every device.
     """
 
     def layout(array):
@@ -166,8 +166,8 @@ def place_locally(state, mesh: Mesh):
     """Put a tree of arrays, wherever they lie, whole on every device of this process; all processes do so together.
 
     Args:
-      state: tree of arrays.
-      mesh: as make_local_mesh returns it.
+        state: tree of arrays.
+        mesh: as make_local_mesh returns it.
     """
     if not all(array.is_fully_addressable for array in jax.tree.leaves(state)):
         whole = jax.jit(lambda tree: tree, out_shardings=replicated(make_mesh()))(state)
@@ -196,10 +196,10 @@ def on_each_device(function: Callable, mesh: Mesh, *, returns_rows: bool) -> Cal
     that can be changed in place. If the devices cannot share the rows evenly, each computes all of them.
 
     Args:
-      function: takes a tree of arrays that every device has whole, and one of arrays [B, ...]. It exchanges values
-        with the other devices by ``ops.devices`` only.
-      mesh: of the devices.
-      returns_rows: whether the result has a row for each row of the batch; otherwise all devices return the same.
+        function: takes a tree of arrays that every device has whole, and one of arrays [B, ...]. It exchanges values
+          with the other devices by ``ops.devices`` only.
+        mesh: of the devices.
+        returns_rows: whether the result has a row for each row of the batch; otherwise all devices return the same.
     """
     rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
     divided = jax.shard_map(

@@ -93,8 +93,8 @@ def violations(source: str, module: str) -> list[str]:
     """Return what a module of the package imports although its part may not.
 
     Args:
-      source: text of the module.
-      module: dotted name, such as maskrcnn_jax.ops.boxes.
+        source: text of the module.
+        module: dotted name, such as maskrcnn_jax.ops.boxes.
     """
     part = module.split(".")[1]
     if part not in ALLOWED:

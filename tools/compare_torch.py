@@ -62,19 +62,19 @@ def compare(
     """Compare a model of ours with torchvision's; JAX must allow float64 if that is the dtype.
 
     Args:
-      options: of our model.
-      images: [h, w, 3] uint8 RGB, of any sizes.
-      num_classes: background included.
-      dtype: "float32" or "float64".
-      weights: torchvision's state dict; None draws seeded random weights.
-      batch_size: images in each forward pass.
-      min_size: of the shorter side after resizing, pixels.
-      max_size: of the longer one.
-      num_steps: of each optimizer, in float64; 0 leaves losses and gradients out too.
-      seed: of weights, objects and sampling.
+        options: of our model.
+        images: [h, w, 3] uint8 RGB, of any sizes.
+        num_classes: background included.
+        dtype: "float32" or "float64".
+        weights: torchvision's state dict; None draws seeded random weights.
+        batch_size: images in each forward pass.
+        min_size: of the shorter side after resizing, pixels.
+        max_size: of the longer one.
+        num_steps: of each optimizer, in float64; 0 leaves losses and gradients out too.
+        seed: of weights, objects and sampling.
 
     Returns:
-      All that was compared.
+        All that was compared.
     """
     reference = build_reference(options, num_classes, min_size=min_size, max_size=max_size, dtype=dtype)
     if weights is None:

@@ -56,7 +56,7 @@ def chosen_runs(options: argparse.Namespace) -> list:
     """Return the trainings that the options ask for, each once.
 
     Raises:
-      UserError: for a row or a comparison that does not exist.
+        UserError: for a row or a comparison that does not exist.
     """
     wrong = [field for field in options.set if "=" not in field]
     if wrong:

@@ -177,14 +177,14 @@ def build_reference(
     """Build torchvision's MaskRCNN with the options of ours.
 
     Args:
-      options: of our model; widths may be smaller than torchvision's.
-      num_classes: background included.
-      min_size: of the shorter side after resizing, pixels.
-      max_size: of the longer one.
-      dtype: of the parameters.
+        options: of our model; widths may be smaller than torchvision's.
+        num_classes: background included.
+        min_size: of the shorter side after resizing, pixels.
+        max_size: of the longer one.
+        dtype: of the parameters.
 
     Returns:
-      A model with torchvision's initial values, in training mode.
+        A model with torchvision's initial values, in training mode.
     """
     import_torchvision()
     from torchvision.models.detection.anchor_utils import AnchorGenerator

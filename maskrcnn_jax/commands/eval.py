@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> None:
         raise UserError("--weights needs --output, a folder for the results")
     if options.compare and not options.report:
         raise UserError("--compare shows another run in the report; give --report=FILE too")
-    from maskrcnn_jax.api import evaluation_options, for_evaluation, with_options
+    from maskrcnn_jax.api import evaluation_options, measure
     from maskrcnn_jax.distributed import is_first
     from maskrcnn_jax.evaluation.coco_metrics import format_table
     from maskrcnn_jax.evaluation.evaluator import Evaluator
@@ -80,10 +80,7 @@ def main(options: argparse.Namespace) -> None:
     other = None
     if options.compare and is_first():
         other = read_run(options.compare, evaluator.truth, chosen.model.box_detections_per_img)
-    if augmentation:
-        evaluation = evaluator.evaluate_augmented(with_options(model.network, chosen.model), augmentation)
-    else:
-        evaluation = evaluator(for_evaluation(model, chosen.model))
+    evaluation = measure(evaluator, model, chosen.model, augmentation)
     output = as_path(options.output or options.workdir)
     make_folder(output)
     evaluator.write(output, evaluation)

@@ -59,7 +59,7 @@ class _BatchReader:
     process_rows: slice  # of every batch, those of this process
 
     def __call__(self, step: int) -> Batch | Exception:
-        """Reads a batch; a problem of the user's is returned, since processes would drop part of a raised one."""
+        """Read a batch; a problem of the user's is returned, since processes would drop part of a raised one."""
         images, padded_size = self.plan.step(step)
         batch = self._empty(len(images[self.process_rows]), padded_size)
         epoch, step = divmod(step, self.plan.steps_per_epoch)
@@ -247,7 +247,7 @@ class Loader:
 
 
 def _copy(batch: Batch) -> Batch:
-    """Copies a batch out of memory shared with a worker, which is freed badly if somebody holds it to the end."""
+    """Copy a batch out of memory shared with a worker, which is freed badly if somebody holds it to the end."""
     gt = batch.gt and GroundTruth(*(array if array is None else np.array(array) for array in batch.gt))
     return Batch._make([*map(np.array, batch[:-1]), gt])
 

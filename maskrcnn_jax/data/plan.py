@@ -47,7 +47,7 @@ def training_buckets(options: DataOptions) -> list[tuple[int, int]]:
 
 
 def padded_size(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the (height, width) of the smallest bucket that holds an image, or its own multiple of 32."""
+    """Return the (height, width) of the smallest bucket that holds an image, or its own multiple of 32."""
     fitting = (bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width)
     return next(fitting, (_round_up(height), _round_up(width)))
 
@@ -62,7 +62,7 @@ def _round_up(length: float | np.ndarray) -> int | np.ndarray:
 
 
 def training_subset(index: CocoDataset, limit: int, seed: int) -> np.ndarray:
-    """Picks the first ``limit`` images of a seeded shuffle, so that a smaller subset is part of every larger one.
+    """Pick the first ``limit`` images of a seeded shuffle, so that a smaller subset is part of every larger one.
 
     Returns:
         Rows of the index, [min(limit, N)] int64 in ascending order; all of them if ``limit`` is 0.
@@ -124,7 +124,7 @@ class Plan:
         seed: int,
         repeats: np.ndarray | None = None,
     ):
-        """Assigns every image to the smallest bucket that holds it.
+        """Assign every image to the smallest bucket that holds it.
 
         Args:
             sizes: [N, 2] int, sizes of all images of the dataset after resizing.
@@ -159,14 +159,14 @@ class Plan:
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     def step(self, step: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the images of a step, [batch_size] rows of the index or -1, and their padded (height, width)."""
+        """Return the images of a step, [batch_size] rows of the index or -1, and their padded (height, width)."""
         epoch, step = divmod(step, self.steps_per_epoch)
         images, buckets = self._epoch(epoch)
         height, width = self._buckets[buckets[step]]
         return images[step], (int(height), int(width))
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the images [steps, batch_size] and the buckets [steps] of an epoch."""
+        """Return the images [steps, batch_size] and the buckets [steps] of an epoch."""
         # The trailing zero keeps this stream apart from those of the samples, whose last number is never zero.
         rng = np.random.default_rng([self.seed, epoch, 0])
         order = rng.permutation(len(self._images)) if self.shuffle else np.arange(len(self._images))

@@ -70,7 +70,7 @@ class _Object:
 
 
 def _polygon_distance(x: np.ndarray, y: np.ndarray, vertices: np.ndarray) -> np.ndarray:
-    """Computes the signed distance [n] of points from a polygon [V, 2]."""
+    """Compute the signed distance [n] of points from a polygon [V, 2]."""
     squared, inside = np.full(x.shape, np.inf, np.float32), np.zeros(x.shape, bool)
     for (x0, y0), (x1, y1) in zip(vertices.tolist(), np.roll(vertices, -1, axis=0).tolist(), strict=True):
         edge_x, edge_y, to_x, to_y = x1 - x0, y1 - y0, x - x0, y - y0
@@ -83,7 +83,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, vertices: np.ndarray) -> np.
 
 
 def _regular(num: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
-    """Returns the ``num`` vertices of a polygon around the origin whose radii repeat."""
+    """Return the ``num`` vertices of a polygon around the origin whose radii repeat."""
     angles = 2 * np.pi * np.arange(num) / num - np.pi / 2
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.resize(radii, num)[:, None]
 
@@ -101,7 +101,7 @@ def _heart() -> np.ndarray:
 
 
 def _distance(category: int, x: np.ndarray, y: np.ndarray, radius: float, aspect: float) -> np.ndarray:
-    """Computes the signed distance [n] of points from the outline of a class, upright around the origin."""
+    """Compute the signed distance [n] of points from the outline of a class, upright around the origin."""
     name = NAMES[category]
     if name == "circle":
         return np.hypot(x, y) - radius
@@ -120,7 +120,7 @@ def _distance(category: int, x: np.ndarray, y: np.ndarray, radius: float, aspect
 def _make_shape(
     rng: np.random.Generator, size: int, category: int, radius: float, center: tuple[float, float]
 ) -> _Shape | None:
-    """Places a shape with a random tilt; None if the image shows nothing of it."""
+    """Place a shape with a random tilt; None if the image shows nothing of it."""
     angle, aspect = rng.uniform(-_MAX_TILT, _MAX_TILT), rng.uniform(0.4, 1)
     reach = int(np.ceil(1.2 * radius)) + 2
     x0, y0 = int(center[0]) - reach, int(center[1]) - reach
@@ -164,7 +164,7 @@ def _make_object(rng: np.random.Generator, size: int, crowd: bool, names: Sequen
 
 
 def _occlude(objects: list[_Object]) -> list[_Object]:
-    """Computes what is visible, later objects lying on top, and takes out objects that are nearly hidden.
+    """Compute what is visible, later objects lying on top, and take out objects that are nearly hidden.
 
     One object is taken out at a time, because that uncovers others.
     """
@@ -188,7 +188,7 @@ def _occlude(objects: list[_Object]) -> list[_Object]:
 
 
 def _color(rng: np.random.Generator, away_from: np.ndarray | None = None) -> np.ndarray:
-    """Draws a colour, [3] float32 in 0..255, that can be told from another one."""
+    """Draw a colour, [3] float32 in 0..255, that can be told from another one."""
     while True:
         color = rng.uniform(10, 245, 3)
         if away_from is None or np.linalg.norm(color - away_from) > _MIN_CONTRAST:
@@ -196,7 +196,7 @@ def _color(rng: np.random.Generator, away_from: np.ndarray | None = None) -> np.
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draws a pattern, [height, width, 1] float32 in about -1..1."""
+    """Draw a pattern, [height, width, 1] float32 in about -1..1."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period, phase = rng.uniform(0, np.pi), rng.uniform(5, 16), rng.uniform(0, 2 * np.pi)
     ramp = x * np.cos(angle) + y * np.sin(angle)
@@ -224,7 +224,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, size: int, objects: list[_Object]) -> np.ndarray:
-    """Draws the objects over a background, the last one on top; returns [size, size, 3] uint8 RGB."""
+    """Draw the objects over a background, the last one on top; returns [size, size, 3] uint8 RGB."""
     canvas = _background(rng, size)
     for shape in (shape for item in objects for shape in item.shapes):
         patch = canvas[shape.rows, shape.columns]
@@ -239,7 +239,7 @@ def _paint(rng: np.random.Generator, size: int, objects: list[_Object]) -> np.nd
 def draw_image(
     rng: np.random.Generator, size: int, categories: Mapping[str, int] = CATEGORIES
 ) -> tuple[np.ndarray, list[dict]]:
-    """Draws one image.
+    """Draw one image.
 
     Args:
         rng: decides everything.
@@ -301,7 +301,7 @@ def write_dataset(
     categories: Mapping[str, int] = CATEGORIES,
     splits: tuple[str, str] = SPLITS,
 ) -> None:
-    """Writes ``train2017/ val2017/ annotations/instances_{train,val}2017.json``, unless they are there already.
+    """Write ``train2017/ val2017/ annotations/instances_{train,val}2017.json``, unless they are there already.
 
     The folder appears when it is complete, so that an interrupted call leaves nothing that looks like a dataset.
 

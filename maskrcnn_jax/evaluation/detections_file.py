@@ -20,7 +20,7 @@ from maskrcnn_jax.paths import read_bytes
 
 
 def read_results(path: Path, images: Mapping[int, dict], category_ids: Collection[int]) -> list[dict]:
-    """Reads a file of results with boxes and run-length masks.
+    """Read a file of results with boxes and run-length masks.
 
     Args:
         path: the JSON.

@@ -62,12 +62,12 @@ class Evaluator:
         """Read the annotations.
 
         Args:
-          options: Of the run; ``data.eval_split`` is evaluated, its first ``data.eval_limit``
-            images, and ``eval_train_limit`` images of the training subset.
-          categories: what the model's labels mean.
+            options: Of the run; ``data.eval_split`` is evaluated, its first ``data.eval_limit``
+              images, and ``eval_train_limit`` images of the training subset.
+            categories: what the model's labels mean.
 
         Raises:
-          UserError: when the split cannot be read or has categories that the model does not know.
+            UserError: when the split cannot be read or has categories that the model does not know.
         """
         self._options, self._categories = options, categories
         data = options.data

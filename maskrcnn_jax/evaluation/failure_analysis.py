@@ -80,11 +80,11 @@ def average_precision(matched: Sequence[_Matched], weights: np.ndarray) -> float
     """Return COCO's AP, with every image counted as often as its weight says.
 
     Args:
-      matched: an entry per category.
-      weights: [I] how often each image counts; all 1 gives pycocotools' number.
+        matched: an entry per category.
+        weights: [I] how often each image counts; all 1 gives pycocotools' number.
 
     Returns:
-      The mean over categories with objects, thresholds of overlap and 101 recalls; -1 without objects.
+        The mean over categories with objects, thresholds of overlap and 101 recalls; -1 without objects.
     """
     precisions = []
     recalls = np.linspace(0, 1, 101)
@@ -110,10 +110,10 @@ class Errors:
         """Match.
 
         Args:
-          truth: as ``ground_truth`` returns it.
-          results: COCO results.
-          kind: "bbox" or "segm".
-          max_detections: as of ``coco_metrics.evaluate``.
+            truth: as ``ground_truth`` returns it.
+            results: COCO results.
+            kind: "bbox" or "segm".
+            max_detections: as of ``coco_metrics.evaluate``.
         """
         limit = detection_limits(max_detections)[-1]
         self.image_ids = sorted(truth.imgs)

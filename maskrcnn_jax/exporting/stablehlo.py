@@ -55,7 +55,7 @@ def quantize(array: np.ndarray) -> np.ndarray | Int8:
     """Round a weight to 255 levels per output channel; arrays of one axis or few values are returned as they are.
 
     Args:
-      array: [..., K] floating.
+        array: [..., K] floating.
     """
     if array.ndim < 2 or array.size < _MIN_QUANTIZED or not np.issubdtype(array.dtype, np.floating):
         return array

@@ -26,11 +26,11 @@ def prune_channels(network: MaskRCNN, fraction: float) -> MaskRCNN:
     AP of this criterion beside others.
 
     Args:
-      network: with a ResNet.
-      fraction: of the channels between two layers, 0 <= fraction < 1.
+        network: with a ResNet.
+        fraction: of the channels between two layers, 0 <= fraction < 1.
 
     Raises:
-      UserError: for another fraction or backbone, or group norms.
+        UserError: for another fraction or backbone, or group norms.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"the share of channels to prune is {fraction}; use 0 or more and less than 1, such as 0.3")

@@ -37,14 +37,14 @@ class MetricWriter:
         """Open the files.
 
         Args:
-          workdir: of the run.
-          first_step: steps done so far; later ones are forgotten.
-          evaluated: False where an evaluation after these steps is still to come, so that it is forgotten too.
-          active: False for one that writes nothing, in processes beside the one that does.
-          options: of the run, for its tracker.
+            workdir: of the run.
+            first_step: steps done so far; later ones are forgotten.
+            evaluated: False where an evaluation after these steps is still to come, so that it is forgotten too.
+            active: False for one that writes nothing, in processes beside the one that does.
+            options: of the run, for its tracker.
 
         Raises:
-          UserError: when the disk refuses, here and in the methods; when the tracker cannot start.
+            UserError: when the disk refuses, here and in the methods; when the tracker cannot start.
         """
         self._active = active
         if not active:

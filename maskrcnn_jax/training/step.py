@@ -141,15 +141,15 @@ class TrainStep:
         """Take a step.
 
         Args:
-          state: given up: its memory is reused.
-          batch: sharded over the mesh; its size is a multiple of the mesh's times ``accumulate``.
-          key: folded with the step, so that a resumed run draws what it would have drawn.
+            state: given up: its memory is reused.
+            batch: sharded over the mesh; its size is a multiple of the mesh's times ``accumulate``.
+            key: folded with the step, so that a resumed run draws what it would have drawn.
 
         Returns:
-          The next state, and metrics as scalars on the device: the loss terms, their sum "loss", the model's metrics
-          and the norm of the gradient, in which frozen stages do not count. In float16 also the "loss_scale" of this
-          step, and "skipped": 1 where the loss or the gradient was not finite, so that nothing but the number of steps
-          and the loss scale has changed.
+            The next state, and metrics as scalars on the device: the loss terms, their sum "loss", the model's metrics
+            and the norm of the gradient, in which frozen stages do not count. In float16 also the "loss_scale" of this
+            step, and "skipped": 1 where the loss or the gradient was not finite, so that nothing but the number of
+            steps and the loss scale has changed.
         """
         self.compile(state, batch, key)
         return self.programs[_kind(batch)](state, batch, key)

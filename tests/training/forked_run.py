@@ -61,11 +61,11 @@ def start(
     """Start a training on one device.
 
     Args:
-      config: of the run.
-      workdir: likewise.
-      cache: folder of compiled programs.
-      log: what is printed is appended to it; by default it lies beside the workdir.
-      environment: variables to set, since the environment is that of the first process that was forked.
+        config: of the run.
+        workdir: likewise.
+        cache: folder of compiled programs.
+        log: what is printed is appended to it; by default it lies beside the workdir.
+        environment: variables to set, since the environment is that of the first process that was forked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -18,16 +18,16 @@ def run_child(target: str, settings: Settings, *arguments, environment: Mapping[
     """Call a function in a new process.
 
     Args:
-      target: "module:function" of this package; the function takes the settings and the arguments as strings.
-      settings: passed on.
-      arguments: passed on.
-      environment: variables to set.
+        target: "module:function" of this package; the function takes the settings and the arguments as strings.
+        settings: passed on.
+        arguments: passed on.
+        environment: variables to set.
 
     Returns:
-      The dictionary that the function returns.
+        The dictionary that the function returns.
 
     Raises:
-      UserError: if it fails.
+        UserError: if it fails.
     """
     command = [sys.executable, "-m", "tools.benchmarks.child", target, json.dumps(dataclasses.asdict(settings))]
     done = subprocess.run(

@@ -54,7 +54,7 @@ def check(name: str, ours, theirs, atol: float) -> None:
     """Refuse to time two functions that do not give the same.
 
     Raises:
-      UserError: if the arrays differ by more than ``atol``.
+        UserError: if the arrays differ by more than ``atol``.
     """
     ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
     if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=atol):

@@ -142,9 +142,9 @@ def write_html(path: str | Path, rows: Sequence[Row], environment: Mapping) -> N
     """Write one page with a plot and a table of every axis.
 
     Args:
-      path: of the page, which needs no other file.
-      rows: as run yields them.
-      environment: as timing.environment returns it.
+        path: of the page, which needs no other file.
+        rows: as run yields them.
+        environment: as timing.environment returns it.
     """
     sections = {}
     for row in rows:

@@ -11,10 +11,10 @@ def write_docs(path: str | Path, subject: str, rows: Sequence[Row], environment:
     """Put the rows of a subject in place of those that the document has, in the section of the device.
 
     Args:
-      path: a document with the sections "### CPU" and "### GPU", in them "#### subject" for each that was measured.
-      subject: as tools/benchmark.py calls it.
-      rows: what was measured.
-      environment: as timing.environment returns it.
+        path: a document with the sections "### CPU" and "### GPU", in them "#### subject" for each that was measured.
+        subject: as tools/benchmark.py calls it.
+        rows: what was measured.
+        environment: as timing.environment returns it.
     """
     document = Path(path).read_text()
     device = "GPU" if environment["hardware"]["gpu"] else "CPU"

@@ -76,13 +76,13 @@ def measure(
     """Time functions in turns.
 
     Args:
-      contenders: name -> function of no arguments; what it returns is waited for.
-      rounds: calls that count, of each function.
-      warmup: calls before, of each function, that do not count: compilation, caches, buffers.
-      clock: seconds.
+        contenders: name -> function of no arguments; what it returns is waited for.
+        rounds: calls that count, of each function.
+        warmup: calls before, of each function, that do not count: compilation, caches, buffers.
+        clock: seconds.
 
     Returns:
-      Name -> seconds of a call.
+        Name -> seconds of a call.
     """
     for function in contenders.values():
         for _ in range(warmup):

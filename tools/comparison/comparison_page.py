@@ -67,15 +67,15 @@ class Comparison:
         """Compare two arrays; of different shapes, they differ by infinity.
 
         Args:
-          section: of the table.
-          name: of the row.
-          ours: array or number.
-          reference: likewise.
-          tolerance: largest relative difference that passes.
-          absolute: the tolerance limits the absolute difference instead.
-          by_norm: relative is the norm of the difference over that of the reference, instead of the largest difference
-            over the largest value.
-          floor: what a relative difference is relative to at least.
+            section: of the table.
+            name: of the row.
+            ours: array or number.
+            reference: likewise.
+            tolerance: largest relative difference that passes.
+            absolute: the tolerance limits the absolute difference instead.
+            by_norm: relative is the norm of the difference over that of the reference, instead of the largest
+                difference over the largest value.
+            floor: what a relative difference is relative to at least.
         """
         ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
         if ours.shape != reference.shape:

@@ -33,9 +33,9 @@ class TorchImages(Dataset):
         """Read the annotations.
 
         Args:
-          dataset: names the files and the labels of the categories.
-          rows: of its images, [n] int.
-          hflip: probability of a horizontal flip.
+            dataset: names the files and the labels of the categories.
+            rows: of its images, [n] int.
+            hflip: probability of a horizontal flip.
         """
         import_torchvision()
         from torchvision.transforms import v2
@@ -132,18 +132,18 @@ def train_torchvision(
     """Train torchvision's model.
 
     Args:
-      options: of the run.
-      dataset: to train on.
-      rows: of the images of the dataset that take part.
-      initial: state dict to start from.
-      num_steps: of the training.
-      steps_per_epoch: for milestones in epochs; incomplete batches count.
+        options: of the run.
+        dataset: to train on.
+        rows: of the images of the dataset that take part.
+        initial: state dict to start from.
+        num_steps: of the training.
+        steps_per_epoch: for milestones in epochs; incomplete batches count.
 
     Returns:
-      The state dict after training, and the curve: means over the steps since the point before.
+        The state dict after training, and the curve: means over the steps since the point before.
 
     Raises:
-      UserError: if the loss is not finite.
+        UserError: if the loss is not finite.
     """
     torch.manual_seed(options.seed)  # of flips and samples
     data, optim = options.data, options.optim

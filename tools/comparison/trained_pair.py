@@ -54,7 +54,7 @@ def check_options(options: Options) -> None:
     """Check that torchvision can train with these options.
 
     Raises:
-      UserError: names all that it lacks.
+        UserError: names all that it lacks.
     """
     parts = (options, options.model, options.optim, options.data)
     lacking = [f"{name}={value} (set it to {default})" for part in parts for name, value, default in lacked_by(part)]
@@ -77,12 +77,12 @@ def train_pairs(options: Options, workdir: Path, num_seeds: int) -> PairedResult
     """Train both sides with several seeds, or what is left to train of that.
 
     Args:
-      options: of all runs; the seeds are ``options.seed`` and the following ones.
-      workdir: folder of the runs.
-      num_seeds: runs of each side.
+        options: of all runs; the seeds are ``options.seed`` and the following ones.
+        workdir: folder of the runs.
+        num_seeds: runs of each side.
 
     Raises:
-      UserError: if torchvision lacks an option, or the folder holds runs with other options.
+        UserError: if torchvision lacks an option, or the folder holds runs with other options.
     """
     check_options(options)
     changes = changed_options(options, workdir)
@@ -130,12 +130,12 @@ def _finish(folder: Path, options: Options, model: Path, curve: Curve, seconds: 
     """Evaluate a trained model, and write the result of its run.
 
     Args:
-      folder: of the run.
-      options: of the run.
-      model: the folder of a run or a file of weights.
-      curve: of the training.
-      seconds: that the training took; of the last part, where it was interrupted.
-      dataset: that it was trained on.
+        folder: of the run.
+        options: of the run.
+        model: the folder of a run or a file of weights.
+        curve: of the training.
+        seconds: that the training took; of the last part, where it was interrupted.
+        dataset: that it was trained on.
     """
     given = {} if model.is_dir() else {"config": options, "categories": dataset.categories}
     metrics = mr.evaluate(mr.load(model, **given)).metrics

@@ -149,10 +149,10 @@ def table_run(table: int, row: int, scale: float, changes: dict[str, object]) ->
     """Return the training of a row of the paper's tables.
 
     Args:
-      table: 1 or 2.
-      row: from 1.
-      scale: of the numbers of images and of epochs; 1 is the paper's.
-      changes: of the config, beside those.
+        table: 1 or 2.
+        row: from 1.
+        scale: of the numbers of images and of epochs; 1 is the paper's.
+        changes: of the config, beside those.
     """
     values = ROWS[table, row]
     overrides = {}
@@ -170,9 +170,9 @@ def comparison_run(overrides: dict[str, object], seed: int, scale: float) -> Run
     """Return the training of one variant of a comparison.
 
     Args:
-      overrides: as Comparison has them.
-      seed: of initial values, order, augmentation and the choice of images.
-      scale: of the number of images; 1 is all that ``make train`` writes.
+        overrides: as Comparison has them.
+        seed: of initial values, order, augmentation and the choice of images.
+        scale: of the number of images; 1 is all that ``make train`` writes.
     """
     fields = dict(overrides)
     share = fields.pop("share", 1)

@@ -26,16 +26,16 @@ def train(run: Run, output: Path, *, coco_dir: str, weights: str) -> dict:
     """Do a training, or the rest of one, unless it is finished.
 
     Args:
-      run: which.
-      output: folder of all runs; this one has a folder of its own below it.
-      coco_dir: dataset.
-      weights: of the backbone to start from; empty for none.
+        run: which.
+        output: folder of all runs; this one has a folder of its own below it.
+        coco_dir: dataset.
+        weights: of the backbone to start from; empty for none.
 
     Returns:
-      The result, also written to result.json in the folder of the run.
+        The result, also written to result.json in the folder of the run.
 
     Raises:
-      UserError: when train.py fails, which has said why.
+        UserError: when train.py fails, which has said why.
     """
     workdir = output / run.name
     workdir.mkdir(parents=True, exist_ok=True)
