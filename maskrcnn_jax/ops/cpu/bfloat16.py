@@ -80,9 +80,8 @@ def convolve(
 
     def compute(outputs, start):
         parts = [_wide_product(*pair) for pair in zip(strips.cut(inputs, start), windows, strict=True)]
-        return jax.lax.dynamic_update_slice_in_dim(
-            outputs, _bits(functools.reduce(jnp.add, parts).astype(x.dtype)), start, 0
-        ), None
+        sums = functools.reduce(jnp.add, parts).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(outputs, _bits(sums), start, 0), None
 
     outputs = jnp.zeros((strips.starts[-1] + strips.length, kernel.shape[-1]), jnp.uint16)
     return _floats(strips.collect(jax.lax.scan(compute, outputs, strips.starts)[0]))
@@ -93,13 +92,13 @@ def conv3x3_gradients(
 ) -> tuple[BFloat16[Array, "N H W K"], BFloat16[Array, "3 3 K C"]]:
     """Return the gradients of x and kernel from that of :func:`convolve` with stride 1."""
     strips = _Strips(x.shape, side=3, stride=1)
-    inputs, gradients = strips.sort(x), strips.spread(gradient)
+    # Turned, because XLA's products are fast only along the last axis of the first factor.
+    inputs, gradients = strips.sort(x).swapaxes(1, 2), strips.spread(gradient)
 
     def add(total, start):
         by_output = _floats(jax.lax.dynamic_slice_in_dim(gradients, start, strips.length))
-        # Turned here, once for all nine: XLA's products are fast only along the last axis of the first factor.
-        columns = strips.cut(inputs, start, turned=True)
-        return total + jnp.stack([_wide_product(inputs, by_output) for inputs in columns]), None
+        columns = strips.cut(inputs, start, axis=2)
+        return total + jnp.stack([_wide_product(cells, by_output) for cells in columns]), None
 
     total = jnp.zeros((9, *kernel.shape[2:]), jnp.float32)
     by_kernel = jax.lax.scan(add, total, strips.starts)[0].reshape(kernel.shape).astype(kernel.dtype)
@@ -146,13 +145,10 @@ class _Strips:
         row = jnp.pad(_bits(outputs), ((0, 0), *around, (0, 0))).reshape(self.num_cells, -1)
         return jnp.pad(row, ((0, self.length * len(self.starts) - self.num_cells), (0, 0)))
 
-    def cut(self, rows, start, *, turned=False):
-        """Return the inputs [length, K] of a strip for each cell of the window; ``turned`` [K, length]."""
-        cells = jax.lax.dynamic_slice_in_dim(rows, start, self.length + self.reach, axis=1)
-        if turned:
-            cells = cells.swapaxes(1, 2)
-            return [_floats(cells[row, :, d : d + self.length]) for row, d in self.places]
-        return [_floats(cells[row, d : d + self.length]) for row, d in self.places]
+    def cut(self, rows, start, axis=1):
+        """Return the inputs [length, K] of a strip for each cell of the window; rows have the cells along ``axis``."""
+        cells = jax.lax.dynamic_slice_in_dim(rows, start, self.length + self.reach, axis)
+        return [_floats(jax.lax.slice_in_dim(cells[row], d, d + self.length, axis=axis - 1)) for row, d in self.places]
 
     def collect(self, row):
         """Return the outputs [N, _, _, C] of a row of the cells of all strips."""
