@@ -212,7 +212,7 @@ def test_what_an_exported_file_cannot_do_is_refused(exported, tmp_path, monkeypa
     (tmp_path / "model.mrcnn").write_bytes(b"PK")
     for arguments, said in (
         ({"source": path, "config": "shapes"}, "has its own config and categories"),
-        ({"source": path, "runtime": "onnxruntime", "bf16": True}, "only OpenVINO computes in bfloat16"),
+        ({"source": path, "runtime": "onnxruntime", "bf16": True}, "ONNX Runtime does not compute in bfloat16"),
         ({"source": path, "runtime": "tensorrt"}, "use openvino or onnxruntime"),
         ({"source": tmp_path / "broken.onnx", "runtime": "onnxruntime"}, "cannot be read by onnxruntime"),
         ({"source": tmp_path / "broken.onnx", "runtime": "openvino"}, "cannot be read by openvino"),
