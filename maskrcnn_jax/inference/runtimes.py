@@ -55,7 +55,9 @@ class OnnxDetect:
         if runtime not in RUNTIMES:
             raise UserError(f"the runtime is {runtime!r}; use {' or '.join(RUNTIMES)}")
         if bf16 and runtime != "openvino":
-            raise UserError("ONNX Runtime does not compute in bfloat16; choose the runtime openvino, or leave bf16 out")
+            raise UserError(
+                "ONNX Runtime does not compute in bfloat16; choose the runtime openvino, or leave bf16 out"
+            )
         if not importlib.util.find_spec(runtime):
             raise UserError(f"{runtime} is not installed; pip install 'maskrcnn-jax[{_EXTRAS[runtime]}]'")
         local = os.fspath(local_path(path, "the exported file"))

@@ -76,7 +76,7 @@ def _backward(stride, residuals, gradient):
     elif _suits_blocks(x, kernel, stride):
         direct = pull_back(_by_blocks)
     elif _is_wide(x, kernel, stride) and stride == 1:
-        cpu = bfloat16.conv3x3_gradients if _has_strips(x) else pull_back(_winograd)
+        cpu = _with_derivative(bfloat16.conv3x3_gradients, direct) if _has_strips(x) else pull_back(_winograd)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=cpu, default=direct)
 
 
@@ -129,10 +129,22 @@ def _has_strips(x):
     return x.dtype == jnp.bfloat16 and bfloat16.has_tiles()
 
 
+def _with_derivative(form, plain):
+    """Return a form that moves bits, which have no derivative, with that of a plain form of the same."""
+    function = jax.custom_jvp(form)
+
+    @function.defjvp
+    def _jvp(primals, tangents):
+        return function(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return function
+
+
 def _wide(x, kernel, stride):
     """Apply a wide 3x3 convolution on a CPU."""
     if _has_strips(x):
-        return bfloat16.convolve(x, kernel, stride=stride)
+        strips, direct = (functools.partial(form, stride=stride) for form in (bfloat16.convolve, _direct))
+        return _with_derivative(strips, direct)(x, kernel)
     return _winograd(x, kernel) if stride == 1 else _direct(x, kernel, stride)
 
 

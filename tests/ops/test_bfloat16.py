@@ -116,6 +116,41 @@ def test_convolutions_and_their_gradients_agree_in_all_forms(processor, side, st
     )
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_many_maps_are_rounded_once(stride):
+    """XLA's convolutions take them in chunks, on every processor."""
+    x, kernel = draw((100, 7, 7, 16), (3, 3, 16, 16))
+    (gradient,) = draw(direct(x, kernel, stride).shape)
+
+    def gradient_of_kernel(convolve, x, kernel, gradient):
+        return jax.vjp(lambda kernel: convolve(x, kernel, stride=stride), kernel)[1](gradient)
+
+    exact = in_float32(functools.partial(gradient_of_kernel, direct), x, kernel, gradient)
+    assert_rounded(gradient_of_kernel(conv2d, x, kernel, gradient), exact)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_have_gradients(processor, stride):
+    processor(INTEL.format(" amx_bf16"))
+    x, kernel = (array.astype(jnp.float32) for array in draw((1, 5, 5, 128), (3, 3, 128, 128)))
+
+    def penalty(kernel, dtype):
+        def loss(x):
+            return jnp.sum(conv2d(x.astype(dtype), kernel.astype(dtype), stride=stride).astype(jnp.float32) ** 2)
+
+        return jnp.sum(jax.grad(loss)(x) ** 2)
+
+    found, wanted = (jax.grad(penalty)(kernel, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * float(jnp.abs(wanted).max()))
+
+
+def test_no_rows_have_gradients_too(processor):
+    processor(INTEL.format(" amx_bf16"))
+    x, kernel = draw((0, 7), (7, 3))
+    by_x, by_kernel = jax.grad(lambda x, kernel: jnp.sum(matmul(x, kernel)), (0, 1))(x, kernel)
+    assert by_x.shape == x.shape and by_kernel.shape == kernel.shape and not by_kernel.any()
+
+
 @pytest.mark.parametrize(
     ("text", "products", "tiles"),
     [

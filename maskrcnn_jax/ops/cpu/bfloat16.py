@@ -5,6 +5,7 @@ That goes for copies too: it converts the whole of an array to write a few rows 
 """
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -54,8 +55,9 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(residuals, gradient):
     x, kernel = residuals
-    rows, columns = x.reshape(-1, x.shape[-1]), kernel.reshape(len(kernel), -1)
-    gradient = gradient.reshape(len(rows), -1)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    columns = kernel.reshape(len(kernel), math.prod(kernel.shape[1:]))
+    gradient = gradient.reshape(len(rows), columns.shape[1])
     return matmul(gradient, columns.T).reshape(x.shape), matmul(rows.T, gradient).reshape(kernel.shape)
 
 

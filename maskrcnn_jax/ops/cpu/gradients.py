@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from maskrcnn_jax.ops.precision import at_least_float32
+
 # Images whose kernel gradient is computed at once, as channels of a convolution: of 14 x 14 cells, chunks of 32 are
 # twice as fast as chunks of 256.
 _CHUNK = 32
@@ -30,7 +32,10 @@ def input_gradient(
 def kernel_gradient(
     x: Float[Array, "N H W K"], kernel: Float[Array, "S S K C"], gradient: Float[Array, "N _ _ C"], stride: int
 ) -> Float[Array, "S S K C"]:
-    """Return the gradient of the kernel: x convolved with the gradient of the output, with images as channels."""
+    """Return the gradient of the kernel: x convolved with the gradient of the output, with images as channels.
+
+    Its sums are in float32 at least, also those of all chunks.
+    """
     side = len(kernel)
     before = (side - 1) // 2
     padding = [
@@ -40,7 +45,8 @@ def kernel_gradient(
 
     def of_chunk(x, gradient):
         x, gradient = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
-        return _convolve(x, gradient, padding, rhs_dilation=(stride, stride)).transpose(1, 2, 0, 3)
+        options = {"rhs_dilation": (stride, stride), "preferred_element_type": at_least_float32(x.dtype)}
+        return _convolve(x, gradient, padding, **options).transpose(1, 2, 0, 3)
 
     # Each chunk takes rows from all parts of the batch, which may be sharded. The chunks are not a loop: devices that
     # wait for each other inside a loop can deadlock when there are fewer threads than devices.
@@ -48,7 +54,7 @@ def kernel_gradient(
     rows = -(-len(x) // num_chunks)
     padding_rows = ((0, rows * num_chunks - len(x)), (0, 0), (0, 0), (0, 0))
     chunks = [jnp.pad(array, padding_rows).reshape(rows, num_chunks, *array.shape[1:]) for array in (x, gradient)]
-    return sum(of_chunk(*(array[:, i] for array in chunks)) for i in range(num_chunks))
+    return sum(of_chunk(*(array[:, i] for array in chunks)) for i in range(num_chunks)).astype(kernel.dtype)
 
 
 def _convolve(x, kernel, padding, **options):
