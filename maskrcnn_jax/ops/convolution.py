@@ -130,7 +130,7 @@ def _has_strips(x):
 
 
 def _with_derivative(form, plain):
-    """Return a form that moves bits, which have no derivative, with that of a plain form of the same."""
+    """Return ``form`` with the derivative of ``plain``, which computes the same; moving bits loses its own."""
     function = jax.custom_jvp(form)
 
     @function.defjvp
