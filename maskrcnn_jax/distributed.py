@@ -52,8 +52,8 @@ def join(
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the other processes cannot be joined ({str(error).splitlines()[0]}); check coordinator_address, "
-            "which all of them must reach"
+            f"the other processes cannot be joined ({str(error).splitlines()[0]}); check that all were started and "
+            "can reach the first (at coordinator_address, if it was given)"
         ) from None
 
 

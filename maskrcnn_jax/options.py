@@ -33,7 +33,7 @@ class OptimOptions(Checked):
     )
     lr: float = option(5e-4, "peak learning rate", source=PAPER + "3.2")
     lr_batch_size: int = option(
-        0, "batch size that lr is meant for; lr is scaled in proportion to batch_size. 0 does not scale", low=0
+        0, "batch size that lr is meant for; lr is scaled in proportion to batch_size. 0: lr is used as it is", low=0
     )
     schedule: str = option(
         "cosine",
@@ -73,7 +73,7 @@ class OptimOptions(Checked):
     b1: float = option(0.9, "AdamW's decay of the first moment", low=0, high=1)
     b2: float = option(0.999, "AdamW's decay of the second moment", low=0, high=1)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
-    clip_norm: float = option(1.0, "largest global norm of the gradient; 0 does not clip", low=0)
+    clip_norm: float = option(1.0, "largest global norm of the gradient; 0: no clipping", low=0)
     loss_scale: float = option(
         2.0**15,
         "initial loss scale in float16; overflowing gradients halve it",
@@ -200,14 +200,14 @@ class DataOptions(Checked):
     crop_size: int = option(
         0,
         "side of the square that training cuts at random from each resized image; smaller images are padded. All "
-        "batches then have this one size. 0 does not crop",
+        "batches then have this one size. 0: no cropping",
         unit="pixels",
         low=0,
     )
     scale_jitter: tuple[float, ...] = option(
         (),
         "large-scale jitter: smallest and largest factor, such as (0.1, 2.0). Training resizes images to fit a square "
-        "of crop_size times a random factor, instead of by short_side. () does not",
+        "of crop_size times a random factor, instead of by short_side. (): off",
         source="Ghiasi et al., 2021",
     )
     copy_paste: float = option(
@@ -271,7 +271,8 @@ class DataOptions(Checked):
             )
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(
-                f"data.eval_split is {self.eval_split} as data.train_split is; with data.val_share leave it as it was"
+                f"data.train_split and data.eval_split are both {self.eval_split}; with data.val_share or "
+                "data.split_file, leave data.eval_split at its default"
             )
         return problems
 
@@ -284,7 +285,9 @@ class Options(Checked):
     batch_size: int = option(
         16, "images per step, over all devices and accumulation steps", low=1, source=PAPER + "3.2"
     )
-    epochs: int = option(12, "epochs; 0 chooses 12 to 100 so that about images_to_see images are seen", low=0)
+    epochs: int = option(
+        12, "passes over the training images; 0: 12 to 100, chosen so that about images_to_see images are seen", low=0
+    )
     images_to_see: int = option(
         5000,
         "images seen in a run with epochs 0: small datasets get more epochs within a fixed budget",

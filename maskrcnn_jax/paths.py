@@ -26,7 +26,7 @@ def as_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     if not in_bucket(text):
         if "://" in text:
-            raise UserError(f"{text} is no path; give one on a disk or gs://BUCKET/FOLDER")
+            raise UserError(f"{text} is not a path; give one on a disk or gs://BUCKET/FOLDER")
         return Path(expand(path))
     _check_bucket(text.removeprefix(_SCHEME).partition("/")[0])
     from etils import epath  # takes long to import, for those who have everything on a disk
@@ -143,7 +143,7 @@ def _check_bucket(bucket: str) -> None:
     try:
         _file_system().call("GET", "b/{}/o", bucket, maxResults=1)
     except ImportError:
-        raise UserError('gs:// needs gcsfs, which is not installed; pip install "maskrcnn-jax[gcs]"') from None
+        raise UserError('gs:// needs gcsfs, which is not installed; run pip install ".[gcs]" in the clone') from None
     except FileNotFoundError:
         raise UserError(f"there is no bucket gs://{bucket}; correct the name, or create it") from None
     except Exception as error:

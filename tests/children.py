@@ -1,9 +1,11 @@
-"""Child processes of tests: their compilation, how long they are waited for, and that none is left behind."""
+"""Child processes of tests, and what is waited for: with patience, and without a process that is left behind."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Seconds. On a busy machine everything takes many times as long; what hangs is ended by the limit of the whole run.
@@ -14,6 +16,14 @@ QUICK_XLA = "--xla_cpu_use_fusion_emitters=false"
 
 # Processes of the standard library that serve every test of this process.
 _SERVERS = (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until something holds that another thread or process brings about."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
 
 
 def children() -> set[int]:

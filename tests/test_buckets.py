@@ -39,7 +39,7 @@ def test_a_url_that_is_no_path_in_a_bucket_is_refused(url):
 def test_a_missing_package_is_a_sentence():
     code = "import sys; sys.modules['gcsfs'] = None; from maskrcnn_jax.paths import as_path; as_path('gs://bucket/a')"
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert failed.returncode and 'pip install "maskrcnn-jax[gcs]"' in failed.stderr.splitlines()[-1]
+    assert failed.returncode and 'pip install ".[gcs]"' in failed.stderr.splitlines()[-1]
 
 
 def test_files_in_a_bucket_are_written_read_and_listed(bucket):

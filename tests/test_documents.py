@@ -62,6 +62,7 @@ def test_commands_are_found_wherever_they_stand():
         "maskrcnn-jax train --config=r50_fpn --workdir=x --config.optim.rate=1",
         "maskrcnn-jax train --config=r50_fpn --workdir=x --config.model.norm=layer",
         "maskrcnn-jax train --config=r49_fpn --workdir=x",
+        "maskrcnn-jax train --config=own_dataset --workdir=x",
         "maskrcnn-jax eval --report_to=x",
         "maskrcnn-jax fly --workdir=x",
         "python tools/benchmark.py train --speed=1",
@@ -112,7 +113,9 @@ def _check_command(name: str, arguments: list[str]) -> None:
     # Variables of the shell stand for paths and numbers.
     options = parse(command, [re.sub(r"\$\w+", "0", argument) for argument in arguments])
     if hasattr(getattr(options, "config", None), "to_dict"):
-        to_options(options.config)
+        config = to_options(options.config)
+        starts = name != "train" or options.weights or not config.optim.frozen_stages
+        assert starts, f"{arguments} would freeze stages with random values; it lacks --weights"
 
 
 def _check_options(file: Path, arguments: list[str]) -> None:

@@ -73,11 +73,15 @@ def check_dataset(
     how: dict[str, Any] = {"open_images": open_images, "progress": progress}
     if as_path(dataset).is_file():
         if not image_dir or not as_path(image_dir).is_dir():
-            raise UserError(f"images {image_dir or ''!r} is not a folder; set it to the folder of {dataset}'s images")
+            given = f"{os.fspath(image_dir)!r} is not a folder" if image_dir else "no folder of images was given"
+            raise UserError(f"{dataset} is an annotation file, but {given}; set images to the folder of its images")
         path = as_path(dataset)
         return with_unlisted_files([check_split(path.stem, path, as_path(image_dir), options, evaluated=None, **how)])
     if image_dir:
-        raise UserError(f"images {os.fspath(image_dir)!r} belong to an annotation file, which {dataset} is not")
+        raise UserError(
+            f"images {os.fspath(image_dir)!r} were given, but {dataset} is not an annotation file; leave them out, or "
+            "give the file"
+        )
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     if options.data.val_share or options.data.split_file:  # evaluated on some of these images

@@ -94,7 +94,7 @@ def parse(command: ModuleType, arguments: Sequence[str], name: str | None = None
     if unexpected:
         raise UserError(f"{unexpected[0]!r} is unexpected; options are written --name=value, see {parser.prog} --help")
     if overrides and getattr(options, "config", None) is None:
-        raise UserError(f"{overrides[0]} changes a field of --config, which is missing")
+        raise UserError(f"{overrides[0]} changes a field of --config, which is missing; give --config")
     for argument in overrides:
         option = re.split(r"[=\[]", argument.replace("--noconfig.", "--config."))[0]
         fields = [f"--config.{field}" for field in _field_names(options.config)]
@@ -199,7 +199,7 @@ def load(options: argparse.Namespace) -> "Predictor":
     if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, the folder of a training run, or --weights")
     if options.weights is not None and options.checkpoint != "latest":
-        raise UserError("--checkpoint chooses one of a run; leave it out beside --weights")
+        raise UserError("--checkpoint belongs to --workdir; leave it out with --weights")
     if options.workdir is not None and not as_path(options.workdir).is_dir():
         raise UserError(f"--workdir={options.workdir} is not a folder; give that of a training run")
     return mr.load(

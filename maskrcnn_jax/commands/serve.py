@@ -79,7 +79,9 @@ def main(options: argparse.Namespace) -> None:
         from maskrcnn_jax.serving.server import bind, listen, make_server
         from maskrcnn_jax.serving.warm_up import warm_up, with_few_sizes
     except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is not installed, which serve needs; run pip install ".[serve]"') from None
+        raise UserError(
+            f'{error.name} is not installed, which serve needs; run pip install ".[serve]" in the clone'
+        ) from None
     limits = Limits(
         max_bytes=options.max_megabytes * 1_000_000,
         max_pixels=options.max_megapixels * 1_000_000,

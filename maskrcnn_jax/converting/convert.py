@@ -146,7 +146,7 @@ def _place(image: Path, path: Path, copy: bool) -> None:
     """Link an image, or copy it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path):  # a link, through which a copy would overwrite the image
-        raise UserError(f"two images would be {path.name}, one of them {image}; rename it")
+        raise UserError(f"two images would be written as {path.name}; rename one of them, {image}")
     if not copy:
         with contextlib.suppress(OSError):  # of file systems without links
             path.symlink_to(image.resolve())

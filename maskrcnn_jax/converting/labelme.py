@@ -82,7 +82,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON; write it again with labelme, or remove it") from None
     shapes = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(shapes, list):
-        raise UserError(f"{path} has no list of shapes, as labelme writes it; remove it, or convert its format alone")
+        raise UserError(
+            f"{path} has no list of shapes, as labelme writes it; remove it, or convert other formats separately"
+        )
     for place, shape in enumerate(shapes):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise UserError(f"{path} has a shape without a label at place {place}; correct or remove it")
@@ -128,7 +130,7 @@ def _pictures(root: Path, folder: Path, paths: list[Path], ids: dict[str, int]) 
         objects = [_object(path, shapes, ids, size, orientation) for shapes in groups.values()]
         name = image.relative_to(folder if image.is_relative_to(folder) else root).as_posix()
         if name in names:
-            raise UserError(f"{path} is a second file of annotations for {image}; join or remove one")
+            raise UserError(f"{path} is a second file of annotations for {image}; merge the two, or remove one")
         names.add(name)
         yield Picture(image, name, size, objects)
     if skipped:

@@ -108,7 +108,7 @@ def _names(content: Any, path: Path) -> dict[int, str]:
 def _strings(given: Any, split: str, path: Path) -> list[str]:
     parts = given if isinstance(given, list) else [given]
     if not all(isinstance(part, str) and "\0" not in part for part in parts):
-        raise UserError(f"{path} has a {split} that is no path; write the folder of its images")
+        raise UserError(f"{path} has a {split} that is not a path; write the folder of its images")
     return parts
 
 
@@ -221,7 +221,7 @@ def _object(
         return Object(number + 1, None, [float(v) for v in (x1, y1, x2 - x1, y2 - y1)], float((x2 - x1) * (y2 - y1)))
     if len(values) < 6 or len(values) % 2:
         raise UserError(
-            f"{where} has {len(values)} numbers after the class; a polygon has an even number of them from 6, a box 4"
+            f"{where} has {len(values)} numbers after the class; a polygon needs an even number, at least 6, a box 4"
         )
     # To COCO's precision, which undoes the rounding of fractions where it would move a border by a pixel.
     return with_polygons(number + 1, [_pixels(values, size, orientation).round(2).ravel().tolist()])

@@ -91,7 +91,7 @@ def read_annotations(
         sizes=sizes,
         file_names=file_names,
         offsets=np.searchsorted(image_rows[rows], np.arange(len(sizes) + 1)),
-        **{name: values[rows] for name, values in columns.items()},
+        **{name: values.take(rows, axis=0) for name, values in columns.items()},
         **masks,
     )
 

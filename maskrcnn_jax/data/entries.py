@@ -5,6 +5,7 @@ Entries that msgspec refuses, such as those with the NaN that Python writes, are
 other tools write in place of numbers is then converted (``numbers``).
 """
 
+import itertools
 import math
 import re
 import struct
@@ -204,24 +205,26 @@ class Annotations(_Section[_Annotation]):
         wrong = {entry.iscrowd for entry in entries} - {0, 1, None}
         if wrong:
             raise ValueError(f"iscrowd is {wrong.pop()}, neither 0 nor 1")
-        if any(type(entry.segmentation) is list and _are_pairs(entry.segmentation) for entry in entries):
+        masks = [entry.segmentation for entry in entries]
+        if any(map(_are_pairs, [mask for mask in masks if type(mask) is list and len(mask) > 2])):
             raise _NestingError
 
     def pack(self, places: Sequence[int], entries: Sequence[_Annotation]) -> None:
         masks = [entry.segmentation for entry in entries]
-        numbers, lengths = _flat(masks)
-        if not _are_drawable(numbers, lengths):
+        start = len(self.coordinates)
+        lengths = _extend_by_polygons(self.coordinates, masks)
+        if not _are_drawable(self.coordinates, start, lengths):
             masks = [self._drop_polygons(place, mask) for place, mask in zip(places, masks, strict=True)]
-            numbers, lengths = _flat(masks)
+            del self.coordinates[start:]
+            lengths = _extend_by_polygons(self.coordinates, masks)
         super().pack(places, entries)
         _extend(self.image_ids, [entry.image_id for entry in entries])
         _extend(self.category_ids, [entry.category_id for entry in entries])
         _extend(self.iscrowd, [bool(entry.iscrowd) for entry in entries])
-        _extend(self.boxes, [number for entry in entries for number in entry.bbox or _NO_BOX])
+        _extend(self.boxes, list(itertools.chain.from_iterable([entry.bbox or _NO_BOX for entry in entries])))
         areas = [entry.area for entry in entries]
         _extend(self.areas, [area if type(area) is float and area == area else _area(area) for area in areas])
         _extend(self.num_parts, [-1 if not mask else len(mask) if type(mask) is list else 0 for mask in masks])
-        self.coordinates.extend(numbers)
         _extend(self.part_lengths, lengths)
         for mask in [mask for mask in masks if type(mask) is RunLengths]:
             self.rle_sizes.extend(mask.size)
@@ -281,24 +284,30 @@ def _outline(polygon: list[float]) -> float:
     return float(np.abs(xy - np.roll(xy, 1, axis=0)).max(axis=1).sum())
 
 
-def _flat(masks: Sequence[object]) -> tuple[array, list[int]]:
-    """Return the numbers of all polygons, end to end, and how many each has."""
+def _extend_by_polygons(coordinates: array, masks: Sequence[object]) -> list[int]:
+    """Append the numbers of all polygons, end to end, and return how many each has."""
     polygons = [polygon for mask in masks if type(mask) is list for polygon in mask]
     flat: list[float] = []
     for polygon in polygons:
         flat += polygon  # several times as fast as itertools.chain
-    numbers = array("d")
-    _extend(numbers, flat)
-    return numbers, list(map(len, polygons))
+    _extend(coordinates, flat)
+    return list(map(len, polygons))
 
 
-def _are_drawable(numbers: array, lengths: list[int]) -> bool:
-    """Whether none of many polygons has a problem, told without a look at each; False if one may have."""
+def _are_drawable(coordinates: array, start: int, lengths: list[int]) -> bool:
+    """Whether none of many polygons has a problem, told without a look at each; False if one may have.
+
+    Args:
+        coordinates: ends with the numbers of these polygons.
+        start: where they begin.
+        lengths: how many numbers each polygon has.
+    """
     if not lengths:
         return True
-    if min(lengths) < 6 or (np.array(lengths) % 2).any():
+    if any(length < 6 or length % 2 for length in set(lengths)):
         return False
-    reach = np.abs(to_numpy(numbers, np.float64)).max()
+    numbers = to_numpy(coordinates, np.float64)[start:]
+    reach = max(numbers.max(), -numbers.min())
     return bool(reach <= _FARTHEST and reach * max(lengths) <= _LONGEST_OUTLINE)
 
 
@@ -311,8 +320,8 @@ def _is_nested_wrongly(segmentation: object) -> bool:
 
 
 def _are_pairs(polygons: list[list[float]]) -> bool:
-    """Whether these are the points of one polygon, each a list of its own."""
-    return len(polygons) > 2 and all(len(polygon) == 2 for polygon in polygons)
+    """Whether these are the points of one polygon, three or more, each a list of its own."""
+    return all(len(polygon) == 2 for polygon in polygons)
 
 
 class _NestingError(ValueError):

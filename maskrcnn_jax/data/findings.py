@@ -162,7 +162,7 @@ class Kind(StrEnum):
     FLAT_BOX = (
         "boxes without area (dropped)", ANNOTATIONS, Severity.WARNING, Mend.BOX_FROM_MASK,
         "{count:annotation is|annotations are} dropped because the width or height of the box is not positive, or too "
-        "small for numbers of 32 bits",
+        "small for float32",
         "correct the boxes, or their objects are learned as background")
     OUTSIDE_BOX = (
         "boxes outside their image (dropped)", ANNOTATIONS, Severity.WARNING, Mend.BOX_FROM_MASK,
@@ -230,7 +230,7 @@ class Kind(StrEnum):
         "nothing but crowds", ANNOTATIONS, Severity.ERROR, Mend.NOT_CROWD,
         "{count:annotation is a crowd|annotations are crowds} (iscrowd 1) and there is no other, so no object is "
         "learned or evaluated; CVAT writes masks that were painted so",
-        "set iscrowd to 0, as the copy does that maskrcnn-jax check --fix=FILE writes")
+        "set iscrowd to 0; maskrcnn-jax check --fix=FILE writes such a copy")
     MANY_OBJECTS = (
         "images with more objects than detections", IMAGES, Severity.WARNING, None,
         "{count:image has|images have} more than {limit} objects (up to {most}), but only {limit} detections of an "
@@ -282,8 +282,9 @@ class Kind(StrEnum):
         "save the pages as files of their own if they should be used")
     OTHER_FORM = (
         "file names in another form", IMAGES, Severity.WARNING, None,
-        "{count:image file has|image files have} a name in another form than the annotations, which is used: accents "
-        "are composed otherwise, or %20 stands for a space", "write the names alike, for the sake of other programs")
+        "{count:image file has|image files have} a name that the annotations write in another form (accents, %20 for "
+        "a space, a backslash between folders); the file is used",
+        "write the names alike, for the sake of other programs")
     NOT_LISTED = (
         "unlisted image files", IMAGES, Severity.WARNING, None,
         "{folder} has {count:image file|image files} that the annotation file does not list and training does not use",

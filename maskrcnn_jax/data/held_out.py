@@ -148,7 +148,7 @@ def _matches(names: list[str], expression: str) -> list[Hashable]:
         found = [re.search(expression, name) for name in names]
         keys: list[Hashable] = [match[1] if match else ("", name) for match, name in zip(found, names, strict=True)]
     except (re.error, IndexError) as error:
-        raise UserError(f"data.val_group {expression!r} is no regular expression with a group: {error}") from None
+        raise UserError(f"data.val_group {expression!r} is not a regular expression with a group: {error}") from None
     if not any(found):
         raise UserError(f"data.val_group {expression!r} is found in no file name, such as {names[0]}; correct it")
     return keys

@@ -112,13 +112,14 @@ def _walk_list(data: bytes, pos: int, handle: Callable[[Any], None], handle_batc
     key = _FIRST_KEY.match(data, pos)[0]  # type: ignore[index]  # always matches; the other elements begin alike
     last_brace = re.compile(rb"\}(?=[ \t\n\r]*,[ \t\n\r]*%b)" % re.escape(key))
     next_batch = pos
+    view = memoryview(data)  # its slices are not copied
     while True:
         found = None
         if pos >= next_batch:
             next_batch = pos + _BATCH
             found = last_brace.search(data, next_batch, next_batch + _BATCH)
         # A wrong brace does no harm: what is valid JSON in brackets is a sequence of whole elements.
-        if found and handle_batch(b"[%b]" % data[pos : found.end()]):
+        if found and handle_batch(b"[%b]" % view[pos : found.end()]):
             pos = next_batch = found.end()
         else:
             element, end = _decode(data, pos)

@@ -233,9 +233,7 @@ class Loader:
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            raise UserError(
-                "a process that loads images died, perhaps for want of memory; set data.workers to fewer"
-            ) from None
+            raise UserError("a process that loads images died, probably out of memory; lower data.workers") from None
         finally:
             iterator.close()
             if options.workers:
@@ -294,9 +292,11 @@ def make_loader(
     """
     image_indices = np.arange(len(index)) if image_indices is None else np.asarray(image_indices)
     if not len(image_indices):
-        raise UserError("no images to load; the dataset or the chosen part of it is empty")
+        raise UserError("there are no images to load; check data.train_split, data.eval_split and their limits")
     if train and batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} must be a multiple of {process_count} processes")
+        raise UserError(
+            f"batch_size is {batch_size} with {process_count} processes; use a multiple of {process_count}"
+        )
     options = planned(options) if train else augment.unaugmented(options)
     if options.copy_paste and not (index.has_mask & ~index.crowd).any():
         _warn_once("data.copy_paste pastes nothing, since no object of the dataset has a mask; set it to 0")

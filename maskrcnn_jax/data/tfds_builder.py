@@ -60,7 +60,9 @@ def build(
             raise UserError(f"{coco_dir} has no annotations/instances_*.json; it must be a COCO-format folder")
     odd = [split for split in splits if not re.fullmatch(r"[A-Za-z0-9_]+", split) or split == "all"]
     if odd:
-        raise UserError(f"TFDS cannot have a split named {odd[0]!r}; rename it to letters, digits and _, but not all")
+        raise UserError(
+            f"TFDS cannot have a split named {odd[0]!r}; use letters, digits and _, and not the reserved name 'all'"
+        )
     folder = dataset_folder(tfds_dir)
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it to build it again, or choose another folder")

@@ -37,7 +37,7 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
     except (ValueError, RecursionError):
         raise _no_results(path, "it is no JSON") from None
     if not isinstance(results, list):
-        raise _no_results(path, "it is no list")
+        raise _no_results(path, "it is not a list")
     read = []
     for place, result in enumerate(results):
         try:
@@ -52,7 +52,7 @@ def read_results(path: Path, images: Mapping[int, dict], category_ids: Collectio
 def _read(result: Any, images: Mapping[int, dict], category_ids: Collection[int]) -> dict:
     """Return a result with its mask as compressed run lengths."""
     if not isinstance(result, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     result = plain(result)
     image_id, category_id = result["image_id"], result["category_id"]
     if type(image_id) is not int or image_id not in images:
@@ -65,7 +65,7 @@ def _read(result: Any, images: Mapping[int, dict], category_ids: Collection[int]
     size = [images[image_id]["height"], images[image_id]["width"]]
     mask = msgspec.convert(result["segmentation"], RunLengths)
     if list(mask.size) != size:
-        raise ValueError("its segmentation is no run-length mask of the size of its image")
+        raise ValueError("its segmentation is not a run-length mask of the size of its image")
     runs = np.frombuffer(mask.counts, np.uint8)  # type: ignore[call-overload]  # bytes, see RunLengths
     if num_pixels(runs, np.array([0, len(runs)]))[0] != size[0] * size[1]:
         raise ValueError("its run-length mask does not fit its image")

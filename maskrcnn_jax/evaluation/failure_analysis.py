@@ -267,7 +267,7 @@ def main() -> int:
     """Print the tables of boxes and masks."""
     parser = argparse.ArgumentParser(description="Splits AP by occlusion, size and crowding, with intervals.")
     parser.add_argument("annotations", help="COCO's instances_*.json")
-    parser.add_argument("detections", help="detections.json of eval.py or train.py")
+    parser.add_argument("detections", help="detections.json of maskrcnn-jax eval or train")
     parser.add_argument("--against", help="detections.json of another model, to compare with")
     parser.add_argument("--draws", type=int, default=200, help="how often images are drawn for the intervals")
     parser.add_argument(

@@ -38,7 +38,7 @@ def quantize_onnx(path: str | os.PathLike, batches: Iterable[Batch]) -> None:
         import onnx
         from onnxruntime import quantization
     except ImportError:
-        raise UserError("computing in 8 bits needs onnxruntime; pip install 'maskrcnn-jax[onnx]'") from None
+        raise UserError("computing in 8 bits needs onnxruntime; run pip install '.[onnx]' in the clone") from None
 
     model = onnx.load(path)
     _, *sides, _ = next(entry for entry in model.graph.input if entry.name == "images").type.tensor_type.shape.dim

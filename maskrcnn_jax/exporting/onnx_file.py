@@ -40,7 +40,7 @@ def export_onnx(predictor: Predictor, path: str | os.PathLike, *, sizes: Sequenc
     try:
         import onnx
     except ImportError:
-        raise UserError("exporting as ONNX needs the package onnx; pip install 'maskrcnn-jax[onnx]'") from None
+        raise UserError("exporting as ONNX needs the package onnx; run pip install '.[onnx]' in the clone") from None
     from maskrcnn_jax.exporting.detections import detect
     from maskrcnn_jax.exporting.graph import Graph
 

@@ -186,7 +186,9 @@ def run_detection(
             progress.update()
     if len(seen) != num_images:
         # Not an error: a loader that was told to skip broken images delivers fewer.
-        _log.warning("%d of %d images were evaluated; the others count as without detections", len(seen), num_images)
+        _log.warning(
+            "only %d of %d images could be read; the others count as images without detections", len(seen), num_images
+        )
     return results
 
 
@@ -207,6 +209,4 @@ def _map(function: Callable, items: Iterable[dict], workers: int) -> Iterator:
             while waiting:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(
-                "a process that encodes masks died, perhaps for want of memory; set eval_workers to fewer"
-            ) from None
+            raise UserError("a process that encodes masks died, probably out of memory; lower eval_workers") from None

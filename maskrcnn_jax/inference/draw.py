@@ -140,7 +140,7 @@ def write_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
             return
         reason = "it cannot be encoded"
     except cv2.error:
-        reason = f"{path.suffix or 'no ending'} is no picture format; use .jpg or .png"
+        reason = f"{path.suffix or 'no ending'} is not a picture format; use .jpg or .png"
     except OSError as error:
         reason = f"{error.strerror}; choose another folder"
     raise UserError(f"the picture {path} cannot be written: {reason}")

@@ -127,7 +127,7 @@ def _from_pillow(image: PillowImage.Image, channels: int) -> np.ndarray:
         grey = (np.asarray(upright) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if upright.mode in ("I", "F"):
-        raise UserError(f"a Pillow image of mode {upright.mode} has no known white; convert it to L or RGB")
+        raise UserError(f"a Pillow image of mode {upright.mode} has no defined white value; convert it to L or RGB")
     if channels > 3 and upright.mode == "CMYK":
         raise UserError("a Pillow image of mode CMYK has no channel beside the colours; give RGBA or an array")
     return np.asarray(upright.convert("RGB") if channels == 3 else upright)

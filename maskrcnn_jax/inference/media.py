@@ -123,7 +123,9 @@ def predict_images(
         names.add(name)
         annotations.write(output, name, of_image, predictor.categories, (height, width), path)
     if not images:
-        raise UserError(f"none of {len(paths)} files could be read as an image, {paths[0]} for one")
+        raise UserError(
+            f"none of {len(paths)} files could be read as an image, {paths[0]} for one; give JPEG or PNG files"
+        )
     _write_files(output, images, results, predictor.categories)
     return unreadable
 

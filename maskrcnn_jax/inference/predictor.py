@@ -113,7 +113,7 @@ class Predictor:
         """
         for name in changes:
             if name not in _DETECTION_OPTIONS:
-                raise UserError(f"{name} is no option of detection; those are {', '.join(_DETECTION_OPTIONS)}")
+                raise UserError(f"{name} is not an option of detection; those are {', '.join(_DETECTION_OPTIONS)}")
         options = dataclasses.replace(self.options, model=dataclasses.replace(self.options.model, **changes))
         return Predictor(with_options(self.network, options.model), self.categories, options)
 

@@ -59,7 +59,7 @@ class OnnxDetect:
                 "ONNX Runtime does not compute in bfloat16; choose the runtime openvino, or leave bf16 out"
             )
         if not importlib.util.find_spec(runtime):
-            raise UserError(f"{runtime} is not installed; pip install 'maskrcnn-jax[{_EXTRAS[runtime]}]'")
+            raise UserError(f"{runtime} is not installed; run pip install '.[{_EXTRAS[runtime]}]' in the clone")
         local = os.fspath(local_path(path, "the exported file"))
         if not os.path.isfile(local):
             raise UserError(f"there is no file {path}; give one that maskrcnn-jax export wrote")

@@ -40,7 +40,10 @@ def normalize_images(
         UserError: if the images have another number of channels.
     """
     if images.shape[-1] != in_channels:
-        raise UserError(f"images have {images.shape[-1]} channels where model.in_channels is {in_channels}")
+        raise UserError(
+            f"images have {images.shape[-1]} channels where model.in_channels is {in_channels}; change the option, or "
+            "give other images"
+        )
     wide = at_least_float32(dtype)
     mean, std = (jnp.array(value, wide).reshape(1, 1, 1, -1) for value in channel_statistics(in_channels))
     normalized = (images.astype(wide) / 255 - mean) / std

@@ -163,7 +163,7 @@ def train(
             return
         _log_start(run, state, random=restored is None and initialize is None)
         if changes:
-            _log.warning("options that changed since this run was started: %s", ", ".join(changes))
+            _log.warning("this run goes on with options that changed: %s", ", ".join(changes))
 
         # 4. Steps
         key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(options.seed)

@@ -57,12 +57,13 @@ def _make_decay(optim: OptimOptions, num_steps: int, steps_per_epoch: int, warmu
     milestones = [int(milestone) * unit for milestone in optim.milestones]
     if milestones[0] < warmup_steps:
         raise UserError(
-            f"optim.milestones {optim.milestones} in {optim.milestone_unit} begin at step {milestones[0]}; use "
-            f"milestones from {warmup_steps} on, the end of warm-up"
+            f"the first of optim.milestones {optim.milestones} ({optim.milestone_unit}) is at step {milestones[0]}, "
+            f"during warm-up; move it to step {warmup_steps} or later"
         )
     if milestones[-1] >= num_steps:  # as in a trial run of a few steps
         _log.warning(
-            "optim.milestones %s in %s reach to step %d, but the run has %d steps: the learning rate falls less often",
+            "the last of optim.milestones %s (%s) is at step %d, but the run ends at step %d, so the learning rate is "
+            "lowered less often",
             *(optim.milestones, optim.milestone_unit, milestones[-1], num_steps),
         )
     rates = [optim.lr * optim.gamma**passed for passed in range(len(milestones) + 1)]

@@ -163,7 +163,11 @@ class TrainStep:
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise
-            _log.warning("%s; compiling without the options of compiler_options", str(error).splitlines()[0])
+            _log.warning(
+                "this version of XLA lacks an option (%s); the program is compiled without, and may need more time or "
+                "memory",
+                str(error).splitlines()[0],
+            )
             program = self.lower(state, batch, key, tuned=False).compile()
         self.programs[_kind(batch)] = program
         give_back_memory()

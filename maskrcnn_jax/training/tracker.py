@@ -50,8 +50,8 @@ class Tracker:
             library = importlib.import_module(kind)
         except ImportError as error:
             raise UserError(
-                f'tracker is {kind}, which cannot be imported ({error}); pip install "maskrcnn-jax[{kind}]", or use '
-                "tracker none"
+                f'tracker is {kind}, which cannot be imported ({error}); run pip install ".[{kind}]" in the clone, or '
+                "use tracker none"
             ) from None
         try:
             ids = json.loads(read_bytes(path)) if resumes else {}

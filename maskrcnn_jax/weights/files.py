@@ -44,7 +44,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
     if path.suffix.lower() not in _READERS:
-        raise UserError(f"{path} is no weight file that can be read; give a file with {', '.join(sorted(_READERS))}")
+        raise UserError(f"{path} is not a readable file of weights; give one with {', '.join(sorted(_READERS))}")
     read = _READERS[path.suffix.lower()]
     try:
         return read(path, Budget(size))

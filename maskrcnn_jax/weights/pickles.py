@@ -157,7 +157,7 @@ class ArrayUnpickler(pickle._Unpickler):
         try:
             return super().load()
         except _DAMAGES:
-            raise ValueError("it is no pickle, or a damaged one") from None
+            raise ValueError("it is not a pickle, or a damaged one") from None
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"

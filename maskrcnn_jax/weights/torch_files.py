@@ -121,7 +121,7 @@ def _open_zip(data: bytes, budget: Budget) -> tuple[Any, Callable[[_Storage], np
         tree = _TorchUnpickler(io.BytesIO(archive.read(f"{root}data.pkl")), budget).load()
         big_endian = f"{root}byteorder" in archive.NameToInfo and archive.read(f"{root}byteorder") == b"big"
     except _DAMAGES:
-        raise ValueError("it is no checkpoint of torch, or a damaged one") from None
+        raise ValueError("it is not a checkpoint of torch, or a damaged one") from None
 
     def read_storage(storage: _Storage) -> np.ndarray:
         try:
@@ -147,7 +147,7 @@ def _open_legacy(data: bytes, budget: Budget) -> tuple[Any, Callable[[_Storage],
     file = io.BytesIO(data)
     magic, version, system = (_TorchUnpickler(file, budget).load() for _ in range(3))
     if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION or not isinstance(system, dict):
-        raise ValueError("it is no checkpoint of torch, or a damaged one")
+        raise ValueError("it is not a checkpoint of torch, or a damaged one")
     big_endian = not system.get("little_endian", True)
     unpickler = _TorchUnpickler(file, budget)
     tree, keys = unpickler.load(), _TorchUnpickler(file, budget).load()

@@ -346,7 +346,7 @@ def test_an_image_is_never_written_through_a_link(shapes_parts, tmp_path):
     names = [image["file_name"] for image in json.loads(path.read_text())["images"][:2]]
     before = (path.parent / names[0]).read_bytes()
     change_json(path, lambda content: content["images"][1].update(file_name=f"./{names[0]}"))
-    with pytest.raises(UserError, match="two images would be"):
+    with pytest.raises(UserError, match="two images would be written as"):
         convert(tmp_path / "in", tmp_path / "out")
     assert (path.parent / names[0]).read_bytes() == before
 

@@ -126,7 +126,7 @@ def test_a_field_that_groups_may_be_a_long_text_or_an_object(dataset, tmp_path, 
     [
         ("folder", "all 5 are in one group"),
         ("camera", "no image in .* has such a field"),
-        ("(a", "no regular expression"),
+        ("(a", "not a regular expression"),
         ("(z+)", "found in no file name, such as 1.jpg"),
     ],
 )
@@ -234,7 +234,7 @@ def test_a_run_that_trained_on_all_images_cannot_hold_out_some(shapes, tmp_path)
 def test_a_share_without_a_record_is_refused(shapes):
     with pytest.raises(UserError, match="not which images are held out"):
         load_dataset(DataOptions(coco_dir=str(shapes), val_share=0.2), "val2017")
-    with pytest.raises(UserError, match="data.eval_split is a as data.train_split is"):
+    with pytest.raises(UserError, match="data.train_split and data.eval_split are both a"):
         DataOptions(val_share=0.2, train_split="a", eval_split="a")
 
 

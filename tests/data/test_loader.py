@@ -341,7 +341,7 @@ def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ({"image_indices": []}, "no images to load"),
+        ({"image_indices": []}, "no images to load; check data.train_split"),
         ({"process_count": 3}, "multiple of 3 processes"),
         ({"max_objects": -1}, "max_objects is -1"),
         ({"resize": "float64"}, "uint8, float32, pillow"),

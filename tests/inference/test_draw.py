@@ -163,9 +163,9 @@ def test_a_picture_is_written_in_its_colours_and_a_wrong_name_is_the_users_to_me
 @pytest.mark.parametrize("size", [(1, 400_000), (400_000, 1)])
 def test_a_strip_is_drawn_with_small_letters_in_no_time(size):
     box = [[0, 0, size[1], size[0]]]
-    start = time.monotonic()
+    start = time.process_time()
     draw_instances(np.zeros((*size, 3), np.uint8), np.float32(box * 10), ["person"] * 10, [0.5] * 10)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_half_of_a_surrogate_pair_in_a_name_is_drawn_as_its_escape():

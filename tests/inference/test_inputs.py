@@ -62,7 +62,7 @@ def test_pillow_images_of_16_bits_are_read_like_files_and_those_without_a_known_
     np.testing.assert_array_equal(to_array(Image.fromarray(deep)), expected)
     np.testing.assert_allclose(to_array(content.getvalue()), expected, atol=1)  # libpng rounds
     for pixels in (np.float32(deep), np.int32(deep)):
-        with pytest.raises(UserError, match="has no known white; convert it to L or RGB"):
+        with pytest.raises(UserError, match="has no defined white value; convert it to L or RGB"):
             to_array(Image.fromarray(pixels))
 
 

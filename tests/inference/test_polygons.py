@@ -104,4 +104,4 @@ def test_a_small_object_of_a_large_image_costs_only_its_box():
 
 def test_polygons_are_made_without_jax():
     code = "import sys, maskrcnn_jax.inference.polygons; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

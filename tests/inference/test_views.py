@@ -148,7 +148,7 @@ def test_a_predictor_with_other_options_shares_its_parameters_and_follows_them(p
     ours, theirs = soft.predict(image, min_score=0.0), predictor.predict(image, min_score=0.0)
     assert len(ours) == 6 and len(theirs) == 4
     assert ours.scores.tolist() != theirs.scores.tolist()
-    with pytest.raises(UserError, match="backbone is no option of detection"):
+    with pytest.raises(UserError, match="backbone is not an option of detection"):
         predictor.with_options(backbone="resnet50")
     with pytest.raises(UserError, match="box_nms_method"):
         predictor.with_options(box_nms_method="fuzzy")

@@ -28,6 +28,7 @@ class ColourPredictor(Predictor):
 
     Attributes:
         batches: the number of images of each call.
+        open: calls wait until it is set, as it is at first.
         seconds: how long a call takes.
         error: raised by the next call, if there is one.
     """
@@ -38,9 +39,21 @@ class ColourPredictor(Predictor):
         super().__init__(None, Categories.create([10, 20, 30], NAMES), options, detect=self._detect)
         self._buckets = [(side, side)]
         self.batches, self.seconds, self.error = [], 0.0, None
+        self.open = threading.Event()
+        self.open.set()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let calls wait until the block ends."""
+        self.open.clear()
+        try:
+            yield
+        finally:
+            self.open.set()
 
     def _detect(self, images, sizes):
         self.batches.append(len(images))
+        self.open.wait()
         time.sleep(self.seconds)
         if self.error:
             error, self.error = self.error, None

@@ -4,10 +4,9 @@ import asyncio
 import concurrent.futures
 import http.client
 import io
+import itertools
 import json
 import re
-import threading
-import time
 
 import cv2
 import numpy as np
@@ -18,6 +17,7 @@ from pycocotools import mask as coco_mask
 from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.serving.app import Service, create_app
 from maskrcnn_jax.serving.limits import Limits
+from tests.children import wait_until
 from tests.serving.service import NAMES, ColourPredictor, draw_regions, encoded, running
 
 IMAGE = draw_regions()
@@ -241,31 +241,24 @@ def test_metrics_count_requests_errors_and_batches(model):
     assert names == set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE)), "a line is not in Prometheus's format"
 
 
-def in_parallel(function, count):
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        return [future.result() for future in [pool.submit(function) for _ in range(count)]]
-
-
 def test_a_full_queue_answers_503_and_when_to_come_again():
     model = ColourPredictor()
-    model.seconds = 0.5
-    with running(model, max_queue=2) as service:
-        found = in_parallel(lambda: service.ask("POST", "/predict", encoded(IMAGE))[0], 5)
-        refused = [response for response in found if response.status == 503]
-        assert sorted(response.status for response in found) == [200, 200, 503, 503, 503]
+    with running(model, max_queue=2) as service, concurrent.futures.ThreadPoolExecutor(5) as pool:
+        with model.held():
+            asked = [pool.submit(service.ask, "POST", "/predict", encoded(IMAGE)) for _ in range(5)]
+            refused = [future.result()[0] for future in itertools.islice(concurrent.futures.as_completed(asked), 3)]
+        assert sorted(future.result()[0].status for future in asked) == [200, 200, 503, 503, 503]
         assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
         assert service.predict(encoded(IMAGE))[0] == 200
 
 
 def test_an_answer_that_takes_too_long_is_504_and_the_next_one_comes():
     model = ColourPredictor()
-    model.seconds = 1.5
     with running(model, timeout=0.5) as service:
-        code, answer = service.predict(encoded(IMAGE))
+        with model.held():
+            code, answer = service.predict(encoded(IMAGE))
         assert code == 504 and "within 0.5 s" in answer["error"]
-        model.seconds = 0
-        time.sleep(1.2)
-        assert service.predict(encoded(IMAGE))[0] == 200
+        wait_until(lambda: service.predict(encoded(IMAGE))[0] == 200)
 
 
 def test_a_failing_model_is_500_and_the_service_goes_on(service, model):
@@ -277,17 +270,15 @@ def test_a_failing_model_is_500_and_the_service_goes_on(service, model):
 
 def test_a_client_that_leaves_takes_its_image_out_of_the_queue():
     model = ColourPredictor()
-    model.seconds = 0.4
-    with running(model, max_batch=1) as service:
-        busy = threading.Thread(target=service.predict, args=(encoded(IMAGE),))
-        busy.start()
-        time.sleep(0.1)
-        with pytest.raises(TimeoutError):
-            connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=0.1)
+    with running(model, max_batch=1) as service, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with model.held():
+            busy = pool.submit(service.predict, encoded(IMAGE))
+            wait_until(lambda: model.batches == [1])
+            connection = http.client.HTTPConnection("127.0.0.1", service.port)
             connection.request("POST", "/predict", encoded(IMAGE))
-            connection.getresponse()
-        connection.close()
-        busy.join()
-        time.sleep(0.2)
-        assert model.batches == [1]
+            wait_until(lambda: metric(service, "maskrcnn_queue_length") == 1)
+            connection.close()
+            wait_until(lambda: metric(service, "maskrcnn_requests_in_work") == 1)
+        assert busy.result()[0] == 200
         assert metric(service, 'maskrcnn_requests_total{path="/predict",code="499"}') == 1
+    assert model.batches == [1]

@@ -1,7 +1,6 @@
 """Images that wait are computed together, and what is found in them is what is found in each alone."""
 
 import threading
-import time
 import weakref
 from concurrent.futures import Future
 
@@ -14,6 +13,7 @@ from maskrcnn_jax.options import DataOptions, Options
 from maskrcnn_jax.serving.batching import Batcher
 from maskrcnn_jax.serving.metrics import Metrics
 from maskrcnn_jax.serving.warm_up import warm_up, with_few_sizes
+from tests.children import wait_until
 from tests.models.tiny import tiny_model
 from tests.serving.service import ColourPredictor, draw_regions
 
@@ -21,16 +21,16 @@ IMAGE = draw_regions()
 
 
 class Gate(ColourPredictor):
-    """Computes only after ``open`` is set, and tells the padded size of each batch."""
+    """Computes only after the test sets ``open``, and tells the padded size of each batch."""
 
     def __init__(self):
         super().__init__()
-        self.open, self.sizes = threading.Event(), []
+        self.open.clear()
+        self.sizes = []
         self._buckets = [(64, 64), (64, 128), (128, 64)]
         self.options = Options(data=DataOptions(short_side=64, long_side=128))
 
     def _detect(self, images, sizes):
-        self.open.wait()
         self.sizes.append(images.shape[:3])
         return super()._detect(images, sizes)
 
@@ -51,8 +51,7 @@ def batcher(gate):
 def submit(batcher, model, images) -> list[Future]:
     """Let images wait, after the first is being computed."""
     futures = [batcher.submit(model.prepare(images[0]))]
-    while not futures[0].running():
-        time.sleep(0.001)
+    wait_until(futures[0].running)
     return futures + [batcher.submit(model.prepare(image)) for image in images[1:]]
 
 
@@ -96,10 +95,7 @@ def test_nothing_of_a_batch_is_kept_after_it(batcher, gate):
     kept = weakref.ref(prepared.image)
     batcher.submit(prepared).result()
     del prepared
-    end = time.monotonic() + 5
-    while kept() is not None and time.monotonic() < end:
-        time.sleep(0.01)  # until the thread waits
-    assert kept() is None
+    wait_until(lambda: kept() is None)  # the thread waits for the next
 
 
 def test_closing_computes_what_waits(gate):

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,30 +16,34 @@ from maskrcnn_jax.commands.app import parse
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.serving import app, server
 from maskrcnn_jax.serving.server import bind, listen
+from tests.children import PATIENCE, wait_until
 from tests.serving.service import ColourPredictor, Running, draw_regions, encoded
 
 ROOT = Path(__file__).parents[2]
-# The command with a model that finds colours and takes its time.
+# The command with a model that finds colours, but waits while there is a file.
 SCRIPT = """
 import sys
+import time
+from pathlib import Path
 from maskrcnn_jax.commands import serve
 from maskrcnn_jax.commands.app import run_command
 from tests.serving.service import ColourPredictor
 
-def load(options):
-    model = ColourPredictor()
-    model.seconds = 0.4
-    return model
+class Held(ColourPredictor):
+    def _detect(self, images, sizes):
+        while Path(sys.argv[1]).exists():
+            time.sleep(0.01)
+        return super()._detect(images, sizes)
 
-serve.load = load
-run_command(serve, sys.argv[1:])
+serve.load = lambda options: Held()
+run_command(serve, sys.argv[2:])
 """
 
 
 @contextlib.contextmanager
-def started(*arguments):
-    """Run the command until it listens; yields the process and its service."""
-    command = [sys.executable, "-c", SCRIPT, "--workdir=.", "--port=0", *arguments]
+def started(hold: Path):
+    """Run the command until it listens; yields its process and the service. The model waits while ``hold`` exists."""
+    command = [sys.executable, "-c", SCRIPT, hold, "--workdir=.", "--port=0", "--max_batch=1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -56,17 +59,18 @@ def started(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_service_answers_what_is_in_its_queue(number):
-    with started("--max_batch=1") as (process, service), concurrent.futures.ThreadPoolExecutor(4) as pool:
+def test_a_stopped_service_answers_what_is_in_its_queue(number, tmp_path):
+    hold = tmp_path / "hold"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, started(hold) as (process, service):
+        hold.touch()
         waiting = [pool.submit(service.predict, encoded(draw_regions())) for _ in range(4)]
-        while b"maskrcnn_requests_in_work 4" not in service.ask("GET", "/metrics")[1]:
-            assert not any(future.done() and future.exception() for future in waiting)
-            time.sleep(0.01)
+        wait_until(lambda: b"maskrcnn_requests_in_work 4" in service.ask("GET", "/metrics")[1])
         process.send_signal(number)
+        hold.unlink()
         answers = [future.result() for future in waiting]
         assert [code for code, _ in answers] == [200] * 4
         assert all(len(answer["detections"]) == 2 for _, answer in answers)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=PATIENCE) == 0
         assert "Traceback" not in process.stdout.read()
         with pytest.raises(ConnectionError):
             service.ask("GET", "/health")

@@ -47,14 +47,14 @@ def test_a_constant_learning_rate_only_warms_up():
 
 def test_milestones_in_the_warm_up_are_refused():
     optim = OptimOptions(warmup_steps=3, schedule="multistep", milestones=(2, 40), milestone_unit="steps")
-    with pytest.raises(UserError, match=r"\(2, 40\) in steps begin at step 2; use milestones from 3 on"):
+    with pytest.raises(UserError, match=r"\(2, 40\) \(steps\) is at step 2, .* to step 3 or later"):
         make_schedule(optim, 40, 10)
 
 
 def test_milestones_beyond_the_run_are_warned_of_and_never_reached(caplog):
     optim = OptimOptions(lr=1.0, schedule="multistep", milestones=(2, 4))
     assert float(make_schedule(optim, 40, 10)(39)) == pytest.approx(0.1)
-    assert "optim.milestones (2, 4) in epochs reach to step 40, but the run has 40 steps" in caplog.text
+    assert "optim.milestones (2, 4) (epochs) is at step 40, but the run ends at step 40" in caplog.text
     caplog.clear()
     make_schedule(optim, 41, 10)
     assert not caplog.text
