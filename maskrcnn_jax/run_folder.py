@@ -11,6 +11,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import absolute, as_path, in_bucket, read_bytes
+from maskrcnn_jax.paths import absolute, as_path, in_bucket, one_line, read_bytes
 from maskrcnn_jax.writing import replace_file, writing
 
 SPLIT_FILE = "split.json"  # which images data.val_share holds out
+# Errors of TensorStore that say nothing about the files.
+_PASSING = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED)\b")
 # Options by the names that they had in an earlier version, and what they are called now: several, or none at all.
 _FORMER: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {"box_iou_thresh": ("box_fg_iou_thresh",)},
@@ -270,8 +273,9 @@ class CheckpointReader:
             like: Trees of arrays by item, whose structure, shapes and placement on devices the result has.
 
         Raises:
-            UserError: if the checkpoint is of another architecture or optimizer; names what differs.
             UnreadableCheckpoint: if files of it are missing or truncated.
+            UserError: if the checkpoint is of another architecture or optimizer, with what differs, or cannot be read
+                for a reason that may pass, such as too little memory or a lost connection.
         """
         folder = self.folder / str(step)
         abstract = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for name, tree in like.items()}
@@ -293,8 +297,10 @@ class CheckpointReader:
         except UserError:
             raise
         except Exception as error:  # Orbax raises many types for damaged files
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-            raise UnreadableCheckpoint(f"checkpoint {folder} cannot be read ({reason}...)") from None
+            reason = f"checkpoint {folder} cannot be read ({one_line(error)[:80]}...)"
+            if _may_pass(error):
+                raise UserError(f"{reason}; nothing says that it is damaged, so try again") from None
+            raise UnreadableCheckpoint(reason) from None
 
     def close(self) -> None:
         """Wait until everything is written.
@@ -304,6 +310,13 @@ class CheckpointReader:
         """
         with writing(self.folder):
             self._manager.close()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether an error tells of memory, permissions or the network and not of the files that were read."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or _PASSING.search(str(error)) is not None
 
 
 def value_of_best(metrics: Mapping[str, float], metric: str) -> float:

@@ -12,7 +12,7 @@ from maskrcnn_jax.checking.dataset_images import images_data, read_picture
 from maskrcnn_jax.checking.examples import NUM_EXAMPLES, read_entries
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.entries import short
-from maskrcnn_jax.data.findings import Finding
+from maskrcnn_jax.data.findings import ANNOTATIONS, IMAGES, Finding
 from maskrcnn_jax.data.transforms import shrink_mask
 from maskrcnn_jax.inference.draw import draw_instances, shrink
 
@@ -76,41 +76,54 @@ def _counts(split: Split) -> list:
 
 def _split(split: Split, colours: dict[str, int]) -> dict:
     counts = objects_per_category(split.data) if split.data else {}
+    shown: dict[str, set[int]] = {IMAGES: set(), ANNOTATIONS: set()}
+    for finding in split.findings:
+        if finding.section in shown:
+            shown[finding.section] |= set(finding.rows[:NUM_EXAMPLES].tolist())
+    entries = read_entries(split.json_path, shown) if split.data else {}
     return {
         "name": split.name,
         "path": plain(str(split.json_path)),
-        "findings": [_finding(split, finding, colours) for finding in split.findings],
+        "findings": [_finding(split, finding, entries, colours) for finding in split.findings],
         "categories": [[plain(name), count] for name, count in counts.items()],
     }
 
 
-def _finding(split: Split, finding: Finding, colours: dict[str, int]) -> dict:
+def _finding(split: Split, finding: Finding, entries: dict[str, dict[int, object]], colours: dict[str, int]) -> dict:
     return {
         "is_error": finding.is_error,
         "kind": finding.kind,
         "sentence": plain(finding.sentence),
         "num_entries": len(finding.rows),
         "examples": [plain(example) for example in finding.examples],
-        "pictures": list(_pictures(split, finding, colours)),
+        "pictures": list(_pictures(split, finding, entries, colours)),
     }
 
 
-def _pictures(split: Split, finding: Finding, colours: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield the source and the caption of a picture of each example that can be shown; colours: by class."""
-    places, index = finding.rows[:NUM_EXAMPLES].tolist(), split.data
-    if index is None or finding.section not in ("images", "annotations"):
+def _pictures(
+    split: Split, finding: Finding, entries: dict[str, dict[int, object]], colours: dict[str, int]
+) -> Iterator[tuple[str, str]]:
+    """Yield the source and the caption of a picture of each example that can be shown.
+
+    Args:
+        split: checked.
+        finding: one of it.
+        entries: of the annotation file, by their list and place.
+        colours: by class.
+    """
+    index = split.data
+    if index is None or finding.section not in entries:
         return
-    entries = read_entries(split.json_path, {finding.section: set(places)})[finding.section]
-    for place, example in zip(places, finding.examples, strict=False):
-        entry = entries.get(place)
+    for place, example in zip(finding.rows[:NUM_EXAMPLES].tolist(), finding.examples, strict=False):
+        entry = entries[finding.section].get(place)
         if not isinstance(entry, dict):
             continue
-        image_id = entry.get("id" if finding.section == "images" else "image_id")
+        image_id = entry.get("id" if finding.section == IMAGES else "image_id")
         if not isinstance(image_id, int):
             continue
         rows = np.flatnonzero(index.image_ids == image_id)
         if len(rows):
-            drawn = place if finding.section == "annotations" else None
+            drawn = place if finding.section == ANNOTATIONS else None
             picture = _draw(index, int(rows[0]), drawn, entry, colours)
             if picture is not None:
                 yield page.image_source(picture), plain(example)

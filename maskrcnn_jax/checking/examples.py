@@ -1,10 +1,13 @@
 """Findings with a few examples by name: from an index, or from what the annotation file says."""
 
+import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from maskrcnn_jax.data.coco import CocoDataset
@@ -15,6 +18,8 @@ from maskrcnn_jax.data.numbers import number
 from maskrcnn_jax.errors import UserError
 
 NUM_EXAMPLES = 3  # of each finding
+
+_RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def images_finding(index: CocoDataset, kind: Kind, rows: np.ndarray, **details: Any) -> list[Finding]:
@@ -105,15 +110,28 @@ def read_entries(json_path: Path, wanted: dict[str, set[int]]) -> dict[str, dict
     found: dict[str, dict[int, object]] = {section: {} for section in wanted}
     seen = dict.fromkeys(wanted, 0)
 
-    def keep(section: str) -> Callable[[object], None]:
-        def handle(entry: object) -> None:
-            if seen[section] in wanted[section]:
-                found[section][seen[section]] = entry
-            seen[section] += 1
+    def keep(section: str, entry: object) -> None:
+        if seen[section] in wanted[section]:
+            found[section][seen[section]] = entry
+        seen[section] += 1
 
-        return handle
+    def keep_batch(section: str, text: bytes) -> bool:
+        try:
+            entries = _RAW_LIST.decode(text)
+            places = wanted[section] & set(range(seen[section], seen[section] + len(entries)))
+            found[section] |= {place: json.loads(bytes(entries[place - seen[section]])) for place in places}
+        except (ValueError, RecursionError):
+            return False
+        seen[section] += len(entries)
+        return True
 
-    stream_json(json_path, {section: keep(section) for section in wanted})
+    needed = [section for section, places in wanted.items() if places]
+    stream_json(
+        json_path,
+        {section: functools.partial(keep, section) for section in needed},
+        {section: functools.partial(keep_batch, section) for section in needed},
+        skip={IMAGES, ANNOTATIONS}.difference(needed),
+    )
     return found
 
 
@@ -126,7 +144,7 @@ def _image_names(json_path: Path, image_ids: list) -> dict[str, str]:
         if isinstance(entry, dict) and (image_id := short(number(entry.get("id")))) in wanted:
             names.setdefault(image_id, entry.get("file_name", ""))
 
-    stream_json(json_path, {IMAGES: keep})
+    stream_json(json_path, {IMAGES: keep}, skip=[ANNOTATIONS])
     return names
 
 

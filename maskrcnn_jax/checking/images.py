@@ -15,12 +15,12 @@ from maskrcnn_jax.checking.examples import NUM_EXAMPLES, annotations_finding, im
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.findings import Finding, Kind
 from maskrcnn_jax.data.formats import overlaps
+from maskrcnn_jax.data.image_headers import orientation
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.paths import read_bytes
 
 # Which are read, but perhaps not as expected.
 _FORMS = (Kind.TURNED, Kind.GREY, Kind.CMYK, Kind.DEEP, Kind.ALPHA, Kind.FRAMES)
-_ORIENTATION = 0x0112  # in EXIF
 
 
 @dataclass
@@ -101,8 +101,11 @@ def _read_facts(index: CocoDataset, i: int, channels: int) -> ImageFacts:
         facts.broken = str(error)
         return facts
     try:
-        with Image.open(io.BytesIO(read_bytes(index.image_path(i)))) as opened:
+        data = read_bytes(index.image_path(i))
+        with Image.open(io.BytesIO(data)) as opened:
             facts.forms = _forms(opened, channels)
+        if orientation(data) != 1:
+            facts.forms.add(Kind.TURNED)
     except Exception:  # Pillow raises many kinds of errors, also for files that OpenCV reads
         pass
     facts.pixels = hashlib.blake2b(image.data, digest_size=16, person=f"{image.shape[1]}".encode()).digest()
@@ -114,9 +117,6 @@ def _read_facts(index: CocoDataset, i: int, channels: int) -> ImageFacts:
 
 def _forms(opened: ImageFile.ImageFile, channels: int) -> set[Kind]:
     forms = set()
-    # Pillow would decode a PNG to see whether it has EXIF at its end.
-    if opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) not in (0, 1):
-        forms.add(Kind.TURNED)
     if opened.mode in ("1", "L", "LA", "F") or opened.mode.startswith("I"):
         forms.add(Kind.GREY)
     if opened.mode == "CMYK":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -133,8 +134,7 @@ class _Mender:
         first = {name: image_id for image_id, name in reversed(self._names.items())}
         self._merged = {image_id: first[name] for image_id, name in self._names.items() if first[name] != image_id}
         self._shift = data.category_shift
-        renumbers = Mend.NEW_ID in self._everywhere or (data.annotation_ids == 0).any()
-        self._next_id = _largest_id(split.json_path) + 1 if renumbers else 0
+        self._next_id = _largest_id(split.json_path) + 1
 
     def image(self, place: int, entry: dict) -> dict | None:
         if self._is_dropped(IMAGES, place, entry):
@@ -261,15 +261,29 @@ def _flat(numbers: object) -> list:
     return [number for part in numbers for number in _flat(part)] if isinstance(numbers, list) else [numbers]
 
 
+class _WithId(msgspec.Struct):
+    id: int = 0
+
+
 def _largest_id(path: Path) -> int:
-    ids = [0]
+    """Return the largest id of an annotation, whether it can be read or not; at least 0."""
+    decoder, largest = msgspec.json.Decoder(list[_WithId]), 0
 
     def see(entry: object) -> None:
+        nonlocal largest
         value = number(entry.get("id")) if isinstance(entry, dict) else None
-        ids[0] = max(ids[0], value) if isinstance(value, int) else ids[0]
+        largest = max(largest, value) if isinstance(value, int) else largest
 
-    stream_json(path, {ANNOTATIONS: see})
-    return ids[0]
+    def see_batch(text: bytes) -> bool:
+        nonlocal largest
+        try:
+            largest = max([largest, *(entry.id for entry in decoder.decode(text))])
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+    stream_json(path, {ANNOTATIONS: see}, {ANNOTATIONS: see_batch}, skip=[IMAGES])
+    return largest
 
 
 def _scaled(numbers: list[float], size: list[int]) -> list[float]:

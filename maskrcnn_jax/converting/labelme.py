@@ -24,17 +24,15 @@ from maskrcnn_jax.converting.source import (
     Object,
     Picture,
     Source,
-    image_size,
+    image_form,
     inside,
-    orientation_of,
     read_text,
-    turn_back,
-    upright_size,
     with_polygons,
 )
 from maskrcnn_jax.data.entries import short
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import folders_in
+from maskrcnn_jax.data.orientation import turn_back, upright_size
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -111,7 +109,7 @@ def _pictures(root: Path, folder: Path, paths: list[Path], ids: dict[str, int]) 
     for path in paths:
         content = _load(path)
         image = _image(root, path, content)
-        size, orientation = image_size(image), orientation_of(image)
+        size, orientation = image_form(image)
         upright = upright_size(size, orientation)
         given = content.get("imageHeight"), content.get("imageWidth")
         if all(given) and given != upright:

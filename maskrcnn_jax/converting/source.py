@@ -1,23 +1,17 @@
 """What the readers of the formats have in common: the images and objects that they yield, and how files are read."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from maskrcnn_jax import paths
 from maskrcnn_jax.data import image_headers
 from maskrcnn_jax.errors import UserError
 
 _MOST_PIXELS = 178_956_970  # that Pillow, with which masks are read, decodes
-
-_ORIENTATION = 0x0112  # EXIF
-# How to turn upright points back, for each EXIF orientation: swap x and y, then count x from the right, y from below.
-_TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 
 class Object(NamedTuple):
@@ -92,10 +86,30 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: it is no image, or one of absurd size.
     """
+    return _size(path, _content(path))
+
+
+def image_form(path: Path) -> tuple[tuple[int, int], int]:
+    """Read the (height, width) of an image file and its EXIF orientation, 1 to 8.
+
+    Other tools show images upright and annotate them so, while this package takes the pixels as they are stored.
+
+    Raises:
+        UserError: as in ``image_size``.
+    """
+    data = _content(path)
+    return _size(path, data), image_headers.orientation(data)
+
+
+def _content(path: Path) -> bytes:
     try:
-        size = image_headers.image_size(paths.read_bytes(path))
+        return paths.read_bytes(path)
     except (OSError, ValueError):  # missing, or a name that no file can have
-        size = None
+        return b""
+
+
+def _size(path: Path, data: bytes) -> tuple[int, int]:
+    size = image_headers.image_size(data)
     if size is None:
         raise UserError(f"{path} is missing or not an image; add it, or remove its annotations")
     if size[0] * size[1] > _MOST_PIXELS:
@@ -119,30 +133,3 @@ def inside(root: Path, path: Path, named_by: Path) -> Path:
         shown = str(path)[-100:].encode("ascii", "backslashreplace").decode()
         raise UserError(f"{named_by} names {shown!r}, which is not in {root}; move the files into this folder")
     return normal
-
-
-def orientation_of(path: Path) -> int:
-    """Return the EXIF orientation of an image, 1 to 8; other tools show images so, while this package ignores it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path) as image:
-                found = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # of a broken EXIF block, which is none
-            return 1
-    return found if found in _TURNS else 1
-
-
-def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Return the (height, width) at which an image of this EXIF orientation is shown."""
-    return size[::-1] if orientation > 4 else size
-
-
-def turn_back(points: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
-    """Return points of the upright image as points of the stored one of this (height, width)."""
-    if orientation == 1:
-        return points
-    swap, right, bottom = _TURNS[orientation]
-    height, width = size
-    x, y = (points[:, ::-1] if swap else points).T
-    return np.stack([width - x if right else x, height - y if bottom else y], axis=1)

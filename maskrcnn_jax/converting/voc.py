@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 from maskrcnn_jax.converting.label_map import Region, read_label_map, regions
-from maskrcnn_jax.converting.source import Object, Picture, Source, image_size, read_text
+from maskrcnn_jax.converting.source import Object, Picture, Source, image_form, read_text
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import entries_of, image_files
+from maskrcnn_jax.data.orientation import turn_back, upright_size
 from maskrcnn_jax.errors import UserError
 
 _NAMES = (
@@ -36,6 +37,14 @@ class _Named(NamedTuple):
 
     name: str
     corners: tuple[float, float, float, float]  # as in the file
+
+
+class _Annotated(NamedTuple):
+    """An XML file."""
+
+    path: Path
+    size: tuple[int, int] | None  # height, width, where the file says it
+    things: list[_Named]
 
 
 def _voc_colour(index: int) -> int:
@@ -61,9 +70,10 @@ def read_voc(root: Path) -> Source:
         raise UserError(f"{root} has no images in JPEGImages/; add them, as Pascal VOC has them")
     masks = {path.stem: path for path in image_files(root / "SegmentationObject")}
     files = {path.stem: path for path in entries_of(root / "Annotations") if path.suffix == ".xml"}
-    named = {stem: _read_xml(path) for stem, path in files.items() if stem in images}
+    annotated = {stem: _read_xml(path) for stem, path in files.items() if stem in images}
     colours = _class_colours(root)
-    found = {thing.name for things in named.values() for thing in things}
+    things = [thing for file in annotated.values() for thing in file.things]
+    found = {thing.name for thing in things}
     has_list = (root / _LABEL_MAP).is_file() or (root / _CLASS_NAMES).is_file()
     # Of VOC's own names only those that occur, but all that a file lists.
     names = [name for name in colours.values() if not found or name in found or has_list]
@@ -72,8 +82,8 @@ def read_voc(root: Path) -> Source:
         raise UserError(f"{root} names no objects; add XML files to Annotations/, or {_LABEL_MAP}")
     ids = {name: i for i, name in enumerate(names, start=1)}
     # VOC counts pixels from 1, most tools that write its format from 0.
-    one = 0 if any(min(thing.corners) < 1 for things in named.values() for thing in things) else 1
-    reader = _Reader(root, images, masks, named, ids, colours, one)
+    one = 0 if any(min(thing.corners) < 1 for thing in things) else 1
+    reader = _Reader(root, images, masks, annotated, ids, colours, one)
     splits = _splits(root, images, sorted(images.keys() & (masks.keys() or files.keys())))
     return Source({i: name for name, i in ids.items()}, {name: partial(reader.read, s) for name, s in splits.items()})
 
@@ -112,7 +122,7 @@ class _Reader:
     root: Path
     images: dict[str, Path]
     masks: dict[str, Path]
-    named: dict[str, list[_Named]]
+    annotated: dict[str, _Annotated]
     ids: dict[str, int]
     colours: dict[int, str]
     one: int
@@ -122,12 +132,23 @@ class _Reader:
             image = self.images.get(_stem(stem))
             if image is None:
                 raise UserError(f"ImageSets/ in {self.root} lists {stem[:60]!r}, which is not in JPEGImages/; add it")
-            size = image_size(image)
-            yield Picture(image, image.name, size, list(self._objects(image.stem, size)))
+            size, orientation = image_form(image)
+            yield Picture(image, image.name, size, list(self._objects(image.stem, size, orientation)))
 
-    def _objects(self, stem: str, size: tuple[int, int]) -> Iterator[Object]:
-        mask, things = self.masks.get(stem), list(self.named.get(stem, ()))
-        boxes = [self._box(thing) for thing in things]
+    def _objects(self, stem: str, size: tuple[int, int], orientation: int) -> Iterator[Object]:
+        mask, file = self.masks.get(stem), self.annotated.get(stem)
+        things = file.things if file else []
+        if file and file.size not in (None, size):
+            # Of an image that is shown turned; without such an orientation, some tools exchange the two numbers.
+            if file.size != size[::-1]:
+                raise UserError(
+                    f"{file.path} is for an image of {file.size[0]}x{file.size[1]} pixels (height x width), but "
+                    f"{self.images[stem]} has {size[0]}x{size[1]}; find the image that was annotated"
+                )
+            orientation = orientation if upright_size(size, orientation) == file.size else 1
+        else:
+            orientation = 1
+        boxes = [self._box(thing, size, orientation) for thing in things]
         if mask:
             labels = read_label_map(mask, size)
             if labels.max() < 256:  # indices of a palette; the last is the border between objects
@@ -145,9 +166,11 @@ class _Reader:
             box = boxes[place]
             yield Object(self.ids[things[place].name], None, box, box[2] * box[3])
 
-    def _box(self, thing: _Named) -> list[float]:
+    def _box(self, thing: _Named, size: tuple[int, int], orientation: int) -> list[float]:
         x1, y1, x2, y2 = thing.corners
-        return [x1 - self.one, y1 - self.one, x2 - x1 + self.one, y2 - y1 + self.one]
+        corners = turn_back(np.array([[x1 - self.one, y1 - self.one], [x2, y2]]), size, orientation)
+        (x1, y1), (x2, y2) = np.sort(corners, axis=0).tolist()
+        return [x1, y1, x2 - x1, y2 - y1]
 
     def _name_by_class(self, stem: str, region: Region, labels: np.ndarray) -> str:
         """Return the name of an instance by the colour that it has in SegmentationClass."""
@@ -203,7 +226,7 @@ def _class_colours(root: Path) -> dict[int, str]:
     return {colour: name for colour, name in colours.items() if colour and name != "background"}
 
 
-def _read_xml(path: Path) -> list[_Named]:
+def _read_xml(path: Path) -> _Annotated:
     text = read_text(path, _MOST_BYTES)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:  # by which a few bytes become gigabytes
         raise UserError(f"{path} defines entities, which VOC's XML does not; remove the DOCTYPE")
@@ -213,7 +236,13 @@ def _read_xml(path: Path) -> list[_Named]:
         raise UserError(f"{path} is not valid XML ({' '.join(str(error).split())[:100]}); write it again") from None
     if tree.tag != "annotation":
         raise UserError(f"{path} holds <{tree.tag[:40]}>, but VOC's XML holds <annotation>; remove or convert it")
-    return [_read_object(element, path) for element in tree.iterfind("object")]
+    try:
+        size = int(tree.findtext("size/height") or 0), int(tree.findtext("size/width") or 0)
+    except ValueError:
+        size = 0, 0
+    return _Annotated(
+        path, size if min(size) > 0 else None, [_read_object(element, path) for element in tree.iterfind("object")]
+    )
 
 
 def _read_object(element: ElementTree.Element, path: Path) -> _Named:

@@ -21,17 +21,15 @@ from maskrcnn_jax.converting.source import (
     Picture,
     Source,
     common_folder,
-    image_size,
+    image_form,
     inside,
-    orientation_of,
     read_text,
-    turn_back,
-    upright_size,
     with_polygons,
 )
 from maskrcnn_jax.data.file_names import plain_name
 from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import describe, folders_in, yaml_of
+from maskrcnn_jax.data.orientation import turn_back, upright_size
 from maskrcnn_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -164,7 +162,7 @@ def _pictures(root: Path, images: list[Path], names: dict[int, str], names_path:
         )
     folder = common_folder(images)
     for image, path in labels.items():
-        size, orientation = image_size(image), orientation_of(image)
+        size, orientation = image_form(image)
         lines = read_text(path).splitlines() if path.is_file() else []
         objects = [
             _object(line, size, orientation, names, names_path, f"{path}, line {number},")

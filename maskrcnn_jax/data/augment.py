@@ -32,12 +32,6 @@ class Placement(NamedTuple):
     window: tuple[int, int, int, int]  # y, x, height, width: the part of the resized image that is kept
 
     @property
-    def turned_size(self) -> tuple[int, int]:
-        """(height, width) of the image after quarter turns."""
-        height, width = self.image_size
-        return (width, height) if self.quarter_turns % 2 else (height, width)
-
-    @property
     def rotation(self) -> np.ndarray:
         """The last two steps as a [3, 3] float64 matrix: from x, y, 1 of the resized image to those of the window."""
         center_y, center_x = self.size[0] / 2, self.size[1] / 2

@@ -162,8 +162,7 @@ def _fields(dataset: CocoDataset, field: str) -> list[Hashable]:
         value = entry.get(field) if isinstance(entry, dict) else None
         values.append(("", len(values)) if value is None else json.dumps(number(value), sort_keys=True))
 
-    skip = {"annotations": lambda text: True}
-    stream_json(dataset.annotation_path, {"images": keep, "annotations": lambda entry: None}, skip)
+    stream_json(dataset.annotation_path, {"images": keep}, skip=["annotations"])
     if all(isinstance(value, tuple) for value in values):
         raise UserError(
             f"data.val_group is {field!r}, but no image in {dataset.annotation_path} has such a field; use folder, a "

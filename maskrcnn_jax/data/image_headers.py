@@ -7,9 +7,12 @@ cameras, scanners and microscopes are therefore read here, and Pillow reads only
 import io
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 
 from PIL import Image
+
+from maskrcnn_jax.data.orientation import ORIENTATIONS
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _LONGEST_CHUNK = 8_000_000  # bytes of what is no pixels in a PNG, with which OpenCV still reads it
@@ -20,7 +23,8 @@ _FIRST_DEFINED = 0xC0  # markers below are reserved: what follows is damaged, or
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # baseline, progressive, ...; the three are tables
 _TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}  # classic, and BigTIFF
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # type of a tag -> its code in struct
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_EXIF_ORIENTATION = 274  # and of a TIFF
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -139,7 +143,7 @@ def as_stored(data: bytes) -> bytes:
     """Return an image file without the orientation of a TIFF, which OpenCV follows even when told to ignore it."""
     if data[:4] not in _TIFF:
         return data
-    form, place = _tiff_numbers(data).get(_TIFF_ORIENTATION, ("", 0))
+    form, place = _tiff_numbers(data).get(_EXIF_ORIENTATION, ("", 0))
     if not form or struct.unpack_from(form, data, place) == (1,):
         return data
     changed = bytearray(data)
@@ -167,18 +171,23 @@ def _size_by_pillow(data: bytes) -> tuple[int, int] | None:
         return None
 
 
-def is_avif(data: bytes) -> bool:
-    """Return whether a file is an AVIF, whose header tells how to turn it instead of EXIF."""
-    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1")
-
-
 def orientation(data: bytes) -> int:
-    """Return the orientation in EXIF, or in the header of an AVIF, 1 to 8; 1 if there is none.
+    """Return the orientation in EXIF, or in the header of an AVIF, 1 to 8; 1 if there is none, or no such number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = _exif(data).get(_EXIF_ORIENTATION)
+        except Exception:  # Pillow raises all sorts of things at broken files
+            return 1
+    return found if isinstance(found, int) and found in ORIENTATIONS else 1
 
-    From 5 on, height and width are exchanged.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            return opened.getexif().get(0x0112, 1)
-    except Exception:
-        return 1
+
+def _exif(data: bytes) -> Image.Exif:
+    if data.startswith(_PNG):  # Pillow would decode it, because EXIF may lie at its end
+        exif = Image.Exif()
+        for name, place in _png_chunks(data):
+            if name == b"eXIf":
+                exif.load(data[place][8:-4])  # between the name and the checksum
+        return exif
+    with Image.open(io.BytesIO(data)) as opened:
+        return opened.getexif()

@@ -10,11 +10,11 @@ from maskrcnn_jax.data.findings import Kind
 from maskrcnn_jax.data.image_headers import (
     as_stored,
     image_size,
-    is_avif,
     is_complete,
     orientation,
     without_long_chunks,
 )
+from maskrcnn_jax.data.orientation import turn_upright, upright_size
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
@@ -84,7 +84,7 @@ def decode_image(
         data: of the file.
         channels: wanted. 3 gives RGB whatever the file has. More are read as they are stored, RGB first, such as a PNG
             whose alpha channel holds depth; of 16 bits the upper 8 are kept, as OpenCV does with colours.
-        upright: turn an image of 3 channels as its EXIF entry says.
+        upright: turn the image as its EXIF entry says.
         stated_size: (height, width) by the annotations. An image of this size is decoded however few bytes it has.
 
     Returns:
@@ -95,33 +95,19 @@ def decode_image(
     """
     _refuse(data, stated_size)
     data = without_long_chunks(data)
-    if channels > 3:
-        image = _decode(as_stored(data), cv2.IMREAD_UNCHANGED)
-    elif upright and not is_avif(data):
-        image = _decode(data, cv2.IMREAD_COLOR)
-    else:
-        image = _decode(as_stored(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        if upright and image is not None:  # an AVIF, the one format that OpenCV does not turn
-            image = _turn(image, orientation(data))
+    # Not turned by OpenCV, which turns neither AVIFs nor images of other channels.
+    flags = cv2.IMREAD_UNCHANGED if channels > 3 else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = _decode(as_stored(data), flags)
     if image is None or image.dtype not in (np.uint8, np.uint16):
         raise UndecodableError(_unreadable_form(data))
     if image.dtype == np.uint16:
         image = np.right_shift(image, 8).astype(np.uint8)
+    if upright:
+        image = turn_upright(image, orientation(data))
     image = np.atleast_3d(image)[..., :channels]
     if image.shape[2] == 3:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return np.concatenate([image[..., 2::-1], image[..., 3:]], axis=2)
-
-
-def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn an image upright by its orientation in EXIF, 1 to 8."""
-    if orientation >= 5:
-        image = image.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
 
 
 def too_few_channels(image: np.ndarray, channels: int) -> str:
@@ -172,6 +158,6 @@ def _other_size(data: bytes, found: tuple[int, int], wanted: tuple[int, int]) ->
     what = f"has {found[0]}x{found[1]} pixels (height x width) where the annotations say {wanted[0]}x{wanted[1]}"
     if found != wanted[::-1]:
         return what
-    if orientation(data) >= 5:
+    if upright_size(found, orientation(data)) == wanted:
         return f"{what}; the annotations seem to follow its EXIF orientation, which is ignored"
     return f"{what}; the annotations seem to have height and width exchanged"

@@ -6,9 +6,11 @@ elements of the long lists are decoded one or a few hundred at a time.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
@@ -16,6 +18,7 @@ from maskrcnn_jax.paths import read_bytes
 _BATCH = 1 << 17  # bytes; the numbers of more would leave the processor's cache before they are packed
 _WINDOW = 1 << 12  # bytes of a value that are decoded; more where it is longer
 _DECODER = json.JSONDecoder()
+_RAW_DECODER = msgspec.json.Decoder(msgspec.Raw)
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _FIRST_KEY = re.compile(rb'(?:\{[ \t\n\r]*"\w+")?')
 _OTHER_FILES = {b"\x1f\x8b": "it is compressed by gzip", b"\xff\xfe": "it is UTF-16", b"\xfe\xff": "it is UTF-16"}
@@ -26,6 +29,7 @@ def stream_json(
     path: Path,
     handlers: Mapping[str, Callable[[Any], None]],
     batch_handlers: Mapping[str, Callable[[bytes], bool]] | None = None,
+    skip: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read the object in a file and hand every element of some of its lists to a function.
 
@@ -33,17 +37,23 @@ def stream_json(
         path: the JSON file; its top level is an object.
         handlers: name of a top-level list -> function called with each of its elements, in order.
         batch_handlers: name of a top-level list -> function called first, with the text of a list of consecutive
-            elements. It returns whether it took them; it must not where the text is no valid JSON.
+            elements. It returns whether it took them; it must not where the text is not valid JSON.
+        skip: names of top-level lists that are only checked to be valid JSON. All of COCO's annotations as Python
+            objects would take gigabytes.
 
     Returns:
-        The other values of the object by name, decoded whole; the names in ``handlers`` that were met map to None.
+        The other values of the object by name, decoded whole; the names of handled and skipped lists that were met
+        map to None.
 
     Raises:
-        UserError: the file is not valid JSON, its top level is no object, or a value in ``handlers`` is no list.
+        UserError: the file is not valid JSON, its top level is not an object, or a handled or skipped value is not a
+            list.
     """
+    handlers = dict.fromkeys(skip, _ignore) | dict(handlers)
+    batch_handlers = dict.fromkeys(skip, _is_valid) | dict(batch_handlers or {})
     data = _read_utf8(path)
     try:
-        return _walk_object(data, handlers, batch_handlers or {})
+        return _walk_object(data, handlers, batch_handlers)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON: {error.msg} at character {error.pos} (line {error.lineno}, column "
@@ -151,6 +161,18 @@ def _check_type(data: bytes, pos: int, character: str, remedy: str) -> None:
 
 def _refuse(batch: bytes) -> bool:
     return False
+
+
+def _ignore(element: object) -> None:
+    pass
+
+
+def _is_valid(batch: bytes) -> bool:
+    try:
+        _RAW_DECODER.decode(batch)
+        return True
+    except (ValueError, RecursionError):
+        return False
 
 
 def _decode(data: bytes, pos: int) -> tuple[Any, int]:

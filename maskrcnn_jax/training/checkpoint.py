@@ -79,20 +79,25 @@ class Checkpoints(CheckpointReader):
             The state, None if there is no checkpoint.
 
         Raises:
-            UserError: if there are some and none of them can be read, or as :meth:`restore`.
+            UserError: if there are some and none of them can be read, or as :meth:`restore`; in all processes.
         """
         unreadable: list[tuple[int, str]] = []
         for step in reversed(self.steps):
-            state, problem = None, None
+            state, damage, other = None, "", ""
             try:
                 state = self.restore(step, like)
             except UnreadableCheckpoint as error:
-                problem = str(error)
-            problems = [of_process for of_process in gather(problem) if of_process]
-            if not problems:
+                damage = str(error)
+            except UserError as error:
+                other = str(error)
+            found = gather([damage, other])
+            if problem := next((other for _, other in found if other), ""):
+                raise UserError(problem)
+            damages = [damage for damage, _ in found if damage]
+            if not damages:
                 self._set_aside(unreadable, step)
                 return state
-            unreadable.append((step, problems[0]))
+            unreadable.append((step, damages[0]))
         if unreadable:
             raise UserError(
                 f"{unreadable[0][1]}, nor can any other in {self.folder}; restore a copy, or use another workdir to "

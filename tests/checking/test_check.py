@@ -210,9 +210,11 @@ def test_an_annotation_file_is_checked_with_its_folder_of_images(root):
     (split,) = check_dataset(path, OPTIONS, image_dir=images)
     assert split.name == "instances_train2017"
     assert not split.findings
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="no folder of images was given"):
         check_dataset(path, OPTIONS)
-    with pytest.raises(UserError, match="belong to an annotation file"):
+    with pytest.raises(UserError, match="'gone' is not a folder"):
+        check_dataset(path, OPTIONS, image_dir="gone")
+    with pytest.raises(UserError, match="is not an annotation file"):
         check_dataset(images.parent, OPTIONS, image_dir=images)
 
 

@@ -166,7 +166,8 @@ def test_moved_masks_are_those_of_moved_polygons(name, image_size):
         found = full_mask(move_mask(decode_crop(rasterised(polygon, image_size)), matrix, size), size)
         corners = polygon @ matrix[:2, :2].T + matrix[:2, 2]
         wanted = coco_mask.decode(rasterised(corners, size))
-        away = distance(corners, size) > max(1, placement.size[0] / placement.turned_size[0])
+        turned_height = image_size[placement.quarter_turns % 2]
+        away = distance(corners, size) > max(1, placement.size[0] / turned_height)
         either = ((found | wanted) & away).sum()
         overlaps.append((found & wanted & away).sum() / either if either else 1.0)
         shown += bool((wanted & away).any())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from maskrcnn_jax.data import images
-from maskrcnn_jax.data.image_headers import image_size, is_complete
+from maskrcnn_jax.data.image_headers import image_size, is_complete, orientation
 from maskrcnn_jax.data.images import BrokenImageError, UndecodableError, check_and_decode, decode_image
 from maskrcnn_jax.inference.inputs import read_image
 
@@ -218,6 +218,25 @@ def test_training_reads_the_pixels_as_stored_and_prediction_upright(form, turn, 
     with Image.open(tmp_path / "a") as opened:
         upright = ImageOps.exif_transpose(opened).convert("RGB")
     assert np.abs(read_image(tmp_path / "a").astype(int) - np.asarray(upright)).mean() < 8
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b"\2\0\2\0\0\0" + b"6\0\0\0",  # text
+        b"\3\0\1\0\0\0" + b"\x09\0\0\0",
+        b"\5\0\1\0\0\0" + b"\x1a\0\0\0",  # a fraction
+    ],
+    ids=["text", "nine", "fraction"],
+)
+def test_an_orientation_that_is_none_turns_nothing(entry, tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1" + entry.ljust(10, b"\0") + bytes(4) + b"\6\0\0\0\1\0\0\0"
+    data = encoded("WEBP", exif=exif)
+    assert orientation(data) == 1
+    (tmp_path / "a").write_bytes(data)
+    assert read_image(tmp_path / "a", 3).shape == (HEIGHT, WIDTH, 3)
+    deep = encoded("WEBP", Image.fromarray(np.dstack([PIXELS, PIXELS[..., :1]])), exif=exif, lossless=True)
+    assert decode_image(deep, 4, upright=True).shape == (HEIGHT, WIDTH, 4)
 
 
 @pytest.mark.parametrize(

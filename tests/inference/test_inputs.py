@@ -72,6 +72,10 @@ def test_files_and_pillow_images_are_turned_upright():
     turned = np.rot90(PIXELS, -1)
     np.testing.assert_array_equal(to_array(png(exif=exif)), turned)
     np.testing.assert_array_equal(to_array(Image.open(io.BytesIO(png(exif=exif)))), turned)
+    content, deep = io.BytesIO(), np.dstack([PIXELS, PIXELS[..., :1]])
+    Image.fromarray(deep).save(content, "PNG", exif=exif)
+    np.testing.assert_array_equal(to_array(content.getvalue(), 4), np.rot90(deep, -1))
+    np.testing.assert_array_equal(to_array(Image.open(content), 4), np.rot90(deep, -1))
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -133,6 +133,35 @@ def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monk
     gc.collect()  # while their errors are ignored
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        ValueError("UNAVAILABLE: Error reading gs://bucket/manifest.ocdbt: HTTP 503"),
+    ],
+    ids=lambda error: str(error)[:20],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch, error):
+    training = Training("float32")
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for seed in range(2):
+            training.step(points(seed=seed))
+            checkpoints.save(training.state)
+        checkpoints.wait()
+
+        def refuse(*_, **__):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "restore", refuse)
+            with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* try again"):
+                checkpoints.restore_newest(training.state)
+        assert int(checkpoints.restore_newest(training.state).step) == 2
+
+
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_checkpoint_of_eight_devices_goes_on_with_two(tmp_path, shard):
     eight, two = (Training("float32", ema_decay=0.9, shard=shard, devices=devices) for devices in (8, 2))
