@@ -74,8 +74,8 @@ def load(
             "that it is from, or export it as .onnx"
         )
     if ending == ".onnx":
-        if config is not None or categories is not None:
-            raise UserError(f"{source} has its own config and categories; leave them out")
+        if config is not None or categories is not None or checkpoint != "latest":
+            raise UserError(f"{source} has its own config and categories, and no checkpoints; leave them out")
         return load_onnx(source, runtime=runtime, bf16=bf16)
     if runtime is not None:
         raise UserError(f"{source} runs in JAX; runtimes are for .onnx files, which maskrcnn-jax export writes")
@@ -90,6 +90,8 @@ def load(
             f"{source} is neither the folder of a run, a file of weights nor the name of published weights; those are "
             f"{', '.join(closest_names(source))}"
         )
+    if checkpoint != "latest":
+        raise UserError(f"{source} has no checkpoints, as runs have; leave checkpoint out")
     published = find_published(source).config if is_name(source) else None
     if config is None and published is None:
         raise UserError(f"the weights {source} need the config that they belong to, such as torchvision_r50_fpn")

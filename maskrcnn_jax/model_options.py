@@ -1,7 +1,6 @@
 """The options of the network; ``options`` has the others, and imports these."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 from maskrcnn_jax.option_fields import PAPER, TORCHVISION, Checked, option
@@ -58,10 +57,16 @@ class ModelOptions(Checked):
     )
     fpn_channels: int = option(256, "channels of every pyramid level", low=1, source="FPN, Sec. 3")
     anchor_sizes: tuple[float, ...] = option(
-        (32, 64, 128, 256, 512), "anchor size of each pyramid level, P2 to P6", unit="pixels", source=TORCHVISION
+        (32, 64, 128, 256, 512),
+        "anchor size of each pyramid level, P2 to P6",
+        unit="pixels",
+        low=1,
+        source=TORCHVISION,
     )
-    aspect_ratios: tuple[float, ...] = option((0.5, 1.0, 2.0), "height / width of the anchors", source=TORCHVISION)
-    anchor_scales: tuple[float, ...] = option((1.0,), "each level has anchors of its size times each factor")
+    aspect_ratios: tuple[float, ...] = option(
+        (0.5, 1.0, 2.0), "height / width of the anchors", low=0.01, source=TORCHVISION
+    )
+    anchor_scales: tuple[float, ...] = option((1.0,), "each level has anchors of its size times each factor", low=0.01)
     exact_anchors: bool = option(
         False, "exact anchors at strides of powers of two, as in detectron2, instead of torchvision's rounded ones"
     )
@@ -101,9 +106,9 @@ class ModelOptions(Checked):
     roi_aligned: bool = option(
         False, "RoIAlign, mask targets and mask pasting without torchvision's half-pixel shift, as in detectron2"
     )
-    box_conv_channels: tuple[int, ...] = option((), "output channels of each 3x3 convolution of the box head")
+    box_conv_channels: tuple[int, ...] = option((), "output channels of each 3x3 convolution of the box head", low=1)
     box_fc_channels: tuple[int, ...] = option(
-        (1024, 1024), "output features of each fully connected layer of the box head", source=TORCHVISION
+        (1024, 1024), "output features of each fully connected layer of the box head", low=1, source=TORCHVISION
     )
     cls_agnostic_bbox_reg: bool = option(
         False, "the box head predicts one box for all classes, instead of one for each, as detectron2's option does"
@@ -150,6 +155,7 @@ class ModelOptions(Checked):
         (),
         "weights of the classes in the cross entropy: first the background's, then one for each class in the order of "
         "the labels; the loss is divided by the sum of the RoIs' weights. Empty: all 1",
+        low=0,
         source="torch's CrossEntropyLoss(weight=...)",
     )
     box_loss: str = option(
@@ -172,9 +178,12 @@ class ModelOptions(Checked):
     )
 
     def _contradictions(self) -> list[str]:
+        for name in ("anchor_sizes", "aspect_ratios", "anchor_scales"):
+            if not getattr(self, name):
+                return [f"model.{name} is empty; give one number or more"]
         weights = self.class_weights
-        if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            return [f"model.class_weights is {weights}; use finite numbers from 0, not all of them 0"]
+        if weights and not any(weights):
+            return [f"model.class_weights is {weights}; use numbers from 0, not all of them 0"]
         if weights and self.classification_loss == "focal":
             return ["model.class_weights is for cross entropy; leave it empty with model.classification_loss=focal"]
         return []

@@ -1,7 +1,8 @@
 """How options are declared as fields of dataclasses, and checked when these are made."""
 
 import dataclasses
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, get_args
 
 from maskrcnn_jax.errors import UserError
 
@@ -26,7 +27,7 @@ def option(
         meaning: What it does, as a phrase for the documentation.
         unit: Of the value.
         choices: The values that are allowed, if it is one of a few.
-        low: Smallest value allowed, for numbers.
+        low: Smallest value allowed, for numbers and for each of a tuple.
         high: Largest value allowed, for numbers.
         source: Where the option or its default comes from.
     """
@@ -45,7 +46,7 @@ class Checked:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, value := tuple(value))
-            if field.metadata and (problem := _problem(value, field.default, field.metadata)):
+            if field.metadata and (problem := _problem(value, field)):
                 problems.append(f"{self.prefix}{field.name} is {value!r}; use {problem}")
         problems += self._contradictions() if not problems else []
         if problems:
@@ -56,11 +57,13 @@ class Checked:
         return []
 
 
-def _problem(value: Any, default: Any, allowed: Any) -> str:
+def _problem(value: Any, field: dataclasses.Field) -> str:
     """Return what an option should be instead, or an empty string if the value is allowed."""
-    if not _is_like(value, default):
-        return {tuple: "a tuple of numbers", bool: "True or False", str: "a string"}.get(type(default), "a number")
-    choices, low, high = allowed["choices"], allowed["low"], allowed["high"]
+    if isinstance(field.default, tuple):
+        return _problem_of_tuple(value, field)
+    if not _is_like(value, field.default):
+        return {bool: "True or False", str: "a string"}.get(type(field.default), "a number")
+    choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
         return f"one of {', '.join(choices)}"
     if (low is None or value >= low) and (high is None or value <= high):
@@ -70,9 +73,15 @@ def _problem(value: Any, default: Any, allowed: Any) -> str:
     return f"a value from {low} to {high}"
 
 
+def _problem_of_tuple(value: Any, field: dataclasses.Field) -> str:
+    are_whole, low = get_args(field.type)[0] is int, field.metadata["low"]
+    types, least = (int,) if are_whole else (int, float), -math.inf if low is None else low
+    if isinstance(value, tuple) and all(type(item) in types and least <= item < math.inf for item in value):
+        return ""
+    return f"a tuple of {'whole ' if are_whole else ''}numbers{'' if low is None else f' from {low}'}"
+
+
 def _is_like(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(type(item) in (int, float) for item in value)
     if isinstance(default, float):
         return type(value) in (int, float)
     return type(value) is type(default)

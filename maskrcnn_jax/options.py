@@ -55,8 +55,10 @@ class OptimOptions(Checked):
         choices=("sequential", "chained", "detectron2"),
     )
     final_lr_fraction: float = option(0.0, "learning rate at the end of the cosine, as a share of lr", low=0, high=1)
-    milestones: tuple[float, ...] = option(
-        (), "when multistep lowers the learning rate, in milestone_unit from the start of the run, warm-up included"
+    milestones: tuple[int, ...] = option(
+        (),
+        "when multistep lowers the learning rate, in milestone_unit from the start of the run, warm-up included",
+        low=1,
     )
     milestone_unit: str = option(
         "epochs", "unit of milestones: epochs, as torchvision, or steps, as detectron2", choices=("epochs", "steps")
@@ -109,14 +111,15 @@ class OptimOptions(Checked):
         problems = []
         if not 0 < self.lr < float("inf"):
             problems.append(f"optim.lr is {self.lr}; use a positive number such as 5e-4")
-        if self.ema_decay >= 1:
-            problems.append(f"optim.ema_decay is {self.ema_decay}; use a value below 1 such as 0.9998, or 0 for none")
+        below_one = {"b1": "0.9", "b2": "0.999", "momentum": "0.9", "ema_decay": "0.9998, or 0 for none"}
+        for name, example in below_one.items():
+            if getattr(self, name) >= 1:
+                problems.append(f"optim.{name} is {getattr(self, name)}; use a value below 1 such as {example}")
         problems += self._wrong_milestones() if self.schedule == "multistep" else []
         return problems
 
     def _wrong_milestones(self) -> list[str]:
-        ascending = all(a < b for a, b in itertools.pairwise((0, *self.milestones)))
-        if self.milestones and ascending and all(type(milestone) is int for milestone in self.milestones):
+        if self.milestones and all(a < b for a, b in itertools.pairwise(self.milestones)):
             return []
         example = (16, 22) if self.milestone_unit == "epochs" else (60000, 80000)
         return [
@@ -168,6 +171,7 @@ class DataOptions(Checked):
         "in training, the shorter side of each image is drawn from these, as detectron2 does from 640, 672, ..., 800. "
         "() always uses short_side",
         unit="pixels",
+        low=1,
     )
     long_side: int = option(
         1333, "longest side of an image after resizing (torchvision's max_size)", unit="pixels", low=1
@@ -256,9 +260,9 @@ class DataOptions(Checked):
         problems = []
         if self.short_side > self.long_side:
             problems.append(f"data.short_side is {self.short_side}; use at most data.long_side, {self.long_side}")
-        if self.short_sides and not 1 <= min(self.short_sides) <= max(self.short_sides) <= self.long_side:
+        if self.short_sides and max(self.short_sides) > self.long_side:
             problems.append(
-                f"data.short_sides is {self.short_sides}; use values from 1 to data.long_side, {self.long_side}"
+                f"data.short_sides is {self.short_sides}; use values up to data.long_side, {self.long_side}"
             )
         if self.scale_jitter and not self.crop_size:
             problems.append(f"data.scale_jitter is {self.scale_jitter}; set data.crop_size as well, such as 1024")
@@ -269,6 +273,8 @@ class DataOptions(Checked):
                 f"data.short_sides is {self.short_sides} and data.scale_jitter is {self.scale_jitter}; set one of "
                 "them to (), since scale jitter chooses the sizes by itself"
             )
+        if self.val_group and not self.val_share:
+            problems.append(f"data.val_group is {self.val_group!r}; set data.val_share as well, such as 0.2")
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(
                 f"data.train_split and data.eval_split are both {self.eval_split}; with data.val_share or "

@@ -272,6 +272,9 @@ def test_a_checkpoint_is_chosen_by_its_step(model, place, paths):
     same(mr.load(place / "run", checkpoint=0).predict(paths[0]), model.predict(paths[0]))
     with pytest.raises(UserError, match="no checkpoint '7'"):
         mr.load(place / "run", checkpoint=7)
+    for file in ("weights.safetensors", "model.onnx"):
+        with pytest.raises(UserError, match="no checkpoints.*leave"):
+            mr.load(file, checkpoint="best")
 
 
 @pytest.mark.parametrize(("is_faster", "dtype"), [(True, "bfloat16"), (False, "float32")])

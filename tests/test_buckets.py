@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from maskrcnn_jax import paths
+from maskrcnn_jax.converting.convert import convert, in_coco_format
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import as_path, file_names, in_bucket, local_path, read_bytes, write_bytes
 from maskrcnn_jax.training.metrics import MetricWriter
@@ -78,6 +79,15 @@ def test_a_bucket_that_does_not_exist_or_refuses_is_a_sentence(bucket):
         read_bytes(path)
     with bucket.refusing("POST"), pytest.raises(UserError, match=r"gs://bucket/run cannot be written \(.*nobody@x"):
         replace_file(path, "a")
+
+
+def test_a_dataset_in_a_bucket_is_checked_there_and_only_its_conversion_is_refused(bucket, tmp_path):
+    source = f"{bucket.url}/datasets"
+    write_bytes(as_path(f"{source}/annotations/instances_train.json"), b"{}")
+    with in_coco_format(source) as folder:
+        assert str(folder) == source
+    with pytest.raises(UserError, match=f"the dataset {source} cannot be in a bucket"):
+        convert(source, tmp_path / "out")
 
 
 def test_files_that_grow_are_uploaded_when_it_is_asked_for_or_time(bucket, tmp_path):

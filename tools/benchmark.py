@@ -19,6 +19,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the reference runs on one
 
 from maskrcnn_jax.commands.app import at_least, run_command
+from maskrcnn_jax.errors import UserError
 from tools.benchmarks.inputs import NARROW, Settings
 from tools.benchmarks.tables import write_docs
 from tools.benchmarks.timing import Row, cell, environment, table, write_json
@@ -86,13 +87,15 @@ def main(options: argparse.Namespace) -> None:
         options=NARROW if options.narrow else {},
         **{name: getattr(options, name) for name in common},
     )
+    if options.html and subject != "scaling":
+        raise UserError("--html plots scaling; leave it out, or measure scaling")
     rows, interrupted = collect(run(subject, settings))
     print(table(rows))
     if options.json:
         write_json(options.json, subject, rows)
     if options.docs and not interrupted:  # its rows would take the place of all that the document has
         write_docs(options.docs, subject, rows, environment())
-    if options.html and subject == "scaling":
+    if options.html:
         from tools.benchmarks.scaling import write_html
 
         write_html(options.html, rows, environment())

@@ -76,7 +76,6 @@ def uses_stand_ins() -> bool:
     return bool(_libraries)
 
 
-@functools.cache
 @functools.cache  # torch takes one body only
 def declare_roi_align() -> None:
     """Give the operator roi_align its body in plain torch too, so that torch's ONNX exporter finds it by name."""

@@ -85,7 +85,7 @@ def check_dataset(
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
     if options.data.val_share or options.data.split_file:  # evaluated on some of these images
-        return [training]
+        return with_unlisted_files([training])
     name = options.data.eval_split
     layout = find_layout(as_path(dataset))
     is_there = layout is not None and match_split(name, list(layout.splits)) is not None

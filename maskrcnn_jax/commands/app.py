@@ -198,8 +198,6 @@ def load(options: argparse.Namespace) -> "Predictor":
     """
     if (options.workdir is None) == (options.weights is None):
         raise UserError("give either --workdir, the folder of a training run, or --weights")
-    if options.weights is not None and options.checkpoint != "latest":
-        raise UserError("--checkpoint belongs to --workdir; leave it out with --weights")
     if options.workdir is not None and not as_path(options.workdir).is_dir():
         raise UserError(f"--workdir={options.workdir} is not a folder; give that of a training run")
     return mr.load(

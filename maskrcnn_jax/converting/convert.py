@@ -27,6 +27,7 @@ from maskrcnn_jax.data.entries import NO_NAME
 from maskrcnn_jax.data.file_names import use_names_on_disk
 from maskrcnn_jax.data.layouts import LABELME, VOC, YOLO, Layout, describe, find_layout
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.paths import as_path, local_path
 from maskrcnn_jax.writing import replacing, writing
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def convert(
     Raises:
         UserError: the source has no known layout or is malformed, or the folder cannot be written.
     """
-    root, out = Path(os.path.abspath(source)), Path(os.path.abspath(out))
+    root, out = (Path(os.path.abspath(local_path(path, "the dataset"))) for path in (source, out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it, or choose another folder")
     layout = find_layout(root)
@@ -71,12 +72,13 @@ def convert(
 @contextlib.contextmanager
 def in_coco_format(source: str | os.PathLike) -> Iterator[Path]:
     """Yield the folder of a dataset, or that of a temporary conversion if it has another format than COCO's."""
-    layout = find_layout(Path(source)) if os.path.isdir(source) else None
+    root = as_path(source)
+    layout = find_layout(root) if root.is_dir() else None
     if layout is None or layout.splits:
-        yield Path(source)
+        yield root
         return
     with tempfile.TemporaryDirectory(prefix="converted_") as folder:
-        convert(source, folder)
+        convert(root, folder)
         yield Path(folder)
 
 

@@ -62,7 +62,7 @@ def read_annotations(
     columns, masks = annotations.columns(), annotations.masks()
     has_mask, without_box = columns["num_parts"] >= 0, np.isnan(columns["file_boxes"]).all(axis=1)
     boxes, is_finite = _corners(columns, masks, annotations.rle_sizes)
-    fits, other_size = _run_lengths_that_fit(path, annotations, columns, masks, file_names, sizes, image_rows, report)
+    fits, other_size = _run_lengths_that_fit(annotations, columns, masks, file_names, sizes, image_rows, report)
     kinds = {
         Kind.ONLY_BOX: ~has_mask & ~without_box,
         Kind.NO_BOX_NOR_MASK: ~has_mask & without_box,
@@ -219,7 +219,6 @@ def _check_shift(path: Path, annotations: Annotations, listed: list[int], report
 
 
 def _run_lengths_that_fit(
-    path: Path,
     annotations: Annotations,
     columns: dict[str, np.ndarray],
     masks: dict[str, np.ndarray],

@@ -129,7 +129,7 @@ def _walk_list(data: bytes, pos: int, handle: Callable[[Any], None], handle_batc
             next_batch = pos + _BATCH
             found = last_brace.search(data, next_batch, next_batch + _BATCH)
         # A wrong brace does no harm: what is valid JSON in brackets is a sequence of whole elements.
-        if found and handle_batch(b"[%b]" % view[pos : found.end()]):
+        if found and handle_batch(b"".join((b"[", view[pos : found.end()], b"]"))):
             pos = next_batch = found.end()
         else:
             element, end = _decode(data, pos)

@@ -1,5 +1,7 @@
 """Detects on a split with test-time augmentation, image by image, since the views of an image differ in size."""
 
+import functools
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -11,6 +13,7 @@ from maskrcnn_jax.data.categories import Categories
 from maskrcnn_jax.data.coco import CocoDataset
 from maskrcnn_jax.data.images import BrokenImageError
 from maskrcnn_jax.distributed import is_first
+from maskrcnn_jax.inference.detect import map_in_processes
 from maskrcnn_jax.inference.results import to_coco_results
 from maskrcnn_jax.inference.views import Augmentation, AugmentedDetection
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
@@ -60,14 +63,15 @@ def detect_augmented(
             read.append(row)
             yield image
 
-    results = []
-    for number, found in enumerate(detection.find(images())):
-        row = read[number]
-        results += to_coco_results(
-            found,
-            image_id=int(dataset.image_ids[row]),
-            image_size=dataset.sizes[row],
-            category_ids=dict(zip(categories.labels, categories.ids, strict=True)),
-            aligned_masks=options.model.roi_aligned,
-        )
-    return results
+    def found() -> Iterator[dict]:
+        for number, instances in enumerate(detection.find(images())):
+            row = read[number]
+            image_id, image_size = int(dataset.image_ids[row]), dataset.sizes[row]
+            yield {"instances": instances, "image_id": image_id, "image_size": image_size}
+
+    encode = functools.partial(
+        to_coco_results,
+        category_ids=dict(zip(categories.labels, categories.ids, strict=True)),
+        aligned_masks=options.model.roi_aligned,
+    )
+    return list(itertools.chain.from_iterable(map_in_processes(encode, found(), options.eval_workers)))

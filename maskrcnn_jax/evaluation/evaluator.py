@@ -41,7 +41,7 @@ DRAWN_SCORE = 0.5  # detections below are left out of the pictures
 class Evaluation(NamedTuple):
     """What an evaluation found."""
 
-    metrics: dict  # as evaluation.coco_eval.evaluate returns it
+    metrics: dict  # as coco_metrics.evaluate returns them
     results: list[dict]  # COCO results
     picture: np.ndarray  # [h, w, 3] uint8, ground truth beside predictions
 

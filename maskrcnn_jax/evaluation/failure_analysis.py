@@ -276,12 +276,17 @@ def main() -> int:
     parser.add_argument("--json", help="file for all numbers")
     args = parser.parse_args()
     try:
-        truth = load_annotations(args.annotations)
-        found = read_results(as_path(args.detections), truth.imgs, truth.cats)
-        other = read_results(as_path(args.against), truth.imgs, truth.cats) if args.against else None
+        _print_tables(args)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    return 0
+
+
+def _print_tables(args: argparse.Namespace) -> None:
+    truth = load_annotations(args.annotations)
+    found = read_results(as_path(args.detections), truth.imgs, truth.cats)
+    other = read_results(as_path(args.against), truth.imgs, truth.cats) if args.against else None
     _warn_of_many_detections(found + (other or []), args.max_detections)
     draws = draw_images(len(truth.imgs), args.draws)
     written = {}
@@ -308,7 +313,6 @@ def main() -> int:
         }
     if args.json:
         write_json(as_path(args.json), written, indent=2)
-    return 0
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def run_detection(
 
     encode = functools.partial(to_coco_results, category_ids=category_ids, aligned_masks=aligned_masks)
     with tqdm(total=num_images, unit="image", desc="detect", disable=not is_first()) as progress:
-        for of_image in _map(encode, found(), workers):
+        for of_image in map_in_processes(encode, found(), workers):
             results += of_image
             progress.update()
     if len(seen) != num_images:
@@ -192,7 +192,7 @@ def run_detection(
     return results
 
 
-def _map(function: Callable, items: Iterable[dict], workers: int) -> Iterator:
+def map_in_processes(function: Callable, items: Iterable[dict], workers: int) -> Iterator:
     """Yield ``function(**item)`` in the order of the items, computed by this process or by several others."""
     if not workers:
         yield from (function(**item) for item in items)

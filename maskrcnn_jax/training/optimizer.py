@@ -47,6 +47,8 @@ def make_schedule(optim: OptimOptions, num_steps: int, steps_per_epoch: int) -> 
 
 def _make_decay(optim: OptimOptions, num_steps: int, steps_per_epoch: int, warmup_steps: int) -> optax.Schedule:
     """Return the learning rate without warm-up."""
+    if optim.milestones and optim.schedule != "multistep":
+        _log.warning("optim.milestones %s are not used by optim.schedule %s", optim.milestones, optim.schedule)
     if optim.schedule == "constant":
         return optax.constant_schedule(optim.lr)
     if optim.schedule == "cosine":

@@ -109,7 +109,7 @@ def load_weights(
     if problems:
         advice = "use the config that these weights belong to"
         if more_classes:
-            advice = "they are for another number of classes: fine-tune them with train.py first, or " + advice
+            advice = "they are for another number of classes: fine-tune them first, or " + advice
         listed = "\n  ".join(problems)
         raise UserError(f"{source}: {len(problems)} arrays do not fit the model; {advice}\n  {listed}")
 

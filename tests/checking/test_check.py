@@ -23,6 +23,7 @@ from maskrcnn_jax.data.dataset import load_coco, locate
 from maskrcnn_jax.data.findings import Kind, Mend
 from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.options import DataOptions, Options
 from tests.checking.dataset_faults import (
     FAULTS,
     box_without_width,
@@ -253,6 +254,24 @@ def test_files_that_another_split_of_the_folder_lists_are_not_unlisted(root, tmp
     for split in (*splits, fix_dataset(splits, tmp_path / "cleaned.json", OPTIONS)[0]):
         (found,) = [f for f in split.findings if f.kind == Kind.NOT_LISTED]
         assert found.examples == ["stray.png"]
+
+
+def test_unlisted_files_are_found_where_images_are_held_out(root):
+    damage(root, file_not_listed)
+    held_out = Options(data=DataOptions(val_share=0.25))
+    (split,) = check_dataset(root, held_out)
+    assert Kind.NOT_LISTED in [f.kind for f in split.findings]
+
+
+def test_an_id_of_0_of_an_annotation_with_a_flat_box_is_replaced_by_a_free_one(root, tmp_path):
+    path, _ = locate(root, "train2017")
+    content = json.loads(path.read_text())
+    first, *others = content["annotations"]
+    first |= {"id": 0, "bbox": [*first["bbox"][:2], 0, 0]}  # its mask has the box
+    path.write_text(json.dumps(content))
+    cleaned, _ = fix_dataset(check(root), tmp_path / "cleaned.json", OPTIONS)
+    ids = cleaned.data.annotation_ids.tolist()
+    assert sorted(ids) == sorted([max(other["id"] for other in others) + 1, *(other["id"] for other in others)])
 
 
 def test_masks_that_are_all_crowds_are_turned_into_objects(root, tmp_path):

@@ -231,7 +231,7 @@ def test_what_an_exported_file_cannot_do_is_refused(exported, tmp_path, monkeypa
     with pytest.raises(UserError, match="one size or of any, not of 2"):
         export_onnx(predictor, tmp_path / "new.onnx", sizes=[(64, 96), (96, 64)])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"openvino is not installed; pip install 'maskrcnn-jax\[openvino\]'"):
+    with pytest.raises(UserError, match=r"openvino is not installed; run pip install '\.\[openvino\]' in the clone"):
         mr.load(path, runtime="openvino")
 
 

@@ -45,6 +45,11 @@ def test_a_constant_learning_rate_only_warms_up():
     np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(40)), [0.5, 0.625, 0.75, 0.875] + [1.0] * 36)
 
 
+def test_milestones_that_no_schedule_uses_are_warned_of(caplog):
+    make_schedule(OptimOptions(milestones=(2, 4)), 40, 10)
+    assert "optim.milestones (2, 4) are not used by optim.schedule cosine" in caplog.text
+
+
 def test_milestones_in_the_warm_up_are_refused():
     optim = OptimOptions(warmup_steps=3, schedule="multistep", milestones=(2, 40), milestone_unit="steps")
     with pytest.raises(UserError, match=r"\(2, 40\) \(steps\) is at step 2, .* to step 3 or later"):

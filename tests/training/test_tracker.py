@@ -164,7 +164,7 @@ def test_a_training_that_begins_again_is_another_run(kind, fake, tmp_path):
 
 def test_a_missing_package_is_named_with_its_extra(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, kind, None)
-    with pytest.raises(UserError, match=rf'pip install "maskrcnn-jax\[{kind}\]", or use tracker none'):
+    with pytest.raises(UserError, match=rf'pip install "\.\[{kind}\]" in the clone, or use tracker none'):
         write(tmp_path, kind, ())
 
 
