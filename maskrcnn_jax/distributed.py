@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.errors import UserError, one_line
 from maskrcnn_jax.ops.devices import DATA_AXIS
 from maskrcnn_jax.structures import Batch
 
@@ -52,7 +52,7 @@ def join(
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the other processes cannot be joined ({str(error).splitlines()[0]}); check that all were started and "
+            f"the other processes cannot be joined ({one_line(error)}); check that all were started and "
             "can reach the first (at coordinator_address, if it was given)"
         ) from None
 

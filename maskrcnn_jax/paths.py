@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.errors import UserError, one_line
 
 _SCHEME = "gs://"
 
@@ -125,11 +125,6 @@ def _os_errors(path: Path) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
     except Exception as error:  # gcsfs and aiohttp have many types
         raise OSError(errno.EIO, one_line(error), path) from None
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @functools.cache

@@ -25,11 +25,11 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from maskrcnn_jax.config import to_options
 from maskrcnn_jax.data.categories import Categories
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.errors import UserError, one_line
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.models.unfilled import make_unfilled
 from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import absolute, as_path, in_bucket, one_line, read_bytes
+from maskrcnn_jax.paths import absolute, as_path, in_bucket, read_bytes
 from maskrcnn_jax.writing import replace_file, writing
 
 SPLIT_FILE = "split.json"  # which images data.val_share holds out
@@ -73,7 +73,7 @@ def load_options(workdir: str | os.PathLike) -> Options:
         }
         options = to_options(ConfigDict(found | parts))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{path} is not a config that training wrote ({reason})") from None
     recorded = as_path(workdir) / SPLIT_FILE
     if options.data.val_share and recorded.is_file():  # the folder may have been moved

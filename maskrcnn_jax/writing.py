@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maskrcnn_jax.errors import UserError
-from maskrcnn_jax.paths import as_path, in_bucket, local_path, one_line, write_bytes
+from maskrcnn_jax.errors import UserError, one_line
+from maskrcnn_jax.paths import as_path, in_bucket, local_path, write_bytes
 
 # What a full, broken or read-only disk answers. Libraries in C++ pass it on as part of a text only.
 _ANSWERS = [

@@ -40,7 +40,7 @@ def write_report(path: Path, splits: Sequence[Split]) -> None:
         splits=[_split(split, colours) for split in splits],
         num_shown=len(data["images"]["names"]),
         num_images=data["total"],
-        classes=[plain(entry["name"]) for entry in data["classes"]],
+        classes=[printable(entry["name"]) for entry in data["classes"]],
         shown_splits=data["splits"],
         data=page.embed(data),
     )
@@ -83,9 +83,9 @@ def _split(split: Split, colours: dict[str, int]) -> dict:
     entries = read_entries(split.json_path, shown) if split.data else {}
     return {
         "name": split.name,
-        "path": plain(str(split.json_path)),
+        "path": printable(str(split.json_path)),
         "findings": [_finding(split, finding, entries, colours) for finding in split.findings],
-        "categories": [[plain(name), count] for name, count in counts.items()],
+        "categories": [[printable(name), count] for name, count in counts.items()],
     }
 
 
@@ -93,9 +93,9 @@ def _finding(split: Split, finding: Finding, entries: dict[str, dict[int, object
     return {
         "is_error": finding.is_error,
         "kind": finding.kind,
-        "sentence": plain(finding.sentence),
+        "sentence": printable(finding.sentence),
         "num_entries": len(finding.rows),
-        "examples": [plain(example) for example in finding.examples],
+        "examples": [printable(example) for example in finding.examples],
         "pictures": list(_pictures(split, finding, entries, colours)),
     }
 
@@ -126,7 +126,7 @@ def _pictures(
             drawn = place if finding.section == ANNOTATIONS else None
             picture = _draw(index, int(rows[0]), drawn, entry, colours)
             if picture is not None:
-                yield page.image_source(picture), plain(example)
+                yield page.image_source(picture), printable(example)
 
 
 def _draw(
@@ -153,7 +153,7 @@ def _draw(
         size = pixels.shape[:2]
         masks = [shrink_mask(index.crop(row, *size), size, small.shape[:2]) for row in rows.tolist()]
     boxes = np.clip(boxes * scale, -1, max(small.shape[:2]) + 1)
-    names, places = [plain(name) for name in names], [colours.get(name, len(colours)) for name in categories]
+    names, places = [printable(name) for name in names], [colours.get(name, len(colours)) for name in categories]
     return draw_instances(small, boxes, names, masks=masks, min_side=_SIDE, colours=places)
 
 
@@ -171,6 +171,6 @@ def _box_as_given(entry: dict) -> np.ndarray:
     return box if np.isfinite(box).all() else np.zeros((0, 4))
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """Escape characters that move the cursor of a terminal or cannot be encoded; file names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from maskrcnn_jax.checking.dataset import Split, check_dataset
-from maskrcnn_jax.checking.dataset_page import plain, summary, write_report
+from maskrcnn_jax.checking.dataset_page import printable, summary, write_report
 from maskrcnn_jax.checking.mend import fix_dataset
 from maskrcnn_jax.config import default_config, to_options
 from maskrcnn_jax.converting.convert import in_coco_format
@@ -58,9 +58,9 @@ def _print_findings(splits: list[Split]) -> None:
     for split in splits:
         for finding in split.findings:
             kind = "error" if finding.is_error else "warning"
-            print(plain(f"{kind}: {split.name}: {finding.sentence}"))
+            print(printable(f"{kind}: {split.name}: {finding.sentence}"))
             for example in finding.examples:
-                print(plain(f"    {example}"))
+                print(printable(f"    {example}"))
             if 0 < len(finding.examples) < len(finding.rows):
                 print(f"    and {len(finding.rows) - len(finding.examples)} more")
     print(summary(splits))
@@ -98,9 +98,9 @@ def main(options: argparse.Namespace) -> None:
             _draw_augmented(options.augmented, config, folder)
     if options.fix:
         cleaned, changes = fix_dataset(splits, options.fix, config, **how)
-        print(plain(f"The cleaned copy {options.fix}:"))
+        print(printable(f"The cleaned copy {options.fix}:"))
         for change, names in changes.items():
-            print(plain(f"  {len(names)} {change}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
+            print(printable(f"  {len(names)} {change}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"))
         _print_findings([cleaned])
     if any(split.num_errors for split in splits):
         sys.exit(1)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maskrcnn_jax.distributed import on_each_device, place_state, replicated
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.errors import UserError, one_line
 from maskrcnn_jax.models.mask_rcnn import MaskRCNN
 from maskrcnn_jax.ops.devices import sum_over_devices
 from maskrcnn_jax.options import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimOptions
@@ -166,7 +166,7 @@ class TrainStep:
             _log.warning(
                 "this version of XLA lacks an option (%s); the program is compiled without, and may need more time or "
                 "memory",
-                str(error).splitlines()[0],
+                one_line(error),
             )
             program = self.lower(state, batch, key, tuned=False).compile()
         self.programs[_kind(batch)] = program

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.errors import UserError, one_line
 from maskrcnn_jax.options import Options
-from maskrcnn_jax.paths import one_line, read_bytes
+from maskrcnn_jax.paths import read_bytes
 from maskrcnn_jax.run_folder import flatten
 from maskrcnn_jax.writing import replace_file
 

@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401 - comes with JAX and teaches NumPy the name bfloa
 import numpy as np
 import safetensors.numpy
 
-from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.errors import UserError, one_line
 from maskrcnn_jax.paths import as_path, local_path
 from maskrcnn_jax.weights.pickles import ArrayUnpickler, Budget, PickledArray
 from maskrcnn_jax.weights.torch_files import read_torch
@@ -109,7 +109,7 @@ def _read_safetensors(path: Path, budget: Budget) -> dict[str, np.ndarray]:
     try:
         arrays = safetensors.numpy.load_file(path)
     except Exception as error:  # a SafetensorError, but also what NumPy makes of an odd shape or dtype
-        raise ValueError((str(error).splitlines() or [""])[0][:200] or type(error).__name__) from None
+        raise ValueError(one_line(error)) from None
     return _collect(arrays, _to_plain)
 
 

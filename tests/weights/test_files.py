@@ -217,7 +217,7 @@ def test_a_path_without_a_known_file_is_the_users_to_mend(tmp_path):
         read_arrays(tmp_path / "absent.pth")
     with pytest.raises(UserError, match="cannot read .*folder.pth: Is a directory"):
         read_arrays(tmp_path / "folder.pth")
-    with pytest.raises(UserError, match=r"a.onnx .* give a file with .pkl, .pt, .pth, .safetensors"):
+    with pytest.raises(UserError, match=r"a.onnx is not .* give one with .pkl, .pt, .pth, .safetensors"):
         read_arrays(tmp_path / "a.onnx")
     for name in ("a.pkl", "a.pt", "a", "pth"):
         with pytest.raises(UserError, match=r"give a name with .pth or .safetensors"):
