@@ -1,11 +1,16 @@
 """Several views of an image are merged: by values computed by hand, and by what must not matter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from maskrcnn_jax.data.categories import Categories
+from maskrcnn_jax.data.dataset import load_coco
 from maskrcnn_jax.data.plan import buckets_for
+from maskrcnn_jax.data.shapes import write_dataset
 from maskrcnn_jax.errors import UserError
+from maskrcnn_jax.evaluation.augmented import detect_augmented
 from maskrcnn_jax.inference.detect import make_stages
 from maskrcnn_jax.inference.inputs import to_batch
 from maskrcnn_jax.inference.predictor import Predictor
@@ -129,6 +134,22 @@ def test_boxes_of_all_views_are_suppressed_together_and_their_masks_averaged(pre
     expected = Instances(boxes[rows], scores[rows], labels[rows], np.mean(masks, axis=0))
     ours = find(predictor, image, "flip,64,128")
     assert_same(ours, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_masks_of_all_views_are_encoded_alike_by_other_processes(predictor, tmp_path):
+    write_dataset(tmp_path, num_train=1, num_val=3, image_size=SIDE, seed=0)
+    dataset = load_coco(tmp_path, "val2017")
+
+    def detect(workers):
+        options = replace(predictor.options, eval_workers=workers)
+        rows = np.arange(len(dataset))
+        shared = {"options": options, "categories": CATEGORIES, "dataset": dataset, "rows": rows}
+        return detect_augmented(predictor.network, Augmentation.parse("flip"), **shared)
+
+    results = detect(0)
+    assert {result["image_id"] for result in results} == set(dataset.image_ids.tolist())
+    assert detect(2) == results
 
 
 def test_choices_of_prediction_go_together(predictor, image):
