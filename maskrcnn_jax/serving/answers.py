@@ -6,10 +6,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from maskrcnn_jax.data.run_lengths import decode_crop
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.inference.detections import ImageDetections
-from maskrcnn_jax.inference.polygons import mask_to_polygons
 
 MASKS = ("rle", "polygons", "none")
 FORMATS = {"json": "application/json", "jpg": "image/jpeg", "png": "image/png"}
@@ -57,14 +55,12 @@ def to_json(found: ImageDetections, masks: str) -> dict[str, Any]:
                 "box": [_number(value) for value in box],
             }
         )
-    if masks != "none":
+    if masks == "rle":
         for row, result in zip(detections, found.to_coco(0), strict=True):
-            rle = result["segmentation"]
-            if masks == "rle":
-                row["rle"] = rle
-            else:
-                regions = mask_to_polygons(decode_crop(rle))
-                row["polygons"] = [[ring.astype(int).tolist() for ring in rings] for rings in regions]
+            row["rle"] = result["segmentation"]
+    elif masks == "polygons":
+        for row, regions in zip(detections, found.polygons, strict=True):
+            row["polygons"] = [[ring.astype(int).tolist() for ring in rings] for rings in regions]
     return {"width": width, "height": height, "detections": detections}
 
 
