@@ -199,7 +199,9 @@ def _find_missing(dataset: CocoDataset, report: Report) -> np.ndarray:
     missing = [
         row
         for row, name in enumerate(names)
-        if os.path.normpath(name) not in present and not (os.path.dirname(name) and os.path.isfile(image_dir / name))
+        if name not in present
+        and os.path.normpath(name) not in present
+        and not (os.path.dirname(name) and os.path.isfile(image_dir / name))
     ]
     if missing:
         alike = find_alike(present, [names[row] for row in missing[:3]])

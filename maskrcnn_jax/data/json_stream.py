@@ -15,7 +15,7 @@ import msgspec
 from maskrcnn_jax.errors import UserError
 from maskrcnn_jax.paths import read_bytes
 
-_BATCH = 1 << 17  # bytes; the numbers of more would leave the processor's cache before they are packed
+_BATCH = 3 << 15  # bytes; the numbers of more would leave the processor's cache before they are packed
 _WINDOW = 1 << 12  # bytes of a value that are decoded; more where it is longer
 _DECODER = json.JSONDecoder()
 _RAW_DECODER = msgspec.json.Decoder(msgspec.Raw)
