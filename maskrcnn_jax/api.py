@@ -156,6 +156,8 @@ def _train(options: Options, workdir: Path, weights: str | os.PathLike | None, p
 def _hold_out(options: Options, workdir: Path) -> Options:
     """Return options that name the file of the images held out for evaluation, which a new run writes."""
     data = options.data
+    if data.val_group and not data.val_share:
+        _log.warning("data.val_group %r has no effect without data.val_share", data.val_group)
     if not data.val_share or data.split_file:
         return options
     path, is_started = workdir / SPLIT_FILE, has_checkpoint(workdir)

@@ -1,13 +1,15 @@
 """How options are declared as fields of dataclasses, and checked when these are made."""
 
 import dataclasses
-import math
+import sys
 from typing import Any, ClassVar, get_args
 
 from maskrcnn_jax.errors import UserError
 
 # Sources of many options.
 TORCHVISION, PAPER = "torchvision", "the paper, Sec. "
+
+_MOST = sys.float_info.max  # numbers beyond overflow where they are computed with
 
 
 def option(
@@ -36,7 +38,10 @@ def option(
 
 
 class Checked:
-    """Checks choices and ranges when the options are made, and makes lists tuples so that the options are hashable."""
+    """Checks choices and ranges when the options are made, and makes lists tuples so that the options are hashable.
+
+    In tuples of whole numbers, 7.0 counts as 7.
+    """
 
     prefix: ClassVar[str] = ""  # of the names of these options in a config
 
@@ -44,8 +49,8 @@ class Checked:
         problems = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, value := tuple(value))
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, field.name, value := _numbers(value, field))
             if field.metadata and (problem := _problem(value, field)):
                 problems.append(f"{self.prefix}{field.name} is {value!r}; use {problem}")
         problems += self._contradictions() if not problems else []
@@ -55,6 +60,11 @@ class Checked:
     def _contradictions(self) -> list[str]:
         """Return what is wrong between options that are valid by themselves."""
         return []
+
+
+def _numbers(value: list | tuple, field: dataclasses.Field) -> tuple:
+    are_whole = isinstance(field.default, tuple) and get_args(field.type)[0] is int
+    return tuple(int(v) if are_whole and type(v) is float and v.is_integer() else v for v in value)
 
 
 def _problem(value: Any, field: dataclasses.Field) -> str:
@@ -75,8 +85,8 @@ def _problem(value: Any, field: dataclasses.Field) -> str:
 
 def _problem_of_tuple(value: Any, field: dataclasses.Field) -> str:
     are_whole, low = get_args(field.type)[0] is int, field.metadata["low"]
-    types, least = (int,) if are_whole else (int, float), -math.inf if low is None else low
-    if isinstance(value, tuple) and all(type(item) in types and least <= item < math.inf for item in value):
+    types, least = (int,) if are_whole else (int, float), -_MOST if low is None else low
+    if isinstance(value, tuple) and all(type(item) in types and least <= item <= _MOST for item in value):
         return ""
     return f"a tuple of {'whole ' if are_whole else ''}numbers{'' if low is None else f' from {low}'}"
 

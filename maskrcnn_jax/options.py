@@ -111,8 +111,8 @@ class OptimOptions(Checked):
         problems = []
         if not 0 < self.lr < float("inf"):
             problems.append(f"optim.lr is {self.lr}; use a positive number such as 5e-4")
-        below_one = {"b1": "0.9", "b2": "0.999", "momentum": "0.9", "ema_decay": "0.9998, or 0 for none"}
-        for name, example in below_one.items():
+        below_one = {"b1": "0.9", "b2": "0.999"} if self.kind == "adamw" else {"momentum": "0.9"}
+        for name, example in (below_one | {"ema_decay": "0.9998, or 0 for none"}).items():
             if getattr(self, name) >= 1:
                 problems.append(f"optim.{name} is {getattr(self, name)}; use a value below 1 such as {example}")
         problems += self._wrong_milestones() if self.schedule == "multistep" else []
@@ -273,8 +273,6 @@ class DataOptions(Checked):
                 f"data.short_sides is {self.short_sides} and data.scale_jitter is {self.scale_jitter}; set one of "
                 "them to (), since scale jitter chooses the sizes by itself"
             )
-        if self.val_group and not self.val_share:
-            problems.append(f"data.val_group is {self.val_group!r}; set data.val_share as well, such as 0.2")
         if (self.val_share or self.split_file) and self.train_split == self.eval_split:
             problems.append(
                 f"data.train_split and data.eval_split are both {self.eval_split}; with data.val_share or "

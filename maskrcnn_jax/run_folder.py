@@ -298,8 +298,10 @@ class CheckpointReader:
             raise
         except Exception as error:  # Orbax raises many types for damaged files
             reason = f"checkpoint {folder} cannot be read ({one_line(error)[:80]}...)"
-            if _may_pass(error):
-                raise UserError(f"{reason}; nothing says that it is damaged, so try again") from None
+            if _may_pass(error) or not _is_open(folder):
+                raise UserError(
+                    f"{reason}; this may pass, so try again; move the folder away to go on from the checkpoint before"
+                ) from None
             raise UnreadableCheckpoint(reason) from None
 
     def close(self) -> None:
@@ -316,7 +318,17 @@ def _may_pass(error: Exception) -> bool:
     """Return whether an error tells of memory, permissions or the network and not of the files that were read."""
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if type(error).__module__.startswith(("gcsfs", "google.", "aiohttp")):
+        return True
     return isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or _PASSING.search(str(error)) is not None
+
+
+def _is_open(folder: Path) -> bool:
+    """Return whether this user may look into the folder of a checkpoint; Orbax finds nothing in one that is closed."""
+    if in_bucket(folder):
+        return True
+    folders = [folder, *(folder / name for name in ("model", "training"))]
+    return all(os.access(path, os.R_OK | os.X_OK) for path in folders if os.path.lexists(path))
 
 
 def value_of_best(metrics: Mapping[str, float], metric: str) -> float:

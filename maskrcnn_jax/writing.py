@@ -19,43 +19,24 @@ _ANSWERS = [
     os.strerror(number)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 ]
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what a disk answers only to a program that writes
-
 # Of TensorStore's errors.
 _CODES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "NOT_FOUND", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a disk's refusal to write below this path, or to read what is written there, into a UserError.
-
-    Other errors pass.
-    """
+    """Turn a disk's refusal to write below this path into a UserError; other errors pass."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not in_bucket(path) and (source := _unread(error, path)):
-            raise UserError(
-                f"{source} cannot be read ({_answer(error)}); check that it is there and may be read"
-            ) from None
         answer = _answer(error) or (_answer_of_bucket(error) if in_bucket(path) else None)
         if answer is None:
             raise
         raise UserError(
             f"{path} cannot be written ({answer}); make room or change the permissions, then run it again"
         ) from None
-
-
-def _unread(error: BaseException, path: str | os.PathLike) -> str:
-    """Return the file that a disk refused to read, or an empty text if it refused to write ``path`` or below."""
-    if not isinstance(error, OSError) or error.errno in _FULL or not isinstance(error.filename, str | os.PathLike):
-        return ""
-    place, wanted = (Path(os.path.abspath(name)) for name in (error.filename, path))
-    # Unfinished files and folders have the name with something before or after it.
-    ours = any(part.parent == wanted.parent and wanted.name in part.name for part in (place, *place.parents))
-    return "" if ours or place in wanted.parents else os.fspath(error.filename)
 
 
 def _answer(error: BaseException) -> str | None:

@@ -86,7 +86,7 @@ def test_a_dataset_in_a_bucket_is_checked_there_and_only_its_conversion_is_refus
     write_bytes(as_path(f"{source}/annotations/instances_train.json"), b"{}")
     with in_coco_format(source) as folder:
         assert str(folder) == source
-    with pytest.raises(UserError, match=f"the dataset {source} cannot be in a bucket"):
+    with pytest.raises(UserError, match=f"a dataset to convert {source} cannot be in a bucket"):
         convert(source, tmp_path / "out")
 
 

@@ -60,15 +60,15 @@ def test_a_choice_that_does_not_exist_is_named_with_those_that_do(part, name, ch
         ),
         (ModelOptions, {"class_weights": (0, 0)}, "not all of them 0"),
         (ModelOptions, {"class_weights": (1.0, float("inf"))}, "use a tuple of numbers from 0"),
-        (ModelOptions, {"box_fc_channels": (1024.0,)}, "box_fc_channels is (1024.0,); use a tuple of whole numbers"),
+        (ModelOptions, {"box_fc_channels": (1024.5,)}, "box_fc_channels is (1024.5,); use a tuple of whole numbers"),
+        (ModelOptions, {"class_weights": (10**400,)}, "use a tuple of numbers from 0"),
         (ModelOptions, {"box_conv_channels": (0,)}, "use a tuple of whole numbers from 1"),
         (ModelOptions, {"anchor_sizes": (0, 64)}, "anchor_sizes is (0, 64); use a tuple of numbers from 1"),
         (ModelOptions, {"aspect_ratios": (-1.0,)}, "use a tuple of numbers from 0.01"),
         (ModelOptions, {"anchor_scales": ()}, "model.anchor_scales is empty"),
         (DataOptions, {"short_sides": (640.5,)}, "data.short_sides is (640.5,); use a tuple of whole numbers from 1"),
-        (DataOptions, {"val_group": "folder"}, "data.val_group is 'folder'; set data.val_share as well"),
         (OptimOptions, {"b2": 1.0}, "optim.b2 is 1.0; use a value below 1 such as 0.999"),
-        (OptimOptions, {"momentum": 1}, "optim.momentum is 1; use a value below 1"),
+        (OptimOptions, {"kind": "sgd", "momentum": 1}, "optim.momentum is 1; use a value below 1"),
         (
             ModelOptions,
             {"class_weights": (1, 2), "classification_loss": "focal"},
@@ -104,6 +104,12 @@ def test_a_list_counts_as_a_tuple_so_that_options_are_hashable():
     assert hash(ModelOptions(anchor_sizes=[8, 16, 32, 64, 128])) == hash(
         ModelOptions(anchor_sizes=(8, 16, 32, 64, 128))
     )
+
+
+def test_whole_numbers_may_be_written_as_floats_and_options_that_are_not_used_may_have_any_value():
+    assert DataOptions(short_sides=[640.0, 800]).short_sides == (640, 800)
+    assert type(DataOptions(short_sides=(640.0,)).short_sides[0]) is int
+    assert OptimOptions(kind="sgd", b2=1.0).b2 == OptimOptions(momentum=1.0).momentum == 1
 
 
 def test_an_option_that_does_not_exist_is_named():

@@ -1,7 +1,5 @@
 import contextlib
-import errno
 import os
-import shutil
 
 import pytest
 
@@ -27,22 +25,6 @@ def test_what_a_disk_says_through_a_library_is_understood_and_other_errors_pass(
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write 5 bytes: No space left on device [os_error_code='28']")
     with pytest.raises(KeyError), writing("runs"):
         raise KeyError("a bug")
-
-
-def test_a_file_that_cannot_be_read_is_not_taken_for_one_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"in/a.jpg cannot be read \(No such file"), replacing(out) as folder:
-        folder.mkdir()
-        shutil.copyfile(tmp_path / "in" / "a.jpg", folder / "a.jpg")
-    assert os.listdir(tmp_path) == ["in"]
-    monkeypatch.chdir(tmp_path)
-    for name in (".out.7", "out/deep/file", str(tmp_path)):
-        with pytest.raises(UserError, match=r"out cannot be written \(Permission denied\)"), writing("out"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "in/a.jpg")  # as copying names it
-    with pytest.raises(UserError, match=r"out cannot be written \(No space left"), writing("out"):
-        raise full
 
 
 def test_a_full_disk_under_the_metrics_is_a_sentence(tmp_path):

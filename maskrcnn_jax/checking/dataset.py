@@ -84,10 +84,13 @@ def check_dataset(
         )
     name = options.data.train_split
     training = check_split(name, *locate(dataset, name), options, **how)
-    if options.data.val_share or options.data.split_file:  # evaluated on some of these images
-        return with_unlisted_files([training])
-    name = options.data.eval_split
     layout = find_layout(as_path(dataset))
+    if options.data.val_share or options.data.split_file:  # evaluated on some of these images
+        # Images that only another split lists are not unlisted.
+        others = [files for files in layout.splits.values() if files.json_path != training.json_path] if layout else []
+        is_shared = training.image_dir.resolve() in [files.image_dir.resolve() for files in others]
+        return [training] if is_shared else with_unlisted_files([training])
+    name = options.data.eval_split
     is_there = layout is not None and match_split(name, list(layout.splits)) is not None
     if not is_there and not any((as_path(dataset) / part).exists() for part in (name, annotations_name(name))):
         missing = Kind.NO_EVALUATION.finding(folder=dataset, split=name)

@@ -126,6 +126,8 @@ def read_entries(json_path: Path, wanted: dict[str, set[int]]) -> dict[str, dict
         return True
 
     needed = [section for section, places in wanted.items() if places]
+    if not needed:
+        return found
     stream_json(
         json_path,
         {section: functools.partial(keep, section) for section in needed},

@@ -50,7 +50,8 @@ def convert(
     Raises:
         UserError: the source has no known layout or is malformed, or the folder cannot be written.
     """
-    root, out = (Path(os.path.abspath(local_path(path, "the dataset"))) for path in (source, out))
+    root = Path(os.path.abspath(local_path(source, "a dataset to convert")))
+    out = Path(os.path.abspath(local_path(out, "the folder to write")))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it, or choose another folder")
     layout = find_layout(root)
@@ -153,5 +154,9 @@ def _place(image: Path, path: Path, copy: bool) -> None:
         with contextlib.suppress(OSError):  # of file systems without links
             path.symlink_to(image.resolve())
             return
+    try:
+        content = image.read_bytes()
+    except OSError as error:
+        raise UserError(f"{image} cannot be read ({error.strerror}); check its permissions") from None
     with writing(path):
-        shutil.copyfile(image, path)
+        path.write_bytes(content)

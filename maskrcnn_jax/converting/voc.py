@@ -4,6 +4,7 @@ An instance of a mask gets the name of the object in the XML whose box fits it b
 its colour in SegmentationClass. Objects without an instance in the mask have a box only.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from maskrcnn_jax.data.images import IMAGE_SUFFIXES
 from maskrcnn_jax.data.layouts import entries_of, image_files
 from maskrcnn_jax.data.orientation import turn_back, upright_size
 from maskrcnn_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -128,26 +131,34 @@ class _Reader:
     one: int
 
     def read(self, stems: list[str]) -> Iterator[Picture]:
+        unsure = 0
         for stem in stems:
             image = self.images.get(_stem(stem))
             if image is None:
                 raise UserError(f"ImageSets/ in {self.root} lists {stem[:60]!r}, which is not in JPEGImages/; add it")
             size, orientation = image_form(image)
+            file = self.annotated.get(image.stem)
+            unsure += orientation != 1 and file is not None and file.size in (None, size)
             yield Picture(image, image.name, size, list(self._objects(image.stem, size, orientation)))
+
+        if unsure:
+            _log.warning(
+                "%d images have an EXIF orientation; their boxes are taken for those of the pixels as stored, because "
+                "the XML states no turned size",
+                unsure,
+            )
 
     def _objects(self, stem: str, size: tuple[int, int], orientation: int) -> Iterator[Object]:
         mask, file = self.masks.get(stem), self.annotated.get(stem)
         things = file.things if file else []
-        if file and file.size not in (None, size):
-            # Of an image that is shown turned; without such an orientation, some tools exchange the two numbers.
-            if file.size != size[::-1]:
-                raise UserError(
-                    f"{file.path} is for an image of {file.size[0]}x{file.size[1]} pixels (height x width), but "
-                    f"{self.images[stem]} has {size[0]}x{size[1]}; find the image that was annotated"
-                )
-            orientation = orientation if upright_size(size, orientation) == file.size else 1
-        else:
-            orientation = 1
+        if file and things and file.size not in (None, size, size[::-1]):
+            raise UserError(
+                f"{file.path} is for an image of {file.size[0]}x{file.size[1]} pixels (height x width), but "
+                f"{self.images[stem]} has {size[0]}x{size[1]}; find the image that was annotated"
+            )
+        # Some tools exchange height and width without any orientation.
+        is_turned = file and file.size and file.size != size and upright_size(size, orientation) == file.size
+        orientation = orientation if is_turned else 1
         boxes = [self._box(thing, size, orientation) for thing in things]
         if mask:
             labels = read_label_map(mask, size)
@@ -168,8 +179,10 @@ class _Reader:
 
     def _box(self, thing: _Named, size: tuple[int, int], orientation: int) -> list[float]:
         x1, y1, x2, y2 = thing.corners
-        corners = turn_back(np.array([[x1 - self.one, y1 - self.one], [x2, y2]]), size, orientation)
-        (x1, y1), (x2, y2) = np.sort(corners, axis=0).tolist()
+        x1, y1 = x1 - self.one, y1 - self.one
+        if orientation != 1:
+            corners = turn_back(np.array([[x1, y1], [x2, y2]]), size, orientation)
+            (x1, y1), (x2, y2) = np.sort(corners, axis=0).tolist()
         return [x1, y1, x2 - x1, y2 - y1]
 
     def _name_by_class(self, stem: str, region: Region, labels: np.ndarray) -> str:

@@ -19,6 +19,7 @@ _LONGEST_CHUNK = 8_000_000  # bytes of what is no pixels in a PNG, with which Op
 # A marker of JPEG that begins or ends something: a stuffed zero, a restart, a fill byte and TEM do not.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
+_APP1 = 0xE1  # of EXIF, among others
 _FIRST_DEFINED = 0xC0  # markers below are reserved: what follows is damaged, or no longer the JPEG
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # baseline, progressive, ...; the three are tables
 _TIFF = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}  # classic, and BigTIFF
@@ -172,22 +173,33 @@ def _size_by_pillow(data: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int:
-    """Return the orientation in EXIF, or in the header of an AVIF, 1 to 8; 1 if there is none, or no such number."""
+    """Return the orientation in EXIF, or in the header of a TIFF or AVIF; 1 if there is none from 1 to 8."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = _exif(data).get(_EXIF_ORIENTATION)
+            if data[:4] in _TIFF:
+                form, place = _tiff_numbers(data)[_EXIF_ORIENTATION]
+                (found,) = struct.unpack_from(form, data, place)
+            else:
+                exif = Image.Exif()
+                exif.load(_exif_block(data))
+                found = exif.get(_EXIF_ORIENTATION)
         except Exception:  # Pillow raises all sorts of things at broken files
             return 1
     return found if isinstance(found, int) and found in ORIENTATIONS else 1
 
 
-def _exif(data: bytes) -> Image.Exif:
+def _exif_block(data: bytes) -> bytes:
+    """Return the first block of EXIF in an image file; empty if there is none."""
+    if data.startswith(_JPEG):
+        for code, place in _jpeg_segments(data):
+            end = place + int.from_bytes(data[place : place + 2], "big")
+            if code == _APP1 and data[place + 2 : end].startswith(b"Exif\0\0"):
+                return data[place + 2 : end]
+            if code == _SCAN:
+                break
+        return b""
     if data.startswith(_PNG):  # Pillow would decode it, because EXIF may lie at its end
-        exif = Image.Exif()
-        for name, place in _png_chunks(data):
-            if name == b"eXIf":
-                exif.load(data[place][8:-4])  # between the name and the checksum
-        return exif
+        return next((data[place][8:-4] for name, place in _png_chunks(data) if name == b"eXIf"), b"")
     with Image.open(io.BytesIO(data)) as opened:
-        return opened.getexif()
+        return opened.info.get("exif", b"")

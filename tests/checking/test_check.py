@@ -261,6 +261,10 @@ def test_unlisted_files_are_found_where_images_are_held_out(root):
     held_out = Options(data=DataOptions(val_share=0.25))
     (split,) = check_dataset(root, held_out)
     assert Kind.NOT_LISTED in [f.kind for f in split.findings]
+    shutil.rmtree(root / "val2017")
+    (root / "val2017").symlink_to(root / "train2017")
+    (split,) = check_dataset(root, held_out)
+    assert Kind.NOT_LISTED not in [f.kind for f in split.findings], "the other split may list it"
 
 
 def test_an_id_of_0_of_an_annotation_with_a_flat_box_is_replaced_by_a_free_one(root, tmp_path):

@@ -64,5 +64,5 @@ def test_a_truncated_image_is_named_or_skipped_if_wanted(run, tmp_path, shapes):
     unseen.write_bytes(unseen.read_bytes()[:-200])
     evaluated = run("eval.py", "--workdir=run", "--output=evaluated")
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
-    assert "warning: 2 of 3 images were evaluated" in evaluated.stderr
+    assert "warning: only 2 of 3 images were evaluated" in evaluated.stderr
     assert (tmp_path / "evaluated" / "predictions.jpg").exists()

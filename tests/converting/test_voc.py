@@ -53,6 +53,22 @@ def test_boxes_that_are_not_turned_stay(tmp_path, orientation, size):
     np.testing.assert_array_equal(boxes(tmp_path / "in", stored, size), [[50, 4, 74, 12]])
 
 
+@pytest.mark.parametrize("size", [(60, 80), (0, 0)])
+def test_orientations_that_the_xml_does_not_confirm_are_warned_of(tmp_path, caplog, size):
+    write(tmp_path / "in", orientation=3)
+    with Image.open(tmp_path / "in" / "JPEGImages" / "a.png") as opened:
+        boxes(tmp_path / "in", np.asarray(opened), size)
+    assert "1 images have an EXIF orientation" in caplog.text
+
+
+def test_exchanged_corners_are_no_box(tmp_path):
+    write(tmp_path / "in")
+    xml = XML.format(height=60, width=80, x1=50, y1=5, x2=10, y2=9)
+    (tmp_path / "in" / "Annotations" / "a.xml").write_text(xml)
+    with pytest.raises(UserError, match="boxes without area"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
 def test_annotations_of_another_image_are_refused(tmp_path):
     shown = write(tmp_path / "in")
     with pytest.raises(UserError, match=r"a\.xml is for an image of 30x40 pixels .* has 60x80"):

@@ -239,6 +239,20 @@ def test_an_orientation_that_is_none_turns_nothing(entry, tmp_path):
     assert decode_image(deep, 4, upright=True).shape == (HEIGHT, WIDTH, 4)
 
 
+def test_the_orientation_is_that_of_the_first_block_however_large_the_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = bytearray(encoded("JPEG", exif=exif))
+    place = jpeg.index(b"\xff\xc0")
+    jpeg[place + 5 : place + 9] = struct.pack(">HH", 12240, 16320)
+    assert image_size(bytes(jpeg)) == (12240, 16320) and orientation(bytes(jpeg)) == 6
+    png, damaged = encoded("PNG", exif=exif), b"\0\0\0\3eXIfbad" + struct.pack(">I", zlib.crc32(b"eXIfbad"))
+    place = png.index(b"IEND") - 4
+    assert orientation(png[:place] + damaged + png[place:]) == 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    assert orientation(encoded("JPEG", xmp=xmp)) == 1
+
+
 @pytest.mark.parametrize(
     "data",
     [b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", b"II*\0", b"MM\0+" + b"\xff" * 40, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"],

@@ -342,7 +342,7 @@ def test_a_mask_that_does_not_fit_reaches_the_consumer(dataset):
     ("setting", "told"),
     [
         ({"image_indices": []}, "no images to load; check data.train_split"),
-        ({"process_count": 3}, "multiple of 3 processes"),
+        ({"process_count": 3}, "with 3 processes; use a multiple of 3"),
         ({"max_objects": -1}, "max_objects is -1"),
         ({"resize": "float64"}, "uint8, float32, pillow"),
         ({"hflip": 1.5}, "hflip is 1.5; use a value from 0 to 1"),

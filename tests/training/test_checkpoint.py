@@ -141,10 +141,12 @@ def test_a_checkpoint_of_which_any_file_was_cut_off_is_never_read(tmp_path, monk
         OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
         ValueError("UNAVAILABLE: Error reading gs://bucket/manifest.ocdbt: HTTP 503"),
+        type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("Service Unavailable, 503"),
     ],
     ids=lambda error: str(error)[:20],
 )
-def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("call", ["restore", "item_metadata"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch, error, call):
     training = Training("float32")
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         for seed in range(2):
@@ -156,7 +158,12 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeyp
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints._manager, "restore", refuse)
+            patch.setattr(checkpoints._manager, call, refuse)
+            with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* try again"):
+                checkpoints.restore_newest(training.state)
+        with monkeypatch.context() as patch:  # Orbax finds nothing in a folder that this user may not enter
+            patch.setattr(checkpoints._manager, call, lambda *_, **__: exec("raise FileNotFoundError"))
+            patch.setattr("os.access", lambda path, mode: False)
             with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* try again"):
                 checkpoints.restore_newest(training.state)
         assert int(checkpoints.restore_newest(training.state).step) == 2
