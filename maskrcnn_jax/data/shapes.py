@@ -327,8 +327,7 @@ def write_dataset(
     unknown = [name for name in categories if name not in NAMES]
     if unknown or not categories or len(set(categories.values())) < len(categories) or len(set(splits)) < 2:
         raise UserError(
-            f"{recipe} cannot be made; choose one or more of {', '.join(NAMES)}, each with an id of its own, and two "
-            "different splits"
+            f"{recipe} cannot be made; choose some of {', '.join(NAMES)}, each with its own id, and two splits"
         )
     if _is_finished(output_dir, recipe):
         return
