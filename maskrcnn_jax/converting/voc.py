@@ -143,8 +143,8 @@ class _Reader:
 
         if unsure:
             _log.warning(
-                "%d images have an EXIF orientation; their boxes are taken for those of the pixels as stored, because "
-                "the XML states no turned size",
+                "%d images have an EXIF orientation; their boxes are taken as those of the stored pixels, because the "
+                "XML does not state the size of a turned image",
                 unsure,
             )
 

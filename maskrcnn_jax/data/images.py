@@ -95,7 +95,7 @@ def decode_image(
     """
     _refuse(data, stated_size)
     data = without_long_chunks(data)
-    # Not turned by OpenCV, which turns neither AVIFs nor images of other channels.
+    # OpenCV turns neither AVIFs nor images of more than three channels, so it is told to turn none.
     flags = cv2.IMREAD_UNCHANGED if channels > 3 else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = _decode(as_stored(data), flags)
     if image is None or image.dtype not in (np.uint8, np.uint16):

@@ -187,7 +187,7 @@ def run_detection(
     if len(seen) != num_images:
         # Not an error: a loader that was told to skip broken images delivers fewer.
         _log.warning(
-            "only %d of %d images were evaluated; the others, which could not be read, count as without detections",
+            "only %d of %d images were evaluated; the others could not be read and count as images without detections",
             len(seen),
             num_images,
         )
